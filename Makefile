@@ -1,0 +1,42 @@
+# Two commands: `make demo` and `make test`. Each makes .venv, installs, builds the extension, and reuses all of it next time.
+PYTHON ?= python3
+VENV ?= .venv
+# The build and the runs must see one torch, so it is installed first and the package is built without isolation.
+# On a machine without a GPU the CPU build is enough: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+DEMO ?=
+
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint setup clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.built
+	$(BIN)/tfb demo $(DEMO)
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest
+
+setup: $(VENV)/.built
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" wheel pybind11 ninja numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,data,test]"
+	touch $@
+
+# What CI checks besides the tests: style, types, and that nvcc (where it is there) compiles every kernel without spills.
+lint: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --no-build-isolation ruff==0.17.6 mypy==2.4.1 clang-format==19.1.7
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	PATH="$(abspath $(BIN)):$$PATH" bash tests/compile_cuda.sh
+
+clean:
+	rm -rf $(VENV) build report tfb_ext/*.so *.egg-info

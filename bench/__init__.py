@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m pytest bench`` times the operators, ``python -m bench.model_forward`` whole models."""

@@ -1,0 +1,77 @@
+// The operators' schemas and the Python module tfb_ext._C, which loads them and exports small, tensor-free things.
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/TensorOptions.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <array>
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "philox.h"
+
+#ifdef TFB_EXT_WITH_CUDA
+#include "cuda/known_answer.h"
+#endif
+
+namespace tfb {
+
+TORCH_LIBRARY(tfb_ext, m) {
+  m.def(
+      "noise(int r, int n, int seed, int layer, int sample, Device device, bool antithetic=False) -> Tensor");
+  m.def(
+      "shrink(Tensor x, Tensor mean, Tensor sigma, Tensor samples, Tensor seed, int layer, str mode=\"weight\", "
+      "bool antithetic=False) -> Tensor");
+  // No result: an alias of a mutated argument cannot be traced by torch.compile before torch 2.12.
+  m.def("expand_(Tensor(a!) y, Tensor z, Tensor basis, float scaling) -> ()");
+}
+
+// noise has no tensor argument to dispatch on; its device argument chooses the backend.
+at::Tensor noise_by_device(c10::DispatchKeySet, int64_t r, int64_t n, int64_t seed, int64_t layer, int64_t sample,
+                           at::Device device, bool antithetic) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("tfb_ext::noise", "")
+                             .typed<at::Tensor(int64_t, int64_t, int64_t, int64_t, int64_t, at::Device, bool)>();
+  const c10::DispatchKeySet keys(c10::computeDispatchKey(at::kFloat, at::kStrided, device));
+  return op.redispatch(keys, r, n, seed, layer, sample, device, antithetic);
+}
+
+TORCH_LIBRARY_IMPL(tfb_ext, BackendSelect, m) { m.impl("noise", TORCH_FN(noise_by_device)); }
+
+using Words4 = std::array<uint32_t, 4>;
+using Words2 = std::array<uint32_t, 2>;
+
+Words4 philox_words(const Words4& counter, const Words2& key) {
+  const PhiloxWords out = philox({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return {out.word[0], out.word[1], out.word[2], out.word[3]};
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+#ifdef TFB_EXT_WITH_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  info["cuda_arch_list"] = TFB_EXT_CUDA_ARCH_LIST;
+  info["compiler"] = __VERSION__;
+  info["cpu_capability"] = cpu::kernels().name;
+  info["torch_version"] = TORCH_VERSION;
+  return info;
+}
+
+}  // namespace tfb
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Loads torch.ops.tfb_ext.*; known-answer access to Philox and facts about this build.";
+  m.def("philox", &tfb::philox_words, pybind11::arg("counter"), pybind11::arg("key"),
+        "Philox4x32-10 on the host: four counter words and two key words to four output words.");
+#ifdef TFB_EXT_WITH_CUDA
+  m.def("philox_cuda", &tfb::cuda::philox_on_device, pybind11::arg("counter"), pybind11::arg("key"),
+        "Philox4x32-10 on the current CUDA device; waits for the result.");
+#endif
+  m.def("build_info", &tfb::build_info,
+        "cuda (bool), cuda_arch_list, compiler, cpu_capability in use, torch_version at build.");
+}

@@ -1,0 +1,136 @@
+// Half-precision elements: pairs in 32-bit registers, vector loads with a safe path for ragged edges, and the tensor-core
+// product m16n8k16 with float32 accumulation.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../format.h"
+
+namespace tfb::cuda {
+
+__device__ __forceinline__ uint32_t as_bits(__half2 pair) { return *reinterpret_cast<uint32_t*>(&pair); }
+__device__ __forceinline__ uint32_t as_bits(__nv_bfloat162 pair) { return *reinterpret_cast<uint32_t*>(&pair); }
+
+// Pack<T>: two floats to and from one register of two elements, the first in the low half.
+template <class T>
+struct Pack;
+
+template <>
+struct Pack<__half> {
+  static __device__ __forceinline__ uint32_t pack(float a, float b) { return as_bits(__floats2half2_rn(a, b)); }
+  static __device__ __forceinline__ float2 unpack(uint32_t bits) {
+    return __half22float2(*reinterpret_cast<__half2*>(&bits));
+  }
+  static __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+  static __device__ __forceinline__ __half from_float(float value) { return __float2half_rn(value); }
+};
+
+template <>
+struct Pack<__nv_bfloat16> {
+  static __device__ __forceinline__ uint32_t pack(float a, float b) { return as_bits(__floats2bfloat162_rn(a, b)); }
+  static __device__ __forceinline__ float2 unpack(uint32_t bits) {
+    return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&bits));
+  }
+  static __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+  static __device__ __forceinline__ __nv_bfloat16 from_float(float value) { return __float2bfloat16_rn(value); }
+};
+
+// d += a b: a is 16 x 16 (four registers), b 16 x 8 (two), d 16 x 8 floats. With i = lane / 4, c = lane % 4: a0 holds row i,
+// a1 row i + 8 at k = 2c, 2c + 1; a2, a3 the same rows at k + 8; b0, b1 column i at those k; d0, d1 row i and d2, d3 row i + 8
+// at columns 2c, 2c + 1.
+template <class T>
+__device__ __forceinline__ void multiply_16x8x16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                 uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void multiply_16x8x16<__half>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                                         uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void multiply_16x8x16<__nv_bfloat16>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                                                uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Two neighbouring elements of which `count` (0, 1, 2) exist; the rest are zero.
+template <class T>
+__device__ __forceinline__ uint32_t load_pair(const T* source, int64_t count) {
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(source);
+  const uint32_t low = count > 0 ? bits[0] : 0;
+  const uint32_t high = count > 1 ? bits[1] : 0;
+  return low | high << 16;
+}
+
+// Eight neighbouring elements of which `count` exist (none where it is 0 or less). `aligned`: source is on 16 bytes.
+template <class T>
+__device__ __forceinline__ uint4 load_eight(const T* source, int64_t count, bool aligned) {
+  if (aligned && count >= 8) return __ldg(reinterpret_cast<const uint4*>(source));
+  if (count <= 0) return make_uint4(0, 0, 0, 0);
+  return make_uint4(load_pair(source, count), load_pair(source + 2, count - 2), load_pair(source + 4, count - 4),
+                    load_pair(source + 6, count - 6));
+}
+
+// kCount (4 or 8) neighbouring weights of either type as floats, of which `count` exist. `aligned`: source is on the
+// boundary of kCount of its elements, 16 bytes at most.
+template <int kCount>
+__device__ __forceinline__ void load_floats(const float* source, int64_t count, bool aligned, float (&out)[kCount]) {
+  if (aligned && count >= kCount) {
+#pragma unroll
+    for (int k = 0; k < kCount; k += 4) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(source + k));
+      out[k] = four.x, out[k + 1] = four.y, out[k + 2] = four.z, out[k + 3] = four.w;
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) out[k] = k < count ? __ldg(source + k) : 0.0f;
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void load_floats(const T* source, int64_t count, bool aligned, float (&out)[kCount]) {
+  uint32_t bits[kCount / 2];
+  if (aligned && count >= kCount) {
+    if constexpr (kCount == 8) {
+      const uint4 eight = __ldg(reinterpret_cast<const uint4*>(source));
+      bits[0] = eight.x, bits[1] = eight.y, bits[2] = eight.z, bits[3] = eight.w;
+    } else {
+      const uint2 four = __ldg(reinterpret_cast<const uint2*>(source));
+      bits[0] = four.x, bits[1] = four.y;
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; k += 2) bits[k / 2] = load_pair(source + k, count - k);
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; k += 2) {
+    const float2 pair = Pack<T>::unpack(bits[k / 2]);
+    out[k] = pair.x, out[k + 1] = pair.y;
+  }
+}
+
+// A weight tensor of float32 or of T, chosen once per launch.
+template <class T>
+struct Weights {
+  const void* data;
+  bool is_float;
+  bool aligned;  // rows start on the boundary that load_floats asks for
+
+  template <int kCount>
+  __device__ __forceinline__ void load(int64_t offset, int64_t count, float (&out)[kCount]) const {
+    if (is_float) load_floats<kCount>(static_cast<const float*>(data) + offset, count, aligned, out);
+    else load_floats<T, kCount>(static_cast<const T*>(data) + offset, count, aligned, out);
+  }
+};
+
+inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+}  // namespace tfb::cuda

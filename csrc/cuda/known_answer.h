@@ -1,0 +1,22 @@
+// Philox on the device, for the known-answer test.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstdint>
+
+namespace tfb::cuda {
+
+struct PhiloxParams {
+  uint32_t counter[4];
+  uint32_t key[2];
+  uint32_t* out;  // four words on the device
+};
+
+cudaError_t launch_philox(const PhiloxParams& params, cudaStream_t stream);
+
+// Runs on the current device and waits for the words.
+std::array<uint32_t, 4> philox_on_device(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key);
+
+}  // namespace tfb::cuda

@@ -1,0 +1,33 @@
+"""Devices for the tests. A test marked ``gpu`` is skipped with a reason where no CUDA device or no CUDA build is at hand; with
+TFB_EXT_REQUIRE_GPU=1 it fails instead, so that a GPU machine cannot look green without running them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+def gpu_obstacle() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    from tfb_ext import ops
+
+    return None if ops.build_info()["cuda"] else "tfb_ext is built without CUDA (see TFB_EXT_BUILD)"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    obstacle = gpu_obstacle()
+    if obstacle and os.environ.get("TFB_EXT_REQUIRE_GPU") == "1":
+        pytest.fail(f"TFB_EXT_REQUIRE_GPU=1, but {obstacle}", pytrace=False)
+    if obstacle:
+        pytest.skip(f"needs a GPU: {obstacle}")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that the operators are built for."""
+    return torch.device(request.param)

@@ -1,0 +1,112 @@
+"""Every operator at ragged sizes, once each, for compute-sanitizer: ``compute-sanitizer python tests/gpu/sanitize.py``.
+
+Inputs are made on the CPU and copied, so that hardly any kernel but ours runs. Sizes end inside all kinds of tile; rows
+are contiguous, or start at an odd element of a wider tensor. Results are compared with the CPU's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tfb_ext import ops
+
+SEED, LAYER, SCALING = 2**63 + 12345, 0xFEDCBA98, 1.5
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+NOISE_SHAPES = ((1, 1), (3, 5), (8, 1030), (17, 129), (65, 31))
+# Samples, rows a sample, in features, rank.
+SHRINK_SHAPES = (
+    (1, 1, 1, 1), (2, 7, 33, 3), (3, 17, 130, 8), (2, 65, 257, 17), (1, 129, 96, 65), (2, 64, 512, 64),
+    (3, 5, 1032, 16), (2, 0, 64, 8),
+)  # fmt: skip
+# Rows, out features, rank.
+EXPAND_SHAPES = (
+    (1, 1, 1), (7, 33, 3), (17, 130, 8), (65, 257, 17), (129, 96, 65), (64, 512, 64), (33, 1032, 16), (0, 64, 8),
+)  # fmt: skip
+# Two devices' noise may differ by this much.
+NOISE_TOLERANCE = 1e-5
+
+
+def layouts(value: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """``value`` (T, n) inside a wider tensor full of NaN, and its columns there: on its own, then from element 1 on."""
+    n = value.shape[1]
+    for before, after in ((0, 0), (1, 2)):
+        wide = torch.full((value.shape[0], before + n + after), float("nan"), dtype=value.dtype)
+        wide[:, before : before + n] = value
+        yield wide, slice(before, before + n)
+
+
+def require_close(what: str, out: Tensor, wanted: Tensor, magnitude: Tensor, noise: float = 0.0) -> None:
+    """Allow two roundings to the type on each side, of the sum of absolute terms, and what the noise may differ by."""
+    if out.numel() == 0:
+        return
+    tolerance = 4 * torch.finfo(out.dtype).eps * float(magnitude.max()) + noise
+    error = float((out.cpu().double() - wanted.double()).abs().max())
+    if not error <= tolerance:
+        raise SystemExit(f"{what}: differs from the CPU by {error:.3e}, expected at most {tolerance:.3e}")
+
+
+def run_noise(device: torch.device) -> int:
+    for r, n in NOISE_SHAPES:
+        for antithetic in (False, True):
+            out = ops.noise(r, n, SEED, LAYER, 3, device, antithetic)
+            wanted = ops.noise(r, n, SEED, LAYER, 3, torch.device("cpu"), antithetic)
+            require_close(f"noise r={r} n={n}", out, wanted, torch.zeros(1), NOISE_TOLERANCE)
+    return 2 * len(NOISE_SHAPES)
+
+
+def run_shrink(device: torch.device, dtype: torch.dtype) -> int:
+    done = 0
+    for size, rows, n, r in SHRINK_SHAPES:
+        x, mean = torch.randn(size * rows, n).to(dtype), torch.randn(r, n)
+        sigma = torch.linspace(0.1, 0.5, size)
+        samples = torch.arange(size, dtype=torch.int32) + 4
+        seed = torch.tensor([SEED - 2**64], dtype=torch.int64)
+        weight = mean.abs().double() + 6 * float(sigma.max())
+        magnitude = x.double().abs() @ weight.T
+        noise = NOISE_TOLERANCE * float(sigma.max()) * float(x.double().abs().sum(1).max()) if len(x) else 0.0
+        for wide, columns in layouts(x):
+            for m in (mean, mean.to(dtype)):
+                wanted = ops.shrink(x, m, sigma, samples, seed, LAYER)
+                rest = m.to(device), sigma.to(device), samples.to(device), seed.to(device)
+                out = ops.shrink(wide.to(device)[:, columns], *rest, LAYER)
+                require_close(f"shrink {dtype} S={size} G={rows} n={n} r={r}", out, wanted, magnitude, noise)
+                done += 1
+    return done
+
+
+def run_expand(device: torch.device, dtype: torch.dtype) -> int:
+    done = 0
+    for rows, m, r in EXPAND_SHAPES:
+        y, z, basis = torch.randn(rows, m).to(dtype), torch.randn(rows, r).to(dtype), torch.randn(m, r)
+        magnitude = y.double().abs() + SCALING * z.double().abs() @ basis.double().abs().T
+        for wide, columns in layouts(y):
+            for u in (basis, basis.to(dtype)):
+                wanted = ops.expand_(y.clone(), z, u, SCALING)
+                whole = wide.to(device, copy=True)
+                ops.expand_(whole[:, columns], z.to(device), u.to(device), SCALING)
+                after = whole.cpu()
+                require_close(f"expand_ {dtype} T={rows} m={m} r={r}", after[:, columns], wanted, magnitude)
+                outside = torch.cat([after[:, : columns.start], after[:, columns.stop :]], dim=1)
+                if not outside.isnan().all():
+                    raise SystemExit(f"expand_ {dtype} T={rows} m={m} r={r}: wrote outside its rows' columns")
+                done += 1
+    return done
+
+
+def main() -> None:
+    device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+    torch.manual_seed(0)
+    calls = run_noise(device)
+    for dtype in TYPES:
+        calls += run_shrink(device, dtype) + run_expand(device, dtype)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"{calls} calls on {device} agree with the CPU")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The CUDA operators where a CPU cannot follow: agreement between devices, sizes above 2**31, graphs, races, devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tfb_ext import ops, reference
+
+LAYER = 77
+CUDA = torch.device("cuda")
+
+
+def inputs(r: int, n: int, groups: int, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "x": torch.randn(groups * rows, n, generator=generator).to(CUDA, dtype),
+        "mean": torch.randn(r, n, generator=generator).to(CUDA),
+        "sigma": torch.rand(groups, generator=generator).to(CUDA),
+        "samples": torch.arange(groups, dtype=torch.int32, device=CUDA),
+        "seed": torch.tensor([5], device=CUDA),
+    }
+
+
+def test_ten_million_draws_agree_with_the_cpu_and_the_contract() -> None:
+    host = ops.noise(2500, 4000, 9, LAYER, 1)
+    device = ops.noise(2500, 4000, 9, LAYER, 1, CUDA)
+    assert (host - device.cpu()).abs().max() <= 1e-5
+    assert (device.double() - reference.noise_float64(2500, 4000, 9, LAYER, 1, CUDA)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shrink_agrees_with_the_cpu(dtype: torch.dtype) -> None:
+    arguments = inputs(16, 1030, 4, 37, dtype)
+    host = ops.shrink(**{name: value.cpu() for name, value in arguments.items()}, layer=LAYER)
+    device = ops.shrink(**arguments, layer=LAYER).cpu()
+    # Both round float32 sums of 1030 products of size about one.
+    scale = 1030**0.5
+    assert (host.double() - device.double()).abs().max() <= scale * (8 * torch.finfo(dtype).eps + 1e-5)
+
+
+def test_shrink_above_two_to_the_31_elements() -> None:
+    rows, n, r = 2**17 + 16, 2**14 + 8, 8
+    assert rows * n > 2**31
+    arguments = inputs(r, n, 1, 1, torch.bfloat16)
+    arguments["x"] = torch.zeros(rows, n, dtype=torch.bfloat16, device=CUDA)
+    probe = torch.randn(40, n, generator=torch.Generator().manual_seed(2)).to(CUDA, torch.bfloat16)
+    arguments["x"][-40:] = probe
+    z = ops.shrink(**arguments, layer=LAYER)
+    expected = ops.shrink(**{**arguments, "x": probe}, layer=LAYER)
+    assert torch.equal(z[-40:], expected) and expected.abs().max() > 1
+    assert not z[:-40].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_expand_above_two_to_the_31_elements(dtype: torch.dtype) -> None:
+    rows, m, r = 2**17 + 16, 2**14 + 8, 8
+    y = torch.zeros(rows, m, dtype=dtype, device=CUDA)
+    z = torch.zeros(rows, r, dtype=dtype, device=CUDA)
+    z[-40:] = torch.randn(40, r, generator=torch.Generator().manual_seed(3)).to(CUDA, dtype)
+    basis = torch.randn(m, r, generator=torch.Generator().manual_seed(4)).to(CUDA)
+    ops.expand_(y, z, basis, 2.0)
+    expected = ops.expand_(torch.zeros(40, m, dtype=dtype, device=CUDA), z[-40:], basis, 2.0)
+    assert torch.equal(y[-40:], expected) and expected.abs().max() > 1
+    assert not y[:-40].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_graph_serves_every_seed_sample_and_sigma(dtype: torch.dtype) -> None:
+    arguments = inputs(8, 512, 4, 5, dtype)
+    basis = torch.randn(96, 8, generator=torch.Generator().manual_seed(6)).to(CUDA)
+    y = torch.zeros(20, 96, dtype=dtype, device=CUDA)
+
+    def step() -> Tensor:
+        return ops.expand_(y.zero_(), ops.shrink(**arguments, layer=LAYER), basis, 1.5)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    results = []
+    for seed, first, sigma in ((5, 0, 0.5), (-6, 0, 0.5), (-6, 4, 0.5), (-6, 4, 0.1)):
+        arguments["seed"].fill_(seed)
+        arguments["samples"].copy_(torch.arange(first, first + 4))
+        arguments["sigma"].fill_(sigma)
+        graph.replay()
+        replayed = y.clone()
+        assert torch.equal(replayed, step())
+        results.append(replayed)
+    for a, b in zip(results, results[1:], strict=False):
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_250_times(dtype: torch.dtype) -> None:
+    arguments = inputs(24, 3000, 5, 70, dtype)
+    basis = torch.randn(1000, 24, generator=torch.Generator().manual_seed(7)).to(CUDA)
+    first = ops.shrink(**arguments, layer=LAYER)
+    expanded = ops.expand_(torch.ones(350, 1000, dtype=dtype, device=CUDA), first, basis, 0.5)
+    for _ in range(250):
+        again = ops.shrink(**arguments, layer=LAYER)
+        assert torch.equal(again, first)
+        assert torch.equal(ops.expand_(torch.ones(350, 1000, dtype=dtype, device=CUDA), again, basis, 0.5), expanded)
+
+
+def test_runs_on_the_current_stream() -> None:
+    arguments = inputs(8, 4096, 4, 64, torch.bfloat16)
+    expected = ops.shrink(**arguments, layer=LAYER)
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(arguments["x"])
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(arguments["x"])
+        z = ops.shrink(**{**arguments, "x": late}, layer=LAYER)
+    stream.synchronize()
+    assert torch.equal(z, expected)
+
+
+def test_second_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    arguments = inputs(8, 512, 2, 5, torch.bfloat16)
+    moved = {name: value.to("cuda:1") for name, value in arguments.items()}
+    assert torch.equal(ops.shrink(**moved, layer=LAYER).cpu(), ops.shrink(**arguments, layer=LAYER).cpu())
+    assert torch.equal(ops.noise(8, 64, 1, 2, 3, "cuda:1").cpu(), ops.noise(8, 64, 1, 2, 3, "cuda:0").cpu())
+
+
+@pytest.mark.parametrize("name", ["mean", "sigma", "samples", "seed"])
+def test_shrink_on_two_devices_is_an_error(name: str) -> None:
+    arguments = inputs(8, 512, 2, 5, torch.bfloat16)
+    arguments[name] = arguments[name].cpu()
+    with pytest.raises(ValueError, match=f"shrink: {name} is on cpu, but x is on cuda:0; put both on one device"):
+        ops.shrink(**arguments, layer=LAYER)
+
+
+@pytest.mark.parametrize("name", ["z", "basis"])
+def test_expand_on_two_devices_is_an_error(name: str) -> None:
+    arguments = {"z": torch.ones(4, 8, device=CUDA), "basis": torch.ones(16, 8, device=CUDA)}
+    arguments[name] = arguments[name].cpu()
+    with pytest.raises(ValueError, match=f"expand_: {name} is on cpu, but y is on cuda:0; put both on one device"):
+        ops.expand_(torch.zeros(4, 16, device=CUDA), **arguments, scaling=1.0)

@@ -1,0 +1,139 @@
+"""transformers' own ``generate`` under the predictive, against an oracle of separate uncached passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor
+
+import tfb_ext
+
+SAMPLES, SIGMA, NEW = 3, 0.3, 5
+
+
+def prompt(rows: int, device: str) -> dict[str, Tensor]:
+    batch = zoo.inputs(rows, tokens=6)
+    del batch["position_ids"]  # generate makes its own
+    return zoo.moved(batch, device)
+
+
+def step_log_probabilities(adapter: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Log of the mean probability (B, V) of the next token, from separate passes without any cache."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def call() -> Tensor:
+        out = adapter.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        return torch.log_softmax(out.logits[:, -1].float(), dim=-1)
+
+    return zoo.average(zoo.separate_passes(adapter, range(SAMPLES), SIGMA, call))
+
+
+def oracle(adapter: Any, batch: dict[str, Tensor], choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, NEW) and the log probabilities (B, NEW, V) that they were chosen from."""
+    ids, mask, steps = batch["input_ids"], batch["attention_mask"], []
+    for _ in range(NEW):
+        steps.append(step_log_probabilities(adapter, ids, mask))
+        token = choose(steps[-1])[:, None]
+        ids = torch.cat([ids, token], dim=1)
+        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+    return ids[:, -NEW:], torch.stack(steps, dim=1)
+
+
+def generate(adapter: Any, batch: dict[str, Tensor], **options: Any) -> Any:
+    defaults = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with adapter.predictive(SAMPLES):
+        return adapter.model.generate(**batch, **{**defaults, **options})
+
+
+def bayesian(name: str, depth: Any, device: str = "cpu") -> Any:
+    return tfb_ext.bayesianize(zoo.peft_model(name).to(device), depth=depth, sigma=SIGMA)
+
+
+@pytest.mark.parametrize("device", zoo.DEVICES)
+@pytest.mark.parametrize("depth", ["all", 2])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "mistral", "gpt2"])
+def test_greedy_equals_the_oracle(name: str, depth: Any, device: str) -> None:
+    adapter, batch = bayesian(name, depth, device), prompt(3, device)
+    tokens, steps = oracle(adapter, batch, lambda logp: logp.argmax(-1))
+    top = steps.topk(2, dim=-1).values
+    assert (top[..., 0] - top[..., 1]).min() > 1e-4  # no tie that rounding could turn
+    for cache in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+        out = generate(adapter, batch, return_dict_in_generate=True, output_logits=True, **cache)
+        assert torch.equal(out.sequences[:, -NEW:], tokens), cache
+        assert torch.allclose(torch.stack(out.logits, dim=1), steps, atol=1e-4), cache
+    with torch.no_grad():
+        mean = adapter.model.generate(**batch, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert mean.shape == (3, 6 + NEW)
+
+
+@pytest.mark.parametrize("depth", ["all", 2])
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
+def test_sampled_tokens_come_from_the_mean_probability(depth: Any, cache: dict[str, Any]) -> None:
+    adapter, batch = bayesian("qwen2", depth), prompt(2, "cpu")
+
+    def draw(logp: Tensor) -> Tensor:
+        return torch.multinomial(logp.exp(), 1)[:, 0]
+
+    torch.manual_seed(12)
+    tokens, steps = oracle(adapter, batch, draw)
+    assert not torch.equal(tokens, steps.argmax(-1))
+    torch.manual_seed(12)
+    drawn = generate(adapter, batch, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, **cache)
+    assert torch.equal(drawn[:, -NEW:], tokens)
+
+
+def test_sampling_does_not_move_the_posterior() -> None:
+    """Tokens use torch's generator, weights do not: with one seed the same prompt gives the same text twice."""
+    adapter, batch = bayesian("llama", 2), prompt(2, "cpu")
+    texts = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        texts.append(generate(adapter, batch, do_sample=True))
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("depth", ["all", 2])
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
+def test_beam_search_equals_its_uncached_run(name: str, depth: Any, cache: dict[str, Any]) -> None:
+    adapter, batch = bayesian(name, depth), prompt(2, "cpu")
+    options = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
+    plain = generate(adapter, batch, use_cache=False, **options)
+    beams = plain.beam_indices[:, :NEW].reshape(2, 2, NEW) % 3
+    assert (beams[..., 1:] != beams[..., :-1]).any()  # some beam was really reordered
+    cached = generate(adapter, batch, **options, **cache)
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert torch.allclose(cached.sequences_scores, plain.sequences_scores, atol=1e-4)
+
+
+def test_several_sequences_of_one_prompt() -> None:
+    adapter, batch = bayesian("llama", 2), prompt(2, "cpu")
+    torch.manual_seed(0)
+    out = generate(adapter, batch, do_sample=True, num_return_sequences=2)
+    assert out.shape == (4, 6 + NEW)
+    assert torch.equal(out[:, :6], batch["input_ids"].repeat_interleave(2, 0))
+    assert not torch.equal(out[0], out[1])
+
+
+def test_lower_blocks_keep_a_cache_of_the_batch() -> None:
+    adapter, batch = bayesian("llama", 1), prompt(2, "cpu")
+    out = generate(adapter, batch, return_dict_in_generate=True)
+    assert [layer.keys.shape[0] for layer in out.past_key_values.layers] == [2, 2, 2, 2 * SAMPLES]
+
+
+def test_a_sample_is_one_weight_over_all_steps() -> None:
+    """One sample alone must generate what the model with that sample's weights written in generates."""
+    adapter, batch = bayesian("llama", "all"), prompt(2, "cpu")
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    texts = []
+    for sample in (0, 2):
+        with adapter.predictive([sample]):
+            text = adapter.model.generate(**batch, **options)
+        written = zoo.separate_passes(adapter, [sample], SIGMA, lambda: adapter.model.generate(**batch, **options))
+        assert torch.equal(text, written[0])
+        texts.append(text)
+    assert not torch.equal(texts[0], texts[1])

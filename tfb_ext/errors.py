@@ -1,0 +1,19 @@
+"""The errors that callers may want to tell apart; everything else is a ``ValueError`` or ``TypeError`` with a sentence."""
+
+from __future__ import annotations
+
+
+class TFBError(Exception):
+    """Base class of the package's own errors."""
+
+
+class UnsupportedModelError(TFBError, ValueError):
+    """The model, adapter or layer cannot be Bayesianised; the message names it, the reason and the way out."""
+
+
+class SamplingError(TFBError, RuntimeError):
+    """A forward pass inside a sampling context cannot be served; the message names the reason and the way out."""
+
+
+class ConfigError(TFBError, ValueError):
+    """``tfb_config.json`` cannot be read or does not belong to this adapter; nothing was changed."""

@@ -1,0 +1,484 @@
+"""Rows out and back: the fan that lets one unchanged model call carry many posterior samples.
+
+The caller's batch stays B rows. A pre-hook on the first random block repeats its hidden states once for every sample
+(sample-major: row ``s * B + b``), pre-hooks on it and the later blocks repeat the B-row tensors among their arguments, and
+a hook on the output head folds the rows back into B rows of ``log mean_s softmax``. Blocks below run on B rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SamplingError, UnsupportedModelError
+from .layers import SampleBatch, SamplingState, head_columns
+from .posterior import canonical_name
+
+Kind = Literal["categorical", "multi_label", "regression"]
+
+# Head outputs are made and folded in pieces of at most this many bytes, counted in float32: a vocabulary of 128k over 80
+# rows of 128 tokens would take 5 GB otherwise. One decoding step always fits into one piece.
+FOLD_BYTES = 256 * 2**20
+
+CLASSIFIER_HEADS = ("score", "classifier")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where a model's rows can be fanned and folded.
+
+    Attributes:
+        model: the transformers model inside PEFT's wrapper; its hooks see every call.
+        blocks: its transformer blocks, bottom first, and their canonical name.
+        head: the module whose output are logits, and its canonical name.
+        kind: what the logits mean: classes, independent labels, or real values.
+    """
+
+    model: Any  # a transformers.PreTrainedModel, whose attributes carry no types
+    blocks: nn.ModuleList
+    blocks_name: str
+    head: nn.Module
+    head_name: str
+    kind: Kind
+
+    def block_of(self, layer_name: str) -> int | None:
+        """Index of the block that holds the layer; the number of blocks for layers after them; ``None`` if before."""
+        if layer_name.startswith(self.blocks_name + "."):
+            return int(layer_name[len(self.blocks_name) + 1 :].split(".")[0])
+        if "embed" in layer_name.rsplit(".", 1)[-1]:
+            return None
+        return len(self.blocks)
+
+
+def find_anatomy(model: Any, lora_names: list[str]) -> Anatomy:
+    """Find blocks and head of a transformers model.
+
+    Raises:
+        UnsupportedModelError: encoder-decoder models, models whose blocks or head are not found, logits that the model
+            rescales after its head.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no transformers config; tfb_ext works on PEFT models over transformers models"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model, whose two row counts the fan does not serve yet; "
+            "use a decoder-only or encoder-only model"
+        )
+    text = config.get_text_config()
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} rescales its logits after the head ({name} = {getattr(text, name)}), so averaging "
+                "probabilities at the head would be wrong; use adapter.sampling(...) and average its outputs"
+            )
+    depth = getattr(text, "num_hidden_layers", None)
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    names = [canonical_name(name) for name in lora_names]
+    holding = [(name, m) for name, m in lists if any(n.startswith(name + ".") for n in names)] or lists[:1]
+    if len(holding) != 1:
+        found = ", ".join(name for name, _ in holding) or "none"
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected one list of {depth} transformer blocks that holds the adapter, found {found}; "
+            "use adapter.sampling(...) with rows you lay out, on a model whose blocks are one nn.ModuleList"
+        )
+    head_name, head = _find_head(model)
+    return Anatomy(model, holding[0][1], holding[0][0], head, head_name, _kind(model, head_name))
+
+
+def _find_head(model: Any) -> tuple[str, nn.Module]:
+    head = next((getattr(model, n) for n in CLASSIFIER_HEADS if isinstance(getattr(model, n, None), nn.Module)), None)
+    if head is None and hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no output head (looked for score, classifier and get_output_embeddings()); "
+            "load it with an AutoModelFor... class that has one"
+        )
+    return next(canonical_name(name) for name, m in model.named_modules() if m is head), head
+
+
+def _kind(model: Any, head_name: str) -> Kind:
+    config: Any = model.config
+    if head_name in CLASSIFIER_HEADS:
+        if config.problem_type == "multi_label_classification":
+            return "multi_label"
+        if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
+            return "regression"
+    return "categorical"
+
+
+@dataclass
+class Trunk:
+    """Hidden states at the first random block, kept per batch so that later samples and sigmas skip the blocks below.
+
+    Attributes:
+        first: the first random block they belong to.
+        device: where they are kept; ``None`` keeps them where they were made.
+    """
+
+    first: int
+    device: torch.device | None = None
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    returns_tuple: bool = False
+
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.hidden.values())
+
+
+@dataclass
+class Predictive:
+    """One sampling context as its user sees it.
+
+    Attributes:
+        batch: the samples of the context.
+        groups: number of equal groups that are averaged apart (several sigmas in one pass); the model returns group 0.
+        columns: output features to keep (label tokens), or ``None`` for all; then the model returns only these.
+        keep_samples: keep the per-sample results of the last forward.
+        folded: (groups, B, ..., V) result of the last forward: log mean probability, or the kind's own mean.
+        sample_outputs: (S, B, ..., V) per-sample log probabilities (or outputs) of the last forward, if kept.
+        key: which batch of the trunk the next forward is; ``None`` keeps no trunk.
+    """
+
+    batch: SampleBatch
+    groups: int = 1
+    columns: Tensor | None = None
+    keep_samples: bool = False
+    trunk: Trunk | None = None
+    key: int | None = None
+    folded: Tensor | None = None
+    sample_outputs: Tensor | None = None
+
+
+class Fan:
+    """The hooks of one sampling context on one model."""
+
+    def __init__(
+        self, anatomy: Anatomy, state: SamplingState, first: int, view: Predictive, check: Callable[[], None]
+    ) -> None:
+        self.anatomy = anatomy
+        self.state = state
+        self.first = first
+        self.view = view
+        self.check = check
+        self.rows = 0
+        self.repeated: list[tuple[Tensor, Tensor]] = []
+        self.pending: Tensor | None = None
+        self.bypassed: list[nn.Module] = []
+        text: Any = anatomy.model.config.get_text_config()
+        # Classification heads of the same configuration are not capped by their models.
+        capped = anatomy.head_name not in CLASSIFIER_HEADS
+        self.soft_cap: float | None = getattr(text, "final_logit_softcapping", None) if capped else None
+
+    @contextmanager
+    def open(self) -> Iterator[Predictive]:
+        anatomy, state = self.anatomy, self.state
+        text: Any = anatomy.model.config.get_text_config()
+        hooks = [
+            anatomy.model.register_forward_pre_hook(self.before_model, with_kwargs=True),
+            anatomy.model.register_forward_hook(self.after_model),
+            anatomy.head.register_forward_pre_hook(self.before_head, with_kwargs=True),
+            anatomy.head.register_forward_hook(self.after_head),
+        ]
+        for index in range(self.first, len(anatomy.blocks)):
+            hooks.append(
+                anatomy.blocks[index].register_forward_pre_hook(partial(self.before_block, index), with_kwargs=True)
+            )
+        if 0 < self.first < len(anatomy.blocks) and self.view.trunk is not None:
+            hooks.append(anatomy.blocks[self.first - 1].register_forward_hook(self.after_trunk))
+        state.batch, state.first, state.fanned = self.view.batch, self.first, False
+        if self.soft_cap is not None:
+            # The model caps after its head, on probabilities by then; the fold caps each sample's logits instead.
+            text.final_logit_softcapping = None
+        try:
+            yield self.view
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.restore_blocks()
+            state.batch, state.fanned = None, False
+            state.missed.clear()
+            if self.soft_cap is not None:
+                text.final_logit_softcapping = self.soft_cap
+
+    # The model's own call -------------------------------------------------------------------------------------------
+
+    def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.check()
+        check_packing(model, kwargs)
+        self.rows = batch_rows(args, kwargs)
+        self.repeated = []
+        self.pending = None
+        self.state.fanned = False
+        # A forward that raised and was caught may have left a piece of the batch, missed layers or bypassed blocks.
+        self.state.batch = self.view.batch
+        self.state.missed.clear()
+        self.restore_blocks()
+        if not torch.compiler.is_compiling():
+            self.follow_beams(kwargs.get("past_key_values"))
+            self.bypass_blocks()
+
+    def after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.state.fanned = False
+        self.restore_blocks()
+        if self.state.missed:
+            names = ", ".join(dict.fromkeys(self.state.missed))
+            self.state.missed.clear()
+            raise SamplingError(
+                f"the random layers {names} ran before the first random block, where all samples still share one row; "
+                "take them out of the adapter's target_modules"
+            )
+        self.check_untouched(output)
+
+    def check_untouched(self, output: Any) -> None:
+        """Refuse a language model that computes on its head's output: it would do so on log mean probabilities."""
+        logits, folded = getattr(output, "logits", None), self.view.folded
+        if torch.compiler.is_compiling() or self.anatomy.head_name in CLASSIFIER_HEADS or folded is None:
+            return
+        if not isinstance(logits, Tensor) or logits.untyped_storage().data_ptr() == folded.untyped_storage().data_ptr():
+            return
+        if not torch.equal(logits, folded[0].to(logits.dtype)):  # a copy in another type is no change
+            raise SamplingError(
+                f"{type(self.anatomy.model).__name__} changes its logits after its head, so averaging probabilities "
+                "at the head is wrong; use adapter.sampling(...) and average its outputs"
+            )
+
+    # Blocks ---------------------------------------------------------------------------------------------------------
+
+    def before_block(
+        self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if index == self.first:
+            if args:
+                args = (self.fan_out(args[0]), *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": self.fan_out(kwargs["hidden_states"])}
+        rest = tuple(self.repeat(a) for a in args[1:])
+        kwargs = {name: v if name == "hidden_states" else self.repeat(v, name) for name, v in kwargs.items()}
+        return (*args[:1], *rest), kwargs
+
+    def fan_out(self, hidden: Tensor) -> Tensor:
+        """Repeat the hidden states for every sample; this is where the trunk ends, so it is kept or put back here."""
+        view = self.view
+        if hidden.shape[0] != self.rows:
+            raise SamplingError(
+                f"the first random block got hidden states of shape {tuple(hidden.shape)} for a batch of {self.rows} rows; "
+                "this architecture does not keep rows first, so the fan cannot serve it: use adapter.sampling(...)"
+            )
+        if view.trunk is not None and view.key is not None and self.first > 0:
+            kept = view.trunk.hidden.get(view.key)
+            if kept is not None:
+                hidden = kept.to(hidden.device, non_blocking=True)
+            else:
+                view.trunk.hidden[view.key] = hidden.to(view.trunk.device or hidden.device)
+        self.state.fanned = True
+        return repeat_rows(hidden, len(view.batch))
+
+    def repeat(self, value: Any, name: str = "") -> Any:
+        """Repeat the B-row tensors in an argument; tensors of one row and of one dimension serve all rows as they are."""
+        if isinstance(value, Tensor):
+            # A single row broadcasts, but for a padding mask (rows, tokens), which some kernels index by row.
+            if value.dim() < 2 or value.shape[0] != self.rows or (self.rows == 1 and not _is_padding_mask(value, name)):
+                return value
+            for source, repeated in self.repeated:
+                if source is value:
+                    return repeated
+            repeated = repeat_rows(value, len(self.view.batch))
+            self.repeated.append((value, repeated))
+            return repeated
+        if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
+            return type(value)(self.repeat(v, name) for v in value)
+        if type(value) is dict:
+            return {k: self.repeat(v, k) for k, v in value.items()}
+        return value
+
+    # The trunk ------------------------------------------------------------------------------------------------------
+
+    def after_trunk(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.view.trunk is not None:
+            self.view.trunk.returns_tuple = isinstance(output, tuple)
+
+    def bypass_blocks(self) -> None:
+        """Turn the blocks below into the identity for this forward if their result is kept."""
+        view = self.view
+        if view.trunk is None or view.key is None or view.key not in view.trunk.hidden:
+            return
+        identity = _identity_tuple if view.trunk.returns_tuple else _identity
+        for block in list(self.anatomy.blocks)[: self.first]:
+            if "forward" in block.__dict__:  # accelerate's offloading hooks: their forward brings weights in and out
+                continue
+            block.forward = identity
+            self.bypassed.append(block)
+
+    def restore_blocks(self) -> None:
+        for block in self.bypassed:
+            block.__dict__.pop("forward", None)
+        self.bypassed = []
+
+    # The head -------------------------------------------------------------------------------------------------------
+
+    def before_head(
+        self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden = args[0]
+        if not self.state.fanned:
+            hidden = self.fan_out(hidden)
+        size = len(self.view.batch)
+        self.pending = hidden
+        if self.view.columns is not None:
+            return (hidden[:0], *args[1:]), kwargs
+        piece = self.samples_per_piece(head, hidden)
+        if piece < size:
+            self.state.batch = self.view.batch.part(0, piece)
+            hidden = hidden[: piece * self.rows]
+        return (hidden, *args[1:]), kwargs
+
+    def samples_per_piece(self, head: nn.Module, hidden: Tensor) -> int:
+        width = getattr(head, "out_features", None) or getattr(
+            self.anatomy.model.config.get_text_config(), "vocab_size", 1
+        )
+        per_sample = 4 * width * (hidden.numel() // max(hidden.shape[-1], 1)) // len(self.view.batch)
+        return max(1, min(len(self.view.batch), FOLD_BYTES // max(per_sample, 1)))
+
+    def after_head(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        view, state = self.view, self.state
+        hidden, self.pending = self.pending, None
+        assert hidden is not None
+        size = len(view.batch)
+        folding = _Folding(self.anatomy.kind, view.groups, size, view.keep_samples)
+        if view.columns is not None:
+            output = head_columns(head, hidden, view.columns)
+            piece = size
+        else:
+            piece = output.shape[0] // self.rows if self.rows else size
+        folding.add(self.capped(output), 0, self.rows)
+        try:
+            for start in range(piece, size, max(piece, 1)):
+                stop = min(start + piece, size)
+                state.batch = view.batch.part(start, stop)
+                logits = head.forward(hidden[start * self.rows : stop * self.rows])
+                folding.add(self.capped(logits), start, self.rows)
+        finally:
+            state.batch = view.batch
+        view.folded, view.sample_outputs = folding.result()
+        return view.folded[0]
+
+    def capped(self, logits: Tensor) -> Tensor:
+        if self.soft_cap is None:
+            return logits
+        return torch.tanh(logits / self.soft_cap) * self.soft_cap
+
+    # Caches ---------------------------------------------------------------------------------------------------------
+
+    def follow_beams(self, cache: Any) -> None:
+        """Beam search reorders the cache by B-row indices; the fanned layers hold S * B rows."""
+        if cache is None or not hasattr(cache, "layers") or "reorder_cache" in cache.__dict__:
+            return
+        first, size = self.first, len(self.view.batch)
+
+        def reorder_cache(beam_idx: Tensor) -> None:
+            rows = beam_idx.shape[0]
+            fanned = torch.cat([beam_idx + s * rows for s in range(size)])
+            for index, layer in enumerate(cache.layers):
+                layer.reorder_cache(beam_idx if index < first else fanned)
+
+        cache.reorder_cache = reorder_cache
+
+
+class _Folding:
+    """Running average of per-sample outputs, in float32 or better, sample groups apart."""
+
+    def __init__(self, kind: Kind, groups: int, size: int, keep: bool) -> None:
+        self.kind, self.groups, self.size, self.keep = kind, groups, size, keep
+        self.total: list[Tensor | None] = [None] * groups
+        self.samples: list[Tensor] = []
+
+    def add(self, logits: Tensor, start: int, rows: int) -> None:
+        """Take the logits (samples * rows, ..., V) of consecutive samples from ``start`` on."""
+        count = logits.shape[0] // rows if rows else self.size
+        logits = logits.reshape(count, rows, *logits.shape[1:])
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        values = self.values(logits)
+        if self.keep:
+            self.samples.append(values)
+        if self.kind == "multi_label":
+            # Probabilities of both answers, so that the logit of a mean near 1 does not overflow.
+            values = torch.stack([values, self.values(-logits)], dim=1)
+        per_group = self.size // self.groups
+        done = 0
+        while done < count:
+            group = (start + done) // per_group
+            take = min(count - done, (group + 1) * per_group - (start + done))
+            part = values[done : done + take]
+            self.total[group] = self.combine(self.total[group], part)
+            done += take
+
+    def values(self, logits: Tensor) -> Tensor:
+        if self.kind == "categorical":
+            return torch.log_softmax(logits, dim=-1)
+        return nn.functional.logsigmoid(logits) if self.kind == "multi_label" else logits
+
+    def combine(self, total: Tensor | None, part: Tensor) -> Tensor:
+        if self.kind == "regression":
+            piece = part.sum(dim=0)
+            return piece if total is None else total + piece
+        piece = torch.logsumexp(part, dim=0)
+        return piece if total is None else torch.logaddexp(total, piece)
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        total = torch.stack([t for t in self.total if t is not None])
+        per_group = self.size // self.groups
+        if self.kind == "categorical":
+            total = total - math.log(per_group)
+        elif self.kind == "multi_label":
+            total = total[:, 0] - total[:, 1]
+        else:
+            total = total / per_group
+        return total, (torch.cat(self.samples) if self.keep else None)
+
+
+def repeat_rows(value: Tensor, size: int) -> Tensor:
+    """(B, ...) -> (size * B, ...), sample-major: row ``s * B + b`` is row ``b``."""
+    return value.repeat(size, *([1] * (value.dim() - 1)))
+
+
+def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows of a transformers model call, from ``input_ids`` or ``inputs_embeds``."""
+    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args):
+        if isinstance(value, Tensor):
+            return value.shape[0]
+    raise SamplingError("the model was called without input_ids and inputs_embeds, so its number of rows is unknown")
+
+
+def check_packing(model: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse calls whose rows are not the batch's rows."""
+    if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")):
+        raise SamplingError(
+            "packed rows (cumulative sequence lengths) cannot be fanned: rows of the hidden states are not rows of the batch; "
+            "pass a padded batch with an attention_mask"
+        )
+    if getattr(model.config, "_attn_implementation", None) == "flex_attention":
+        raise SamplingError(
+            "flex attention's block mask cannot be repeated for samples; load the model with attn_implementation='sdpa'"
+        )
+
+
+def _is_padding_mask(value: Tensor, name: str) -> bool:
+    return value.dim() == 2 and "mask" in name
+
+
+def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+def _identity_tuple(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+    return (hidden_states,)

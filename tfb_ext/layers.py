@@ -1,0 +1,261 @@
+"""One LoRA layer as a sampled layer: the object in PEFT's per-adapter slot and the state all layers of an adapter share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import LoraVariant
+from torch import Tensor, nn
+
+from . import ops
+from .errors import UnsupportedModelError
+from .posterior import LayerPosterior
+
+# Exact classes whose forward is known to call the slot. A subclass may override forward, so isinstance is not enough.
+SUPPORTED_CLASSES: tuple[type[LoraLayer], ...] = (LoraLinear,)
+
+
+# PEFT's layers are nn.Modules whose attributes carry no types, so functions here take them as Any.
+
+
+def as_int64(seed: int) -> int:
+    """A 64-bit unsigned seed as the signed integer that holds the same bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Which samples one forward pass holds, in the order of its row groups.
+
+    Attributes:
+        sigma: posterior scale of each group (S,).
+        samples: sample number of each group (S,).
+        seed: 64-bit seed of the noise.
+        antithetic: sample ``2k + 1`` is minus the noise of sample ``2k``.
+    """
+
+    sigma: tuple[float, ...]
+    samples: tuple[int, ...]
+    seed: int
+    antithetic: bool
+    mode: str = "weight"
+    _tensors: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _parts: dict[tuple[int, int], SampleBatch] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """``sigma`` (S,) float32, ``samples`` (S,) int32 and ``seed`` (1,) int64 on ``device``; made once a device."""
+        if device not in self._tensors:
+            self._tensors[device] = (
+                torch.tensor(self.sigma, dtype=torch.float32, device=device),
+                torch.tensor(self.samples, dtype=torch.int32, device=device),
+                torch.tensor([as_int64(self.seed)], dtype=torch.int64, device=device),
+            )
+        return self._tensors[device]
+
+    def part(self, start: int, stop: int) -> SampleBatch:
+        """The row groups ``start:stop`` alone; they are the same samples."""
+        key = (start, stop)
+        if key not in self._parts:
+            self._parts[key] = SampleBatch(
+                self.sigma[start:stop], self.samples[start:stop], self.seed, self.antithetic, self.mode
+            )
+        return self._parts[key]
+
+
+class SamplingState:
+    """What the layers of one Bayesian adapter share: the samples of the pass in progress, if any.
+
+    Attributes:
+        batch: the row groups that the next layers see; ``None`` outside sampling contexts (the mean adapter).
+        first: index of the first random block; layers of lower blocks use the mean.
+        fanned: whether the rows are already laid out sample by sample at this point of the forward.
+        missed: random layers that ran before the fan, which the model's hook turns into an error.
+        probed: while a list, sampled layers write their names there (the check that PEFT really calls the slot).
+    """
+
+    def __init__(self) -> None:
+        self.batch: SampleBatch | None = None
+        self.first = 0
+        self.fanned = False
+        self.missed: list[str] = []
+        self.probed: list[str] | None = None
+
+
+class TFBVariant(LoraVariant):
+    """Sits in ``layer.lora_variant[adapter]``: the plain adapter outside sampling, ``U (M + sigma E_k) x`` inside it."""
+
+    def __init__(self, state: SamplingState, posterior: LayerPosterior, adapter: str, block: int) -> None:
+        self.state = state
+        self.adapter = adapter
+        self.name = posterior.name
+        self.layer = posterior.layer
+        self.rank = posterior.rank
+        self.block = block
+
+    @property
+    def basis_buffer(self) -> str:
+        return f"tfb_basis_{self.adapter}"
+
+    @property
+    def mean_buffer(self) -> str:
+        return f"tfb_mean_{self.adapter}"
+
+    def attach(self, module: Any, posterior: LayerPosterior) -> None:
+        """Put the posterior beside the adapter's weights (buffers that no checkpoint holds) and take the slot."""
+        device = module.lora_A[self.adapter].weight.device
+        # A name with dots would be refused by register_buffer; PEFT refuses such adapter names itself.
+        module.register_buffer(self.basis_buffer, posterior.basis.to(device), persistent=False)
+        module.register_buffer(self.mean_buffer, posterior.mean.to(device), persistent=False)
+        module.lora_variant[self.adapter] = self
+
+    def detach(self, module: Any) -> None:
+        if module.lora_variant.get(self.adapter) is self:
+            del module.lora_variant[self.adapter]
+        for name in (self.basis_buffer, self.mean_buffer):
+            if name in module._buffers:
+                delattr(module, name)
+
+    # PEFT declares these as static methods and calls them on the object in the slot; ours needs its state.
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        if not self.sampling():
+            return self.plain(module, x, result)
+        if self.state.probed is not None:
+            self.state.probed.append(self.name)
+        return self.sampled(module, x, result)
+
+    def sampling(self) -> bool:
+        """Whether this layer is random at this point of the forward."""
+        state = self.state
+        if state.batch is None or self.block < state.first:
+            return False
+        if not state.fanned:
+            state.missed.append(self.name)
+            return False
+        return True
+
+    def plain(self, module: Any, x: Tensor, result: Tensor) -> Tensor:
+        """PEFT's own arithmetic, operation by operation, so that the mean stays bit-identical."""
+        lora_a, lora_b = module.lora_A[self.adapter], module.lora_B[self.adapter]
+        x = module.lora_dropout[self.adapter](x.to(lora_a.weight.dtype))
+        return result + lora_b(lora_a(x)) * module.scaling[self.adapter]
+
+    def sampled(self, module: Any, x: Tensor, result: Tensor, columns: Tensor | None = None) -> Tensor:
+        """``result + s U (M + sigma_k E_k) x`` for rows in the state's groups; ``columns`` picks output features."""
+        batch = self.state.batch
+        assert batch is not None
+        sigma, samples, seed = batch.tensors(x.device)
+        scaling = module.scaling[self.adapter]  # the layer's own: PEFT's rescaling helpers change it
+        mean, basis = getattr(module, self.mean_buffer), getattr(module, self.basis_buffer)
+        bias = module.lora_B[self.adapter].bias
+        if columns is not None:
+            basis = basis.index_select(0, columns)
+            bias = None if bias is None else bias.index_select(0, columns)
+        rows = x.reshape(-1, x.shape[-1]).to(result.dtype)
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        z = ops.shrink(rows, mean, sigma, samples, seed, self.layer, batch.mode, batch.antithetic)
+        y = result.reshape(-1, result.shape[-1])
+        ops.expand_(y, z, basis, scaling)
+        if bias is not None:
+            y += (bias * scaling).to(y.dtype)
+        return y.view(result.shape)
+
+    # The adapter's own weights are untouched, so merging is the mean's, as PEFT does it without a variant.
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+def check_layer(name: str, module: Any, adapter: str) -> None:
+    """Refuse a layer that cannot carry a posterior, naming it, the reason and the way out; changes nothing."""
+
+    def refuse(reason: str, way_out: str) -> None:
+        raise UnsupportedModelError(f"layer {name!r} ({type(module).__name__}): {reason}; {way_out}")
+
+    variant = module.lora_variant.get(adapter)
+    if isinstance(variant, TFBVariant):
+        refuse(f"adapter {adapter!r} is Bayesian already", "call unload() on its BayesianAdapter first")
+    if variant is not None:
+        refuse(
+            f"adapter {adapter!r} uses PEFT's {type(variant).__name__}, which owns the slot the posterior needs",
+            "only plain LoRA (with rsLoRA, rank patterns, lora_bias, PiSSA, OLoRA, LoftQ) has a TFB posterior",
+        )
+    if type(module) not in SUPPORTED_CLASSES:
+        refuse(
+            "this kind of LoRA layer is not supported",
+            f"supported: {', '.join(cls.__module__ + '.' + cls.__name__ for cls in SUPPORTED_CLASSES)}; "
+            "train the adapter without this module in target_modules",
+        )
+    if module.merged:
+        refuse(f"adapters {module.merged_adapters} are merged into the weights", "call unmerge_adapter() first")
+    for part in (module.lora_A[adapter], module.lora_B[adapter]):
+        if type(part.weight).__name__ == "DTensor":
+            refuse("its adapter weight is a DTensor shard", "gather the adapter's weights first")
+
+
+def head_columns(module: Any, hidden: Tensor, columns: Tensor) -> Tensor:
+    """Rows ``columns`` of the output head applied to ``hidden`` (..., n) -> (..., len(columns)).
+
+    Only those rows of the weight are multiplied where the head is a linear layer, with or without an adapter.
+    """
+    columns = columns.to(hidden.device)
+    if "forward" in module.__dict__:  # accelerate's offloading brings the weights in for the length of a forward only
+        return module.forward(hidden).index_select(-1, columns)
+    if type(module) is nn.Linear:
+        return _linear_rows(module, hidden, columns)
+    if type(module) is LoraLinear and type(module.base_layer) is nn.Linear and not module.disable_adapters:
+        active = [name for name in module.active_adapters if name in module.lora_A]
+        if not module.merged and all(isinstance(module.lora_variant.get(name), TFBVariant) for name in active):
+            result = _linear_rows(module.base_layer, hidden, columns)
+            for name in active:
+                variant: Any = module.lora_variant[name]
+                if variant.sampling():
+                    result = variant.sampled(module, hidden, result, columns)
+                else:
+                    a, b = module.lora_A[name], module.lora_B[name]
+                    low = a(hidden.to(a.weight.dtype))
+                    result = result + _linear_rows(b, low, columns).to(result.dtype) * module.scaling[name]
+            return result
+    return module.forward(hidden).index_select(-1, columns)
+
+
+def _linear_rows(linear: Any, x: Tensor, rows: Tensor) -> Tensor:
+    bias = None if linear.bias is None else linear.bias.index_select(0, rows)
+    return nn.functional.linear(x, linear.weight.index_select(0, rows), bias)
+
+
+def disable_input_casts(modules: Sequence[Any], adapter: str) -> Callable[[], None]:
+    """Stop PEFT from casting activations to the adapter's type before we see them; returns the undo.
+
+    PEFT keeps adapters in float32 under a bfloat16 base. A layer with a second active adapter keeps its cast, which that
+    adapter's plain arithmetic relies on.
+    """
+    changed: list[tuple[Any, Any]] = []
+    for module in modules:
+        if [name for name in module.active_adapters if name in module.lora_A] == [adapter]:
+            changed.append((module, module.__dict__.get("cast_input_dtype_enabled")))
+            module.cast_input_dtype_enabled = False
+
+    def undo() -> None:
+        for module, before in changed:
+            if before is None:
+                module.__dict__.pop("cast_input_dtype_enabled", None)
+            else:
+                module.cast_input_dtype_enabled = before
+
+    return undo

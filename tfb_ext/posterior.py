@@ -1,0 +1,154 @@
+"""The low-rank Gaussian over one adapter matrix, in canonical form.
+
+A LoRA layer adds ``s B A`` to its weight, ``B`` (m, r), ``A`` (r, n). The Training-Free Bayesianization posterior
+(Shi et al., NeurIPS 2025, equation 5 and Theorem 4.1) is, with ``B = U diag(d) V^T``,
+
+    dW_k = s U (M + sigma E_k),   M = U^T B A (rank, n),   E_k ~ N(0, 1)
+
+because the division by ``d`` in the paper's ``Omega = sigma / d`` meets a multiplication by ``d`` in ``B'``. Only the
+range of ``B`` matters for the distribution. The individual samples depend on the basis of it, so the basis here is the
+one that every machine agrees on: Gram-Schmidt on the columns of ``B`` in their order, positive diagonal, float64, CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedModelError
+
+_WRAPPERS = ("base_model.model.", "_orig_mod.")
+
+
+def canonical_name(name: str) -> str:
+    """The module's name in the base model: PEFT's and ``torch.compile``'s wrappers are taken out of it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def layer_id(name: str) -> int:
+    """The noise counter's word for a layer: CRC-32 of its canonical name (unsigned 32-bit)."""
+    return zlib.crc32(canonical_name(name).encode("utf-8"))
+
+
+def unique_layer_ids(names: Iterable[str]) -> dict[str, int]:
+    """``layer_id`` of every name; two names with one CRC-32 would share their noise, so that is an error."""
+    ids: dict[str, int] = {}
+    owner: dict[int, str] = {}
+    for name in names:
+        number = layer_id(name)
+        if number in owner and owner[number] != name:
+            raise UnsupportedModelError(
+                f"layers {owner[number]!r} and {name!r} have the same noise number {number:#010x} (CRC-32 of the name) and "
+                "would draw the same noise; rename one of the modules, or Bayesianise fewer layers with depth="
+            )
+        owner[number] = name
+        ids[name] = number
+    return ids
+
+
+@dataclass(frozen=True)
+class LayerPosterior:
+    """The posterior of one layer's adapter weight, without sigma.
+
+    Attributes:
+        name: canonical module name.
+        layer: the noise counter's word for it (CRC-32 of the name).
+        basis: ``U`` (m, rank), float32, orthonormal columns spanning the range of ``B``.
+        mean: ``M`` (rank, n), float32.
+        singular_values: ``d`` (rank,), float64, of ``B``, descending: for reports and for the paper's ``Omega``.
+        scaling: LoRA's ``s``.
+    """
+
+    name: str
+    layer: int
+    basis: Tensor
+    mean: Tensor
+    singular_values: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.mean.shape[0]
+
+    def omega(self, sigma: float) -> Tensor:
+        """Standard deviations ``sigma / d_i`` (rank,) of the rows of the paper's ``A'`` (equation 5), float64."""
+        return sigma / self.singular_values
+
+
+def orthonormal_basis(b: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram-Schmidt basis of the range of ``b`` (m, r) and its singular values.
+
+    Returns ``U`` (m, rank) and ``d`` (rank,), float64 on the CPU. Singular values ``<= max(m, r) eps(float32) d_max``
+    count as zero; as many columns of ``b``, those that add least to the ones before them, bring no direction.
+
+    Raises:
+        ValueError: ``b`` is all zero (nothing was learnt) or not finite.
+    """
+    b64 = b.detach().to("cpu", torch.float64)
+    if not torch.isfinite(b64).all():
+        raise ValueError("B holds NaN or infinite values")
+    if b64.numel() == 0 or not b64.any():
+        raise ValueError("B is all zero: its range is empty, so the posterior has no direction to vary in")
+    q, upper = torch.linalg.qr(b64)
+    d = torch.linalg.svdvals(upper)
+    tolerance = max(b64.shape) * torch.finfo(torch.float32).eps * float(d[0])
+    rank = int((d > tolerance).sum())
+    if rank == b64.shape[1]:
+        return q * upper.diagonal().sign(), d
+    kept = _independent_columns(b64, rank)
+    q, upper = torch.linalg.qr(b64[:, kept])
+    return q * upper.diagonal().sign(), d[:rank].clone()
+
+
+def _independent_columns(b: Tensor, rank: int) -> list[int]:
+    """The ``rank`` columns, in order, that add most to the span of the columns before them."""
+    residuals: dict[int, float] = {}
+    basis = b.new_zeros(b.shape[0], 0)
+    for j in range(b.shape[1]):
+        v = b[:, j]
+        # Twice is enough (Kahan, Parlett): the second pass removes what rounding left of the first.
+        for _ in range(2):
+            v = v - basis @ (basis.T @ v)
+        residuals[j] = float(v.norm())
+        # What is only rounding must not enter the basis: its direction is noise and would hide a later column.
+        if residuals[j] > b.shape[0] * torch.finfo(torch.float64).eps * float(b[:, j].norm()):
+            basis = torch.cat([basis, (v / residuals[j])[:, None]], dim=1)
+    return sorted(sorted(residuals, key=lambda j: -residuals[j])[:rank])
+
+
+def layer_posterior(name: str, a: Tensor, b: Tensor, scaling: float) -> LayerPosterior:
+    """Canonical form of the layer ``name`` with adapter ``a`` (r, n), ``b`` (m, r) and LoRA scaling ``scaling``.
+
+    Raises:
+        UnsupportedModelError: weights on the ``meta`` device, all-zero or non-finite weights, zero or non-finite scaling;
+            the message names the layer.
+    """
+    name = canonical_name(name)
+    if a.is_meta or b.is_meta:
+        raise UnsupportedModelError(
+            f"layer {name!r}: its adapter weights are on the meta device (offloaded); Bayesianise before dispatching or "
+            "offloading the model"
+        )
+    if b.shape[1] != a.shape[0]:
+        raise UnsupportedModelError(f"layer {name!r}: lora_B {tuple(b.shape)} and lora_A {tuple(a.shape)} do not chain")
+    if not math.isfinite(scaling) or scaling == 0:
+        raise UnsupportedModelError(f"layer {name!r}: LoRA scaling is {scaling}, expected a finite non-zero number")
+    a64 = a.detach().to("cpu", torch.float64)
+    if not torch.isfinite(a64).all():
+        raise UnsupportedModelError(f"layer {name!r}: lora_A holds NaN or infinite values; the adapter file is damaged")
+    try:
+        basis, d = orthonormal_basis(b)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"layer {name!r}: lora_{error}; train the adapter first, or take the layer out of the adapter's target_modules"
+        ) from None
+    # (U^T B) A, never B A: that one has the full weight's size, 5 GB for a head of 150k rows.
+    mean = ((basis.T @ b.detach().to("cpu", torch.float64)) @ a64).float().contiguous()
+    return LayerPosterior(name, layer_id(name), basis.float().contiguous(), mean, d, float(scaling))

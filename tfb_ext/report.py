@@ -1,0 +1,265 @@
+"""Pictures and a one-file report: reliability diagrams, the trace of a search, HTML that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .files import write_atomically
+from .metrics import BINS, check, evaluate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .search import SigmaSearch
+
+INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+BLUE, RED, GREEN = "#2f6db3", "#d64545", "#2d8a5f"
+AXIS_NAMES = {"nll": "NLL (nats)", "accuracy": "accuracy", "flips": "changed predictions"}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report: every cell is a text already, the first column names the row."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Items of one set by the confidence of their prediction, in bins of equal width over [0, 1].
+
+    Attributes:
+        counts: (bins,) items in each bin.
+        confidence, accuracy: (bins,) means over the items of the bin; NaN where it is empty.
+    """
+
+    counts: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+
+def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reliability:
+    """Bin items by the probability of their most probable class.
+
+    A confidence on an inner edge counts in the bin above it, 1.0 in the last one.
+
+    Args:
+        probabilities: (N, C).
+        labels: (N,) integers.
+
+    Raises:
+        ValueError: as ``metrics.evaluate``.
+    """
+    check(probabilities, labels)
+    confidence, predicted = probabilities.double().max(1)
+    index = (confidence * bins).long().clamp_max(bins - 1)
+    counts = torch.bincount(index, minlength=bins)
+    hits = torch.bincount(index, weights=(predicted == labels).double(), minlength=bins)
+    mass = torch.bincount(index, weights=confidence, minlength=bins)
+    return Reliability(counts.cpu(), (mass / counts).cpu(), (hits / counts).cpu())
+
+
+def reliability_diagram(panels: Mapping[str, tuple[Tensor, Tensor]], path: str | Path) -> None:
+    """Draw accuracy against confidence, one panel for each set of predictions, side by side, as a PNG file.
+
+    Blue bars are the accuracy in a bin of confidence, hatched red the gap to the mean confidence there: above the bar
+    the model is surer than right. Below each panel stands the share of items in each bin.
+
+    Args:
+        panels: name -> (probabilities (N, C), labels (N,)).
+        path: the file to write; its folder is made.
+
+    Raises:
+        ValueError: no panels, or as ``metrics.evaluate``.
+    """
+    if not panels:
+        raise ValueError("panels: {}; expected at least one name with its probabilities and labels")
+    width = 4.2 * len(panels) + 0.6
+    figure = _figure(width, 5.2)
+    grid = figure.add_gridspec(2, len(panels), height_ratios=(3.4, 1), hspace=0.08, wspace=0.18)
+    share = None
+    for column, (name, (probabilities, labels)) in enumerate(panels.items()):
+        bins = reliability(probabilities, labels)
+        metrics = evaluate(probabilities, labels)
+        upper = figure.add_subplot(grid[0, column])
+        lower = figure.add_subplot(grid[1, column], sharex=upper, sharey=share)
+        share = share or lower
+        _draw_gaps(upper, bins)
+        _draw_counts(lower, bins, metrics.items)
+        upper.set_title(f"{name}\nECE {metrics.ece:.1%},  accuracy {metrics.accuracy:.1%}", fontsize=11, color=INK)
+        upper.tick_params(labelbottom=False)
+        if column == 0:
+            upper.set_ylabel("accuracy")
+            upper.legend(loc="upper left", frameon=False, fontsize=9)
+            lower.set_ylabel("share of items")
+        else:
+            upper.tick_params(labelleft=False)
+            lower.tick_params(labelleft=False)
+    _write(figure, path)
+
+
+def search_trace(search: SigmaSearch, path: str | Path) -> None:
+    """Draw the metric of a search against sigma (log scale) as a PNG file.
+
+    Shown are every sigma tried with the standard error of its change from the mean adapter, the mean adapter's own
+    value, the band of values within the tolerance (where the objective is a tolerance) and the sigma chosen.
+
+    Raises:
+        ValueError: the search tried no sigma.
+    """
+    tried = search.evaluations
+    if not tried:
+        raise ValueError("search: it has no evaluations; expected at least one")
+    figure = _figure(7.2, 4.4)
+    axes = figure.add_subplot()
+    _plain(axes)
+    axes.set_xscale("log")
+    axes.errorbar(
+        [e.sigma for e in tried],
+        [e.value for e in tried],
+        [e.standard_error for e in tried],
+        color=BLUE,
+        lw=1.4,
+        marker="o",
+        ms=4.5,
+        elinewidth=1,
+        capsize=2,
+        label="tried, with the standard error of the change",
+    )
+    start = search.baseline.value
+    low, high = axes.get_ylim()
+    low, high = min(low, start), max(high, start)
+    minimum = search.objective == "minimum"
+    if not minimum:
+        bottom, top = search.band
+        low, high = min(low, bottom) if isfinite(bottom) else low, max(high, top) if isfinite(top) else high
+        axes.axhspan(max(bottom, low), min(top, high), color=GREEN, alpha=0.16, lw=0, label="within the tolerance")
+    axes.axhline(start, color=MUTED, lw=1, ls="--", label="mean adapter (sigma = 0)")
+    axes.axvline(search.sigma, color=RED, lw=1.4, label=f"chosen: sigma = {search.sigma:.3g}")
+    axes.set_ylim(low, high)
+    axes.set_xlabel("posterior scale sigma")
+    axes.set_ylabel(f"{AXIS_NAMES[search.metric]} on {search.anchors} anchors")
+    bound = "" if search.metric == "flips" else f", {search.bound}"
+    rule = "lowest NLL" if minimum else f"{search.metric}, {search.tolerance:.2%} tolerance{bound}"
+    axes.set_title(f"Search for sigma: {rule}", fontsize=11, color=INK)
+    axes.legend(frameon=False, fontsize=9)
+    _write(figure, path)
+
+
+def html_report(
+    path: str | Path,
+    title: str,
+    tables: Sequence[Table],
+    images: Mapping[str, str | Path],
+    facts: Mapping[str, str],
+) -> None:
+    """Write one HTML file that holds everything: style, tables and pictures. It loads nothing and runs no script.
+
+    Args:
+        path: the file to write; its folder is made.
+        tables: shown first, in their order.
+        images: caption -> PNG file.
+        facts: name -> value, shown last: versions, the device, the exact command.
+
+    Raises:
+        ValueError: a table's row is not as long as its header, or an image is no PNG.
+    """
+    import jinja2
+
+    for table in tables:
+        for row in table.rows:
+            if len(row) != len(table.columns):
+                raise ValueError(
+                    f"table {table.title!r}: row {list(row)!r} has {len(row)} cells; expected {len(table.columns)}, "
+                    f"one for each of {list(table.columns)!r}"
+                )
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    pictures = [(caption, _base64_png(Path(image))) for caption, image in images.items()]
+    page = environment.get_template("report.html").render(title=title, tables=tables, images=pictures, facts=facts)
+    write_atomically(Path(path), page)
+
+
+def _base64_png(path: Path) -> str:
+    content = path.read_bytes()
+    if not content.startswith(PNG_SIGNATURE):
+        raise ValueError(f"image {path}: begins with {content[:8]!r}; expected a PNG file")
+    return base64.b64encode(content).decode("ascii")
+
+
+def _draw_gaps(axes: Axes, bins: Reliability) -> None:
+    width = 1 / len(bins.counts)
+    centres = [(i + 0.5) * width for i in range(len(bins.counts))]
+    filled = [i for i, count in enumerate(bins.counts.tolist()) if count]
+    accuracy, confidence = bins.accuracy.tolist(), bins.confidence.tolist()
+    axes.bar(
+        [centres[i] for i in filled],
+        [accuracy[i] for i in filled],
+        width * 0.92,
+        color=BLUE,
+        label="accuracy",
+        zorder=2,
+    )
+    axes.bar(
+        [centres[i] for i in filled],
+        [confidence[i] - accuracy[i] for i in filled],
+        width * 0.92,
+        bottom=[accuracy[i] for i in filled],
+        color="#f6dcdc",
+        edgecolor=RED,
+        hatch="////",
+        lw=0.8,
+        label="gap to the confidence",
+        zorder=3,
+    )
+    axes.plot([0, 1], [0, 1], color=INK, lw=1, ls="--", zorder=4, label="perfectly calibrated")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    _plain(axes)
+
+
+def _draw_counts(axes: Axes, bins: Reliability, items: int) -> None:
+    width = 1 / len(bins.counts)
+    axes.bar(
+        [(i + 0.5) * width for i in range(len(bins.counts))], (bins.counts / items).tolist(), width * 0.92, color=MUTED
+    )
+    axes.set_xlabel(f"confidence ({items} items)")
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    axes.set_axisbelow(True)
+    axes.grid(color=GRID, lw=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure with its own Agg canvas: the caller's pyplot state and backend stay as they are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=160)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", bbox_inches="tight", facecolor="white")
