@@ -19,8 +19,7 @@
 namespace tfb {
 
 TORCH_LIBRARY(tfb_ext, m) {
-  m.def(
-      "noise(int r, int n, int seed, int layer, int sample, Device device, bool antithetic=False) -> Tensor");
+  m.def("noise(int r, int n, int seed, int layer, int sample, Device device, bool antithetic=False) -> Tensor");
   m.def(
       "shrink(Tensor x, Tensor mean, Tensor sigma, Tensor samples, Tensor seed, int layer, str mode=\"weight\", "
       "bool antithetic=False) -> Tensor");

@@ -22,9 +22,10 @@ inline void check_device(const char* op, const char* name, const at::Tensor& ten
 }
 
 // A vector of one number per sample (or a single one), read as it lies.
-inline void check_vector(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type, int64_t length,
-                         const char* meaning) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == type, op, ": ", name, " has type ", tensor.scalar_type(), ", expected ", type);
+inline void check_vector(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type,
+                         int64_t length, const char* meaning) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, op, ": ", name, " has type ", tensor.scalar_type(), ", expected ",
+                   type);
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == length, op, ": ", name, " has shape ", tensor.sizes(),
                     ", expected [", length, "] (", meaning, ")");
   TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got stride ", tensor.strides());
@@ -68,13 +69,13 @@ inline void check_noise(int64_t r, int64_t n, int64_t layer, int64_t sample) {
                     ", expected 0 to 2**31 - 1");
 }
 
-inline void check_shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma, const at::Tensor& samples,
-                         const at::Tensor& seed, int64_t layer, std::string_view mode) {
+inline void check_shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma,
+                         const at::Tensor& samples, const at::Tensor& seed, int64_t layer, std::string_view mode) {
   check_rows("shrink", "x", x);
   check_weight("shrink", "mean", mean, x, "x");
   check_noise_size("shrink", mean.size(0), mean.size(1));
-  TORCH_CHECK_VALUE(mean.size(1) == x.size(1), "shrink: x has ", x.size(1), " columns, but mean has shape ", mean.sizes(),
-                    "; expected mean (r, ", x.size(1), ")");
+  TORCH_CHECK_VALUE(mean.size(1) == x.size(1), "shrink: x has ", x.size(1), " columns, but mean has shape ",
+                    mean.sizes(), "; expected mean (r, ", x.size(1), ")");
   TORCH_CHECK_VALUE(samples.dim() == 1, "shrink: samples has shape ", samples.sizes(),
                     ", expected one dimension (one sample index per group of rows)");
   const int64_t groups = samples.size(0);

@@ -1,9 +1,11 @@
 // Box-Muller by the contract of the noise: two words (a, b) give
-//   radius = sqrt(-2 ln u_a),  angle = 2 pi u_b,  u = (w + 0.5) 2^-32;  first radius cos(angle), then radius sin(angle).
+//   radius = sqrt(-2 ln u_a),  angle = 2 pi u_b,  u = (w + 0.5) 2^-32;  first radius cos(angle), then radius
+//   sin(angle).
 // Device and host may differ by their fast arithmetic; each stays within 1e-5 of the contract evaluated in float64.
 //
 // Two places need care, because |z| goes to 6.7:
-// * u near 1. float32(u) rounds to 1 and the logarithm's absolute error is amplified by the square root. There both sides
+// * u near 1. float32(u) rounds to 1 and the logarithm's absolute error is amplified by the square root. There both
+// sides
 //   start from v = 1 - u = (~w + 0.5) 2^-32, which float32 holds to full relative precision: -ln u = -log1p(-v).
 // * the angle. In turns, t = int32(w) 2^-32 + 2^-33 lies in [-0.5, 0.5) and has the same sine and cosine as u_b.
 #pragma once
@@ -23,8 +25,8 @@ __device__ __forceinline__ float approximate_sqrt(float x) {
   return root;
 }
 
-// lg2.approx is off by up to 2^-22 for u in (0.5, 2), so the radius by up to 2^-22 / radius. Below v = 2^-6 (radius 0.18)
-// the series takes over; its first dropped term is v^3 / 4 <= 1e-6 of the sum.
+// lg2.approx is off by up to 2^-22 for u in (0.5, 2), so the radius by up to 2^-22 / radius. Below v = 2^-6 (radius
+// 0.18) the series takes over; its first dropped term is v^3 / 4 <= 1e-6 of the sum.
 constexpr uint32_t kSeriesBelow = 1u << 26;
 
 __device__ __forceinline__ void box_muller(uint32_t word_a, uint32_t word_b, float& first, float& second) {
@@ -49,9 +51,9 @@ __device__ __forceinline__ void normals4(uint32_t column_block, uint32_t row, ui
 
 #else
 
-// -2 ln(1 + f) / f on [-0.25, 0.5], relative error 1.8e-7; sin(2 pi s) / s in s^2 on |s| <= 0.25, absolute error 3.4e-9.
-// Both are minimax fits; tests/test_ops.py holds the result to the contract.
-constexpr float kLogTerms[] = {-2.000000294e+00f, 1.000004305e+00f,  -6.665952924e-01f, 4.995358186e-01f,
+// -2 ln(1 + f) / f on [-0.25, 0.5], relative error 1.8e-7; sin(2 pi s) / s in s^2 on |s| <= 0.25, absolute
+// error 3.4e-9. Both are minimax fits; tests/test_ops.py holds the result to the contract.
+constexpr float kLogTerms[] = {-2.000000294e+00f, 1.000004305e+00f, -6.665952924e-01f, 4.995358186e-01f,
                                -4.021606699e-01f, 3.474444439e-01f, -2.826373146e-01f, 1.329212016e-01f};
 constexpr float kSineTerms[] = {6.283185160e+00f, -4.134165503e+01f, 8.160100407e+01f, -7.654978229e+01f,
                                 3.953670605e+01f};
@@ -60,7 +62,8 @@ constexpr float kSineTerms[] = {6.283185160e+00f, -4.134165503e+01f, 8.160100407
 // square root of a Float.
 template <class Float, class Word, class Int, class Root>
 TFB_HOST_DEVICE void box_muller(Word word_a, Word word_b, Root root, Float& first, Float& second) {
-  // Upper half of the words: `half` is 1 - u, else u. Below 2^31 a signed conversion is exact about the sign on every ISA.
+  // Upper half of the words: `half` is 1 - u, else u. Below 2^31 a signed conversion is exact about the sign on every
+  // ISA.
   const Int upper = (Int)word_a >> 31;
   const Int folded = (Int)word_a ^ upper;
   const Float half = __builtin_convertvector(folded, Float) * kTwoToMinus32 + kTwoToMinus33;

@@ -1,6 +1,6 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11): the one source of
-// random bits, compiled by the host compiler and by nvcc. The rounds are written over a `Lanes` trait, so that one scalar
-// word, a GPU thread and a vector register of the CPU all run the same text.
+// random bits, compiled by the host compiler and by nvcc. The rounds are written over a `Lanes` trait, so that one
+// scalar word, a GPU thread and a vector register of the CPU all run the same text.
 #pragma once
 
 #include <cstdint>

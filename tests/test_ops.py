@@ -310,7 +310,8 @@ def test_infinities_stay_in_their_row(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "m", "r"), [(1, 1, 1), (5, 7, 3), (64, 128, 8), (17, 1031, 16), (70, 300, 31), (33, 520, 64), (9, 40, 136)]
+    ("tokens", "m", "r"),
+    [(1, 1, 1), (5, 7, 3), (64, 128, 8), (17, 1031, 16), (70, 300, 31), (33, 520, 64), (9, 40, 136)],
 )
 def test_expand_numerics(device: torch.device, tokens: int, m: int, r: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(tokens * m + r)
@@ -379,7 +380,6 @@ def test_fake_tensors_have_the_results_shape() -> None:
 
 
 # errors
-
 
 
 def shrink_arguments() -> dict:

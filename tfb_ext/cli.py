@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"the command line needs typer and rich ({error}): pip install 'tfb_ext[cli]'") from None
@@ -470,13 +471,17 @@ def main() -> None:
     except (TFBError, ValueError, ImportError, OSError) as error:
         if os.environ.get("TFB_EXT_DEBUG"):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {_escape(str(error))}", highlight=False)
-        raise SystemExit(1) from None
+        _stop(error)
+    except RuntimeError as error:
+        import torch  # not above: it takes seconds that --help need not wait for
+
+        if os.environ.get("TFB_EXT_DEBUG") or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        _stop(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _stop(error: Exception) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    raise SystemExit(1) from None

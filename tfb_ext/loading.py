@@ -39,7 +39,10 @@ def pick_device(name: str = "auto") -> torch.device:
     """``auto`` is the GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r}, expected auto, cpu, cuda, cuda:1, ...") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: torch sees no GPU; use --device cpu")
     return device
@@ -77,16 +80,12 @@ def load_adapter(
     config = _adapter_config(folder)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
-    from peft import PeftModel
+    from .demo.assets import BASE_MODEL, load_base
 
-    if base is None and config.get("base_model_name_or_path") == "SmolLM2-135M-Instruct":
-        from .demo.assets import load_base
-
+    if base is None and config.get("base_model_name_or_path") == BASE_MODEL:
         model: Any
         model, tokenizer = load_base(place, kind)
-        return Loaded(
-            PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer, False, folder, "SmolLM2-135M-Instruct"
-        )
+        return Loaded(_attach(model, folder, BASE_MODEL), tokenizer, False, folder, BASE_MODEL)
 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -108,8 +107,20 @@ def load_adapter(
         model.config.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
-    peft = PeftModel.from_pretrained(model.to(place), str(folder)).eval()
-    return Loaded(peft, tokenizer, task == "SEQ_CLS", folder, str(name))
+    return Loaded(_attach(model.to(place), folder, str(name)), tokenizer, task == "SEQ_CLS", folder, str(name))
+
+
+def _attach(model: Any, folder: Path, base: str) -> PeftModel:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except RuntimeError as error:  # load_state_dict's, a line for each weight
+        lines = str(error).splitlines()
+        raise UnsupportedModelError(
+            f"{folder}: the adapter does not fit the base model {base} ({lines[min(1, len(lines) - 1)].strip()}); pass the model "
+            "it was trained on with --base, and for a classifier as many choices as it has classes"
+        ) from None
 
 
 def versions() -> dict[str, str]:
@@ -135,4 +146,10 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UnsupportedModelError(f"{folder} holds no adapter_config.json; expected a PEFT adapter folder, or 'demo'")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModelError(f"{path} is not valid JSON ({error}); restore it") from None
+    if not isinstance(config, dict):
+        raise UnsupportedModelError(f"{path} holds a {type(config).__name__}, expected a JSON object; restore it")
+    return config

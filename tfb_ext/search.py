@@ -567,8 +567,8 @@ def _grid(tried: _Tried, plan: _Plan) -> tuple[float, tuple[float, float], str]:
     grid = tried.evaluate(_log_grid(low, high, plan.steps))
     while plan.widen and grid[-1].satisfied:
         if high >= LARGEST:
-            return high, (low, high), f"every sigma up to the largest allowed ({LARGEST:g}) holds the tolerance"
-        more = [s for s in (min(2 * high, LARGEST), min(4 * high, LARGEST))]
+            return high, (low, high), f"the largest sigma allowed ({LARGEST:g}) holds the tolerance"
+        more = [min(2 * high, LARGEST), min(4 * high, LARGEST)]
         grid += tried.evaluate(sorted(set(more)))
         high = more[-1]
     while plan.widen and not any(e.satisfied for e in grid):
@@ -581,7 +581,11 @@ def _grid(tried: _Tried, plan: _Plan) -> tuple[float, tuple[float, float], str]:
     if last is None:
         return low, (low, high), f"no sigma of the grid holds the tolerance; this is its lower bound ({low:g})"
     if last == len(grid) - 1:
-        return high, (low, high), f"the largest sigma of the grid holds the tolerance; this is its upper bound ({high:g})"
+        return (
+            high,
+            (low, high),
+            f"the largest sigma of the grid holds the tolerance; this is its upper bound ({high:g})",
+        )
     below, above = grid[last], grid[last + 1]
     between = _crossing(below, above, tried, plan)
     if between is not None and tried.one(between).satisfied:
@@ -636,7 +640,8 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation(fields: dict[str, Any]) -> Evaluation:
-    return Evaluation(**{name: math.nan if value is None else value for name, value in fields.items()})
+    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in fields.items()}
+    return Evaluation(**known)
 
 
 def _nll(logs: Tensor, target: Tensor) -> Tensor:

@@ -63,8 +63,3 @@ TFB_INLINE void store_some(typename Type::Element* target, FloatVector value, in
   Type::store(copy, value);
   __builtin_memcpy(target, copy, static_cast<size_t>(count) * sizeof(copy[0]));
 }
-
-template <class Type>
-TFB_INLINE float load_one(const void* source, int64_t index) {
-  return load_some<Type>(static_cast<const typename Type::Element*>(source) + index, 1)[0];
-}

@@ -20,7 +20,12 @@ static void load_basis(const ExpandParams& p, float* transposed) {
 template <class Type, int tokens>
 TFB_INLINE void expand_tile(const ExpandParams& p, const float* transposed, float* z, int64_t token) {
   for (int t = 0; t < tokens; ++t) {
-    for (int64_t i = 0; i < p.r; ++i) z[i * tokens + t] = p.scaling * load_one<Type>(p.z, (token + t) * p.z_stride + i);
+    const auto* row = static_cast<const typename Type::Element*>(p.z) + (token + t) * p.z_stride;
+    for (int64_t i = 0; i < p.r; i += kLanes) {
+      const int64_t count = p.r - i < kLanes ? p.r - i : kLanes;
+      const FloatVector values = p.scaling * load_some<Type>(row + i, count);
+      for (int64_t lane = 0; lane < count; ++lane) z[(i + lane) * tokens + t] = values[lane];
+    }
   }
   auto* y = static_cast<typename Type::Element*>(p.y) + token * p.y_stride + p.column0;
   const int64_t columns = p.column1 - p.column0;

@@ -15,7 +15,7 @@
 #include "isa_kernels.h"
 
 namespace tfb::cpu {
-const Kernels kAvx512Kernels = {"avx512",            avx512::noise_rows,  avx512::fill_panels,
+const Kernels kAvx512Kernels = {"avx512",           avx512::noise_rows,  avx512::fill_panels,
                                 avx512::shrink_run, avx512::reduce_rows, avx512::expand_rows};
 }  // namespace tfb::cpu
 

@@ -11,7 +11,8 @@
 
 namespace tfb::cpu {
 
-at::Tensor noise(int64_t r, int64_t n, int64_t seed, int64_t layer, int64_t sample, at::Device device, bool antithetic) {
+at::Tensor noise(int64_t r, int64_t n, int64_t seed, int64_t layer, int64_t sample, at::Device device,
+                 bool antithetic) {
   check_noise(r, n, layer, sample);
   at::Tensor out = at::empty({r, n}, at::TensorOptions().dtype(at::kFloat).device(device));
   NoiseParams params{};

@@ -93,8 +93,10 @@ static void shrink_as(const ShrinkParams& p) {
     bool generated = false;
     for (int64_t s = 0; s < p.segment_count; ++s) {
       const Segment& segment = p.segments[s];
-      TileParams tile{packed, p.panels + column0 * kPanelRows, panels, p.n * kPanelRows, columns, nullptr, pitch,
-                      column0 > p.column0};
+      TileParams tile{packed,  p.panels + column0 * kPanelRows,
+                      panels,  p.n * kPanelRows,
+                      columns, nullptr,
+                      pitch,   column0 > p.column0};
       if (segment.scale != 0.0f) {
         for (int64_t panel = 0; panel < panels; ++panel) {
           float* panel_noise = noise + panel * block_pitch;

@@ -1,8 +1,8 @@
 // Vector registers of one instruction set, as the kernels see them. This header has no include guard on purpose: each
 // isa_*.cpp includes the kernels once, inside namespace tfb::TFB_ISA and under its own target, so no symbol is shared
 // between instruction sets. Arithmetic goes through the compiler's vector types; only what those cannot say is here.
-// TFB_REGISTER_BYTES (64 AVX-512, 32 AVX2, 16 anything) comes from the including file: GCC's C++ front end reads the file
-// before it obeys a target pragma, so __AVX512F__ and its like do not tell.
+// TFB_REGISTER_BYTES (64 AVX-512, 32 AVX2, 16 anything) comes from the including file: GCC's C++ front end reads the
+// file before it obeys a target pragma, so __AVX512F__ and its like do not tell.
 
 constexpr int kRegisterBytes = TFB_REGISTER_BYTES;
 constexpr int kLanes = kRegisterBytes / 4;
@@ -33,8 +33,8 @@ TFB_INLINE void store_as(To* target, Value value) {
 TFB_INLINE FloatVector as_float(WordVector bits) { return (FloatVector)bits; }
 TFB_INLINE WordVector as_words(FloatVector value) { return (WordVector)value; }
 
-// Philox over kWideLanes counters, one word in the low half of each 64-bit lane. The upper halves hold leftovers that the
-// widening multiply never reads, which saves the masks and blends of a packed layout.
+// Philox over kWideLanes counters, one word in the low half of each 64-bit lane. The upper halves hold leftovers that
+// the widening multiply never reads, which saves the masks and blends of a packed layout.
 struct RegisterLanes {
   using Word = WideVector;
   using Wide = WideVector;
@@ -90,6 +90,6 @@ TFB_INLINE FloatVector square_root(FloatVector x) {
 }
 #endif
 
-// pack_low_words takes 64-bit lanes 2p and 2p+1 of each source to dwords 4p.. and 4p+2..: this is the place (0..kLanes-1)
-// that lane `lane` of the first source ends up in; the second source's is two further on.
+// pack_low_words takes 64-bit lanes 2p and 2p+1 of each source to dwords 4p.. and 4p+2..: this is the place
+// (0..kLanes-1) that lane `lane` of the first source ends up in; the second source's is two further on.
 constexpr int packed_place(int lane) { return 4 * (lane / 2) + lane % 2; }

@@ -1,5 +1,5 @@
-// Half-precision elements: pairs in 32-bit registers, vector loads with a safe path for ragged edges, and the tensor-core
-// product m16n8k16 with float32 accumulation.
+// Half-precision elements: pairs in 32-bit registers, vector loads with a safe path for ragged edges, and the
+// tensor-core product m16n8k16 with float32 accumulation.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -38,9 +38,9 @@ struct Pack<__nv_bfloat16> {
   static __device__ __forceinline__ __nv_bfloat16 from_float(float value) { return __float2bfloat16_rn(value); }
 };
 
-// d += a b: a is 16 x 16 (four registers), b 16 x 8 (two), d 16 x 8 floats. With i = lane / 4, c = lane % 4: a0 holds row i,
-// a1 row i + 8 at k = 2c, 2c + 1; a2, a3 the same rows at k + 8; b0, b1 column i at those k; d0, d1 row i and d2, d3 row i + 8
-// at columns 2c, 2c + 1.
+// d += a b: a is 16 x 16 (four registers), b 16 x 8 (two), d 16 x 8 floats. With i = lane / 4, c = lane % 4: a0 holds
+// row i, a1 row i + 8 at k = 2c, 2c + 1; a2, a3 the same rows at k + 8; b0, b1 column i at those k; d0, d1 row i and
+// d2, d3 row i + 8 at columns 2c, 2c + 1.
 template <class T>
 __device__ __forceinline__ void multiply_16x8x16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                                  uint32_t b0, uint32_t b1);

@@ -1,6 +1,6 @@
-// Half precision: bound by reading and writing y. A warp owns 32 columns; the product's columns are permuted so that lane
-// (i = lane / 4, c = lane % 4) ends with the eight neighbours 8c .. 8c + 7 of rows i and i + 8, one 16-byte access each. k is
-// permuted too: within 16 ranks, lane c reads ranks 4c .. 4c + 3 of z and of the basis in one piece.
+// Half precision: bound by reading and writing y. A warp owns 32 columns; the product's columns are permuted so that
+// lane (i = lane / 4, c = lane % 4) ends with the eight neighbours 8c .. 8c + 7 of rows i and i + 8, one 16-byte access
+// each. k is permuted too: within 16 ranks, lane c reads ranks 4c .. 4c + 3 of z and of the basis in one piece.
 #include "expand.h"
 
 #include "elements.cuh"

@@ -24,7 +24,8 @@ Format format_of(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kBFloat16 ? Format::kBFloat16 : Format::kFloat16;
 }
 
-at::Tensor noise(int64_t r, int64_t n, int64_t seed, int64_t layer, int64_t sample, at::Device device, bool antithetic) {
+at::Tensor noise(int64_t r, int64_t n, int64_t seed, int64_t layer, int64_t sample, at::Device device,
+                 bool antithetic) {
   check_noise(r, n, layer, sample);
   at::Tensor out = at::empty({r, n}, at::TensorOptions().dtype(at::kFloat).device(device));
   const c10::cuda::CUDAGuard guard(out.device());

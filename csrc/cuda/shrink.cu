@@ -1,9 +1,9 @@
-// Half precision. A block owns up to 64 rows of one group and up to 64 ranks; its eight warps take the columns in turns of 32
-// and add up through shared memory in a fixed order.
+// Half precision. A block owns up to 64 rows of one group and up to 64 ranks; its eight warps take the columns in turns
+// of 32 and add up through shared memory in a fixed order.
 //
-// x is read once, from global memory into the fragments of the product: within 32 columns the order of k is permuted so that
-// lane (i = lane / 4, c = lane % 4) owns columns 8c .. 8c + 7, one 16-byte load for two products. The same lane makes the
-// weight of rank i at those columns, two Philox calls, and uses it for every 16-row tile that it holds.
+// x is read once, from global memory into the fragments of the product: within 32 columns the order of k is permuted so
+// that lane (i = lane / 4, c = lane % 4) owns columns 8c .. 8c + 7, one 16-byte load for two products. The same lane
+// makes the weight of rank i at those columns, two Philox calls, and uses it for every 16-row tile that it holds.
 #include "shrink.h"
 
 #include "elements.cuh"
@@ -24,11 +24,13 @@ struct ShrinkTraits {
   static constexpr int kThreads = kShrinkWarps * kWarpLanes;
   static_assert(kRank <= kShrinkMaxRank);
   static_assert(kRankTiles * kTokenTiles <= 16, "accumulators would not leave room for the noise");
-  static_assert(kShrinkWarps * 16 * kRank * sizeof(float) <= 48 * 1024, "partial sums of one tile fit static shared memory");
+  static_assert(kShrinkWarps * 16 * kRank * sizeof(float) <= 48 * 1024,
+                "partial sums of one tile fit static shared memory");
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) shrink_kernel(const ShrinkParams p, bool x_aligned, bool mean_aligned) {
+__global__ void __launch_bounds__(Traits::kThreads)
+    shrink_kernel(const ShrinkParams p, bool x_aligned, bool mean_aligned) {
   using T = typename Traits::Element;
   constexpr int kRankTiles = Traits::kRankTiles;
   constexpr int kTokenTiles = Traits::kTokenTiles;
@@ -119,8 +121,8 @@ cudaError_t launch(const ShrinkParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// The smallest tile that holds the group's rows in one piece: a larger one would only multiply zeros, a smaller one would make
-// the same noise again.
+// The smallest tile that holds the group's rows in one piece: a larger one would only multiply zeros, a smaller one
+// would make the same noise again.
 template <class T, int kRankTiles>
 cudaError_t launch_rank(const ShrinkParams& p, cudaStream_t stream) {
   if (p.rows_per_group <= 16) return launch<ShrinkTraits<T, kRankTiles, 1>>(p, stream);

@@ -1,5 +1,5 @@
-// shrink on CUDA: z[t] = (M + sigma[k] E[samples[k]]) x[t], k = t / rows_per_group. sigma, samples and seed are read by the
-// kernel, so that one captured graph serves all of their values.
+// shrink on CUDA: z[t] = (M + sigma[k] E[samples[k]]) x[t], k = t / rows_per_group. sigma, samples and seed are read by
+// the kernel, so that one captured graph serves all of their values.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,5 @@
-// float32. tf32 would lose 13 bits of x, so the products are plain FMAs: a lane owns four columns, eight rows of x and eight
-// ranks; a warp adds its lanes by a fixed butterfly, a block its warps through shared memory in order.
+// float32. tf32 would lose 13 bits of x, so the products are plain FMAs: a lane owns four columns, eight rows of x and
+// eight ranks; a warp adds its lanes by a fixed butterfly, a block its warps through shared memory in order.
 #include "elements.cuh"
 #include "sample.cuh"
 #include "shrink.h"
@@ -16,8 +16,8 @@ constexpr int kSums = kTokens * kRank;
 constexpr int kChunkColumns = 4 * kWarpLanes;
 static_assert(kSums == 2 * kWarpLanes, "the butterfly leaves two sums in each lane");
 
-// Adds each of 64 values over the warp. Every step hands half of a lane's values to its partner, so 62 exchanges do what 320
-// would; lane L ends with values 2L and 2L + 1 in places 0 and 1.
+// Adds each of 64 values over the warp. Every step hands half of a lane's values to its partner, so 62 exchanges do
+// what 320 would; lane L ends with values 2L and 2L + 1 in places 0 and 1.
 template <int kHalf = kSums / 2>
 __device__ __forceinline__ void add_lanes(float (&value)[kSums], int lane) {
   constexpr int kOffset = kHalf / 2;
@@ -31,7 +31,8 @@ __device__ __forceinline__ void add_lanes(float (&value)[kSums], int lane) {
   if constexpr (kOffset > 1) add_lanes<kHalf / 2>(value, lane);
 }
 
-__global__ void __launch_bounds__(kThreads) shrink_float_kernel(const ShrinkParams p, bool x_aligned, bool mean_aligned) {
+__global__ void __launch_bounds__(kThreads)
+    shrink_float_kernel(const ShrinkParams p, bool x_aligned, bool mean_aligned) {
   __shared__ float partial[kShrinkWarps][kSums];
   const int warp = threadIdx.x / kWarpLanes;
   const int lane = threadIdx.x % kWarpLanes;

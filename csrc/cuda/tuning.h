@@ -5,10 +5,11 @@ namespace tfb::cuda {
 
 constexpr int kWarpLanes = 32;
 
-// shrink: eight warps share a tile's columns. The number is fixed, because the order of a row's sum follows from it and a
-// row's result must not depend on what else is in the batch.
+// shrink: eight warps share a tile's columns. The number is fixed, because the order of a row's sum follows from it and
+// a row's result must not depend on what else is in the batch.
 constexpr int kShrinkWarps = 8;
-// Rows of the weight per pass: 64 keep the accumulators of 32 tokens in registers. Larger ranks take several passes over x.
+// Rows of the weight per pass: 64 keep the accumulators of 32 tokens in registers. Larger ranks take several passes
+// over x.
 constexpr int kShrinkMaxRank = 64;
 // float32 has no tensor-core path of its own precision: 8 tokens x 8 ranks of accumulators per lane.
 constexpr int kShrinkFloatTokens = 8;

@@ -97,7 +97,8 @@ class DemoRun:
 def run_demo(options: DemoOptions, log: Callable[[str], None], progress: bool = True) -> list[DemoRun]:
     """Search sigma on anchors and judge mean adapter and posterior on the test split, for every adapter, seed and depth.
 
-    The test split is not looked at before the judgement: sigma comes from ``recipe="auto"`` on the anchor split alone.
+    The test split is not even loaded before an adapter's every sigma is fixed: they come from ``recipe="auto"`` on the anchor
+    split alone.
     """
     runs: list[DemoRun] = []
     for name in options.adapters:
@@ -105,41 +106,52 @@ def run_demo(options: DemoOptions, log: Callable[[str], None], progress: bool = 
         loaded = load_adapter(name, device=options.device, dtype=options.dtype)
         device = next(loaded.model.parameters()).device
         gpu = device.type == "cuda"
-        anchors = _encoded("anchor", options.anchors or (ANCHORS_GPU if gpu else ANCHORS_CPU), loaded)
-        test = _encoded("test", options.test_items or (TEST_GPU if gpu else TEST_CPU), loaded)
+        anchors = _encoded("anchor", _count(options.anchors, ANCHORS_GPU if gpu else ANCHORS_CPU), loaded)
         adapter = bayesianize(loaded.model)
+        searches = [
+            _search(adapter, seed, depth, anchors, options.search_samples, log, progress)
+            for seed in options.seeds
+            for depth in options.depths
+        ]
+        test = _encoded("test", _count(options.test_items, TEST_GPU if gpu else TEST_CPU), loaded)
         log(f"mean adapter on {len(test)} test headlines ({device_name(device)}, {_dtype_of(loaded)})")
         mean = predict(adapter, test, samples=0, progress=progress)
-        for seed in options.seeds:
-            adapter.seed = seed
-            for depth in options.depths:
-                runs.append(
-                    _one(adapter, name, depth, anchors, test, mean, options, device_name(device), log, progress)
-                )
+        labels = test.labels_tensor()
+        for search in searches:
+            adapter.seed, adapter.depth, adapter.sigma = search.seed, search.depth, search.sigma
+            log(
+                f"{options.samples} samples on the test headlines, {_blocks(adapter)} blocks random, seed {search.seed}"
+            )
+            tfb = predict(adapter, test, samples=options.samples, progress=progress)
+            runs.append(DemoRun(name, search.seed, search.depth, search, labels, mean, tfb, device_name(device)))
     return runs
 
 
-def _one(
+def _search(
     adapter: BayesianAdapter,
-    name: str,
+    seed: int,
     depth: Depth,
     anchors: Encoded,
-    test: Encoded,
-    mean: Prediction,
-    options: DemoOptions,
-    device: str,
+    samples: int,
     log: Callable[[str], None],
     progress: bool,
-) -> DemoRun:
-    adapter.depth = depth
-    blocks = len(adapter.anatomy.blocks)
-    shown = f"all {blocks}" if adapter.depth == "all" else f"upper {adapter.depth} of {blocks}"
-    log(f"{shown} blocks random, seed {adapter.seed}: searching sigma on {len(anchors)} labelled anchors")
-    search = search_sigma(adapter, anchors, samples=options.search_samples, progress=progress)
+) -> SigmaSearch:
+    adapter.seed, adapter.depth = seed, depth
+    log(f"{_blocks(adapter)} blocks random, seed {seed}: searching sigma on {len(anchors)} labelled anchors")
+    search = search_sigma(adapter, anchors, samples=samples, progress=progress)
     log(str(search))
-    log(f"{options.samples} samples on the test headlines")
-    tfb = predict(adapter, test, samples=options.samples, progress=progress)
-    return DemoRun(name, adapter.seed, adapter.depth, search, test.labels_tensor(), mean, tfb, device)
+    return search
+
+
+def _blocks(adapter: BayesianAdapter) -> str:
+    blocks = len(adapter.anatomy.blocks)
+    if adapter.depth == "head":
+        return f"none of {blocks}"
+    return f"all {blocks}" if adapter.depth == "all" else f"upper {adapter.depth} of {blocks}"
+
+
+def _count(asked: int | None, usual: int) -> int:
+    return usual if asked is None else asked
 
 
 def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: float) -> Path:

@@ -45,7 +45,7 @@ class TrainingOptions:
     seed: int = 0
     items: int = 400
     epochs: int = 20
-    lr: float = 2e-3
+    lr: float = 1e-3
     rank: int = 8
     alpha: int = 16
     batch_size: int = 8
