@@ -141,6 +141,7 @@ def test_layers_and_repr() -> None:
         (0.25, 3, 1),
         (0.01, 3, 1),
         (0.75, 1, 3),
+        (1.0, 0, "all"),
         ("head", 4, "head"),
     ],
 )
@@ -153,7 +154,7 @@ def test_depth_counts_from_the_top(depth: Any, first: int, kept: Any) -> None:
 def test_bad_depth(depth: Any) -> None:
     model = zoo.peft_model("llama")
     clean = snapshot(model)
-    with pytest.raises(ValueError, match=r"depth is .*, expected 1 to 4 blocks from the top, a fraction in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"depth is .*, expected 1 to 4 blocks from the top, a fraction in \(0, 1\]"):
         tfb_ext.bayesianize(model, depth=depth)
     assert_same(clean, snapshot(model))
     adapter = tfb_ext.bayesianize(model, depth=2)
@@ -367,6 +368,30 @@ def test_save_and_load(tmp_path: Path) -> None:
     plain = PeftModel.from_pretrained(fresh_base(), place)  # a PEFT adapter like any other
     batch = zoo.batch_for("llama-head")
     assert torch.equal(logits(plain.eval(), batch), logits(adapter.model, batch))
+
+
+def test_retrained_weights_do_not_take_the_old_sigma(tmp_path: Path) -> None:
+    adapter = tfb_ext.bayesianize(zoo.peft_model("llama"), sigma=0.1)
+    adapter.save_pretrained(tmp_path)
+    other = zoo.peft_model("llama")
+    zoo.randomise(other, 0.3)
+    with pytest.raises(ConfigError, match="sigma was chosen for other weights than those of adapter 'default'"):
+        tfb_ext.load(other, tmp_path)
+    assert not any(isinstance(v, TFBVariant) for m in other.modules() for v in getattr(m, "lora_variant", {}).values())
+    config = tmp_path / "tfb_config.json"
+    config.write_text(config.read_text().replace(f'"{adapter.fingerprint()}"', "null"))
+    assert tfb_ext.load(other, tmp_path).sigma == 0.1
+
+
+def test_probe_reaches_an_inactive_adapter() -> None:
+    model = zoo.peft_model("llama")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    zoo.randomise(model)
+    model.set_adapter("other")
+    clean = snapshot(model)
+    adapter = tfb_ext.bayesianize(model, "default")
+    assert model.active_adapter == "other"
+    assert_same(clean, snapshot(adapter.unload()))
 
 
 def test_save_and_load_beside_another_adapter(tmp_path: Path) -> None:

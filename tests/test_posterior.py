@@ -277,3 +277,17 @@ def test_colliding_names_are_an_error() -> None:
     with pytest.raises(UnsupportedModelError, match=r"'plumless' and 'buckeroo' have the same noise number 0x4ddb0c25"):
         unique_layer_ids([first, "other", second])
     assert unique_layer_ids(["a", "b", "a"]) == {"a": layer_id("a"), "b": layer_id("b")}
+
+
+@pytest.mark.parametrize("m", [64, 4096, 14336])
+def test_tall_matrices_keep_their_small_directions(m: int) -> None:
+    """The rank bound must not grow with m: an adapter of rank 16 with singular values from 1 to 1e-3 stays whole."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(m, 16, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64)).Q
+    b = ((left * torch.logspace(0, -3, 16, dtype=torch.float64)) @ right.T).float()
+    a = torch.randn(16, 8, generator=generator)
+    found = layer_posterior("x", a, b, 1.0)
+    assert found.rank == 16
+    exact = b.double() @ a.double()
+    assert (found.basis.double() @ found.mean.double() - exact).norm() <= 1e-6 * exact.norm()

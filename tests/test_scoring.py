@@ -103,8 +103,9 @@ def test_classification_heads_equal_the_models_own_logits(name: str) -> None:
     adapter = bayesian(name)
     data = small_sets.encoded(head=True)
     scorer = Scorer(adapter, data, batch_size=4)
-    assert sum(int(b.inputs["attention_mask"][:, 0].eq(0).sum()) for b in scorer.batches) == 0 or name != "bert"
-    assert any(b.inputs["attention_mask"].eq(0).any() for b in scorer.batches)
+    masks = [b.inputs["attention_mask"].bool() for b in scorer.batches]
+    assert not all(m.all() for m in masks)
+    assert all(m[:, 0 if name == "bert" else -1].all() for m in masks)  # padding is where the head does not read
     with adapter.predictive(SAMPLES):
         own = torch.cat([adapter.model(**b.inputs).logits for b in scorer.batches]).exp()
     own = original_order([own], scorer.batches, dim=0)
@@ -240,7 +241,8 @@ def test_out_of_memory_halves_the_samples_and_goes_on(depth: int | str, keep: bo
     assert memory.tried[:6] == [32, 16, 8, 8, 8, 8]
     assert memory.tried[6:] == [8] * 8  # the later batches begin with what was found to fit
     if depth == 2:
-        assert below == [4, 4, 4]  # the trunk outlives the failed forwards
+        # A trunk outlives the failed forwards; without one to keep, the first failure shows that one is needed.
+        assert below == ([4, 4, 4] if keep else [4, 4, 4, 4])
 
 
 def test_out_of_memory_at_one_sample_says_what_to_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
@@ -116,17 +117,17 @@ class BayesianAdapter:
             ValueError: outside the model, or nothing of the adapter lies that high.
         """
         total = len(self.anatomy.blocks)
-        wanted = f"expected 1 to {total} blocks from the top, a fraction in (0, 1), 'all' or 'head'"
+        wanted = f"expected 1 to {total} blocks from the top, a fraction in (0, 1] (a float), 'all' or 'head'"
         if depth == "all":
             first = 0
         elif depth == "head":
             first = total
         elif isinstance(depth, bool) or not isinstance(depth, int | float):
             raise ValueError(f"depth is {depth!r}, {wanted}")
-        elif isinstance(depth, float) and not depth.is_integer() and 0 < depth < 1:
+        elif isinstance(depth, float) and 0 < depth <= 1:
             first = total - max(1, round(total * depth))
-        elif float(depth).is_integer() and 1 <= depth <= total:
-            first = total - int(depth)
+        elif isinstance(depth, int) and 1 <= depth <= total:
+            first = total - depth
         else:
             raise ValueError(f"depth is {depth!r}, {wanted}")
         if not any(variant.block >= first for variant in self._variants):
@@ -218,7 +219,8 @@ class BayesianAdapter:
                 "pass sigma="
             )
         as_int64(self.seed)  # here and not in a layer, where an exception would leave PEFT's hooks behind
-        scales = [self.sigma] if sigma is None else [sigma] if isinstance(sigma, int | float) else list(sigma)
+        given: Any = self.sigma if sigma is None else sigma
+        scales = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
         if not scales:
             raise ValueError("sigma is an empty list, expected at least one number above 0")
         checked = [check_sigma(s) for s in scales]
@@ -285,7 +287,9 @@ class BayesianAdapter:
             weight = module.lora_A[self.name].weight
             row = torch.zeros(1, module.in_features, dtype=module.get_base_layer().weight.dtype, device=weight.device)
             state.batch, state.first, state.fanned, state.probed = SampleBatch((1.0,), (0,), 0, False), 0, True, []
-            active = list(module.active_adapters)
+            # The probe must reach the slot whatever adapter is active at the moment.
+            before = module._active_adapter, module._disable_adapters
+            module._active_adapter, module._disable_adapters = [self.name], False
             undo = disable_input_casts([module], self.name)
             try:
                 with torch.no_grad():
@@ -293,8 +297,9 @@ class BayesianAdapter:
                 called = variant.name in state.probed
             finally:
                 undo()
+                module._active_adapter, module._disable_adapters = before
                 state.batch, state.fanned, state.probed = None, False, None
-            if not called and self.name in active and not module.disable_adapters:
+            if not called:
                 raise UnsupportedModelError(
                     f"layer {variant.name!r} ({type(module).__name__}): PEFT did not call the posterior's slot in its forward; "
                     "this version of PEFT is not supported for this layer class"
@@ -322,10 +327,20 @@ class BayesianAdapter:
             layers=self.layers,
             base_model=peft_config.base_model_name_or_path,
             search=self.search,
+            fingerprint=self.fingerprint(),
         )
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the adapter's A and B as float32: sigma was chosen for these weights and no others."""
+        digest = hashlib.sha256()
+        for name in self.layers:
+            digest.update(name.encode())
+            for part in (self._modules[name].lora_A, self._modules[name].lora_B):
+                digest.update(part[self.name].weight.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Save the adapter as PEFT does and ``tfb_config.json`` beside it, whole or not at all. Returns that folder.
+        """Save the adapter as PEFT does and ``tfb_config.json`` beside it, last; each file whole or not at all. Returns that folder.
 
         As in PEFT, an adapter that is not called ``default`` goes into a subfolder of its name.
         """
@@ -407,9 +422,10 @@ def bayesianize(
     anatomy = find_anatomy(base, [name for name, _ in found])
     for name, _ in found:
         _block_of(anatomy, name)
+    layers: Any = found
     posteriors = [
         layer_posterior(name, m.lora_A[adapter].weight, m.lora_B[adapter].weight, m.scaling[adapter])
-        for name, m in found
+        for name, m in layers
     ]
     bayesian = BayesianAdapter(
         model,
@@ -445,7 +461,7 @@ def load(model: nn.Module, folder: str | Path, adapter: str = "default") -> Baye
     """
     config = TFBConfig.read(folder)
     if not isinstance(model, PeftModel):
-        model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter)  # type: ignore[arg-type]
+        model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter)
     elif adapter not in model.peft_config:
         model.load_adapter(str(folder), adapter_name=adapter)
     bayesian = bayesianize(model, adapter, sigma=config.sigma, seed=config.seed, antithetic=config.antithetic)
@@ -456,6 +472,12 @@ def load(model: nn.Module, folder: str | Path, adapter: str = "default") -> Baye
         raise ConfigError(
             f"{Path(folder) / 'tfb_config.json'} belongs to another adapter: of its layers {missing[:3]} are not here, and "
             f"{extra[:3]} are not in it; search sigma again for this adapter"
+        )
+    if config.fingerprint is not None and config.fingerprint != bayesian.fingerprint():
+        bayesian.unload()
+        raise ConfigError(
+            f"{Path(folder) / 'tfb_config.json'}: sigma was chosen for other weights than those of adapter {adapter!r} (their "
+            "SHA-256 differs); search sigma again, or set fingerprint to null if the weights were only converted"
         )
     bayesian.search = config.search
     try:

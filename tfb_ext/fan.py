@@ -343,9 +343,8 @@ class Fan:
         return (hidden, *args[1:]), kwargs
 
     def samples_per_piece(self, head: nn.Module, hidden: Tensor) -> int:
-        width = getattr(head, "out_features", None) or getattr(
-            self.anatomy.model.config.get_text_config(), "vocab_size", 1
-        )
+        config = self.anatomy.model.config.get_text_config()
+        width: int = getattr(head, "out_features", None) or getattr(config, "vocab_size", None) or 1
         per_sample = 4 * width * (hidden.numel() // max(hidden.shape[-1], 1)) // len(self.view.batch)
         return max(1, min(len(self.view.batch), FOLD_BYTES // max(per_sample, 1)))
 

@@ -29,6 +29,7 @@ class TFBConfig:
         layers: canonical names of the Bayesian layers.
         base_model: the base model's name as PEFT recorded it.
         search: summary of the search that chose sigma, or ``None``.
+        fingerprint: SHA-256 of the adapter's weights that sigma was chosen for; ``None`` (removed by hand) skips the check.
         package_version: version of tfb_ext that wrote the file.
         format_version: version of this file's format.
     """
@@ -41,6 +42,7 @@ class TFBConfig:
     layers: tuple[str, ...]
     base_model: str | None
     search: dict[str, Any] | None = None
+    fingerprint: str | None = None
     package_version: str = __version__
     format_version: int = FORMAT_VERSION
 
@@ -110,6 +112,11 @@ def _check_fields(path: Path, raw: dict[str, Any]) -> None:
             and bool(raw["layers"])
             and all(isinstance(n, str) for n in raw["layers"]),
             "a list of layer names",
+        ),
+        (
+            "fingerprint",
+            raw.get("fingerprint") is None or isinstance(raw["fingerprint"], str),
+            "a SHA-256 in hexadecimal or null",
         ),
         ("search", raw.get("search") is None or isinstance(raw["search"], dict), "an object or null"),
     ]

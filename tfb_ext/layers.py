@@ -227,7 +227,8 @@ def head_columns(module: Any, hidden: Tensor, columns: Tensor) -> Tensor:
                 if variant.sampling():
                     result = variant.sampled(module, hidden, result, columns)
                 else:
-                    a, b = module.lora_A[name], module.lora_B[name]
+                    a: Any = module.lora_A[name]
+                    b: Any = module.lora_B[name]
                     low = a(hidden.to(a.weight.dtype))
                     result = result + _linear_rows(b, low, columns).to(result.dtype) * module.scaling[name]
             return result

@@ -85,8 +85,12 @@ class LayerPosterior:
 def orthonormal_basis(b: Tensor) -> tuple[Tensor, Tensor]:
     """Gram-Schmidt basis of the range of ``b`` (m, r) and its singular values.
 
-    Returns ``U`` (m, rank) and ``d`` (rank,), float64 on the CPU. Singular values ``<= max(m, r) eps(float32) d_max``
+    Returns ``U`` (m, rank) and ``d`` (rank,), float64 on the CPU. Singular values ``<= 4 min(m, r) eps(float32) d_max``
     count as zero; as many columns of ``b``, those that add least to the ones before them, bring no direction.
+
+    The bound covers what rounding to float32 leaves of a dependent column, whose error grows with its norm and not with
+    the number of its rows. A bound that grows with m would drop real directions of tall matrices, and with them a part of
+    the mean.
 
     Raises:
         ValueError: ``b`` is all zero (nothing was learnt) or not finite.
@@ -98,7 +102,7 @@ def orthonormal_basis(b: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("B is all zero: its range is empty, so the posterior has no direction to vary in")
     q, upper = torch.linalg.qr(b64)
     d = torch.linalg.svdvals(upper)
-    tolerance = max(b64.shape) * torch.finfo(torch.float32).eps * float(d[0])
+    tolerance = 4 * min(b64.shape) * torch.finfo(torch.float32).eps * float(d[0])
     rank = int((d > tolerance).sum())
     if rank == b64.shape[1]:
         return q * upper.diagonal().sign(), d

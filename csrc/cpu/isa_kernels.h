@@ -5,10 +5,15 @@ namespace tfb::TFB_ISA {
 
 using namespace tfb::cpu;
 
-#include "convert.h"
-#include "expand_kernel.h"
-#include "noise_kernel.h"
-#include "shrink_kernel.h"
+// Each of these stands on the ones before it; the blank lines keep the formatter from sorting them.
 #include "simd.h"
+
+#include "convert.h"
+
+#include "noise_kernel.h"
+
+#include "shrink_kernel.h"
+
+#include "expand_kernel.h"
 
 }  // namespace tfb::TFB_ISA
