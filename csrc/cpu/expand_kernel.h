@@ -33,7 +33,7 @@ TFB_INLINE void expand_tile(const ExpandParams& p, const float* transposed, floa
     FloatVector sum[tokens] = {};
     for (int64_t i = 0; i < p.r; ++i) {
       const FloatVector direction = load_as<FloatVector>(transposed + i * kExpandColumns + column);
-      for (int t = 0; t < tokens; ++t) sum[t] += z[i * tokens + t] * direction;
+      for (int t = 0; t < tokens; ++t) sum[t] = multiply_add(z[i * tokens + t], direction, sum[t]);
     }
     const int64_t count = columns - column < kLanes ? columns - column : kLanes;
     for (int t = 0; t < tokens; ++t) {

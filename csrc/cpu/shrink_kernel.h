@@ -40,7 +40,7 @@ TFB_INLINE void multiply_tile(const float* x, const float* weights, int64_t colu
   for (int64_t j = 0; j < columns; ++j) {
     const Rows8 weight = load_as<Rows8>(weights + j * kPanelRows);
 #pragma GCC unroll 16
-    for (int t = 0; t < tokens; ++t) sum[t] += x[t * kTilePitch + j] * weight;
+    for (int t = 0; t < tokens; ++t) sum[t] = multiply_add(x[t * kTilePitch + j], weight, sum[t]);
   }
   for (int t = 0; t < tokens; ++t) store_as(sums + t * pitch, sum[t]);
 }
@@ -107,7 +107,7 @@ static void shrink_as(const ShrinkParams& p) {
           }
           for (int64_t j = 0; j < columns * kPanelRows; j += kPanelRows) {
             store_as(panel_weights + j,
-                     load_as<Rows8>(panel_mean + j) + segment.scale * load_as<Rows8>(panel_noise + j));
+                     multiply_add(segment.scale, load_as<Rows8>(panel_noise + j), load_as<Rows8>(panel_mean + j)));
           }
         }
         generated = true;

@@ -33,6 +33,23 @@ TFB_INLINE void store_as(To* target, Value value) {
 TFB_INLINE FloatVector as_float(WordVector bits) { return (FloatVector)bits; }
 TFB_INLINE WordVector as_words(FloatVector value) { return (WordVector)value; }
 
+// scale * values + sum with one rounding wherever the instruction set has it. Left to the compiler, a loop over one
+// token and a loop over sixteen may be contracted differently, and a row's last bit would depend on the rows beside it.
+TFB_INLINE Rows8 multiply_add(float scale, Rows8 values, Rows8 sum) {
+#if TFB_REGISTER_BYTES >= 32
+  return (Rows8)_mm256_fmadd_ps(_mm256_set1_ps(scale), (__m256)values, (__m256)sum);
+#else
+  return scale * values + sum;
+#endif
+}
+#if TFB_REGISTER_BYTES == 64
+TFB_INLINE FloatVector multiply_add(float scale, FloatVector values, FloatVector sum) {
+  return (FloatVector)_mm512_fmadd_ps(_mm512_set1_ps(scale), (__m512)values, (__m512)sum);
+}
+#elif TFB_REGISTER_BYTES != 32  // with 32, FloatVector is Rows8
+TFB_INLINE FloatVector multiply_add(float scale, FloatVector values, FloatVector sum) { return scale * values + sum; }
+#endif
+
 // Philox over kWideLanes counters, one word in the low half of each 64-bit lane. The upper halves hold leftovers that
 // the widening multiply never reads, which saves the masks and blends of a packed layout.
 struct RegisterLanes {
