@@ -249,7 +249,9 @@ def test_out_of_memory_at_one_sample_says_what_to_do() -> None:
     adapter = bayesian()
     memory = SmallMemory(adapter.anatomy.blocks[3], most=3)
     scorer = Scorer(adapter, small_sets.encoded(8), batch_size=4)
-    with pytest.raises(torch.OutOfMemoryError, match="one sample of a batch of 4 rows does not fit.*smaller batch_size"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match="one sample of a batch of 4 rows does not fit.*smaller batch_size"
+    ):
         scorer.samples(scorer.batches[0], adapter.batch(SAMPLES))
     assert memory.tried == [20, 8, 4]
     with adapter.predictive(1):  # nothing was left behind that a later context stumbles over
@@ -290,7 +292,9 @@ def test_refuses_choices_that_are_not_the_heads_classes() -> None:
         Scorer(bayesian("llama"), small_sets.encoded(head=True))
 
 
-@pytest.mark.parametrize(("kind", "name"), [("regression", "regression"), ("multi_label_classification", "multi-label")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("regression", "regression"), ("multi_label_classification", "multi-label")]
+)
 def test_refuses_heads_without_class_probabilities(kind: str, name: str) -> None:
     model = zoo.peft_model("bert")
     model.get_base_model().config.problem_type = kind

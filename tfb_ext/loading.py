@@ -99,7 +99,13 @@ def load_adapter(
         )
     if task == "SEQ_CLS":
         extra = {} if classes is None else {"num_labels": classes}
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=kind, **extra)
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=kind, **extra)
+        except RuntimeError as error:  # transformers' message only points at a report that it logs
+            raise UnsupportedModelError(
+                f"{name}: its weights do not make a classifier of {classes} classes ({error}); give as many choices as its own "
+                "head has, or the base model without a head"
+            ) from None
     else:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
     tokenizer = AutoTokenizer.from_pretrained(name)

@@ -11,6 +11,9 @@ namespace tfb::cpu {
 // Weights are held in panels of eight rows: [row / 8][column][row % 8], rows padded with zeros to a multiple of eight.
 constexpr int kPanelRows = 8;
 
+// A slice is long enough to hide its partial sums and short enough to share a single sample among threads.
+constexpr int64_t kSliceColumns = 1024;
+
 inline int64_t panel_count(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
 struct NoiseKey {
@@ -29,11 +32,11 @@ struct NoiseParams {
   float sign;
 };
 
-// (r, n) rows of `mean` into panels, columns [column0, column1).
+// Columns [column0, column1) of the (r, n) `mean` into panels that begin at column0.
 struct PanelParams {
   const void* mean;
   Format format;
-  float* panels;
+  float* panels;  // (panel_count(r), kSliceColumns, 8)
   int64_t r, n;
   int64_t column0, column1;
 };
@@ -50,8 +53,8 @@ struct ShrinkParams {
   const void* x;
   int64_t x_stride;  // elements between rows
   Format format;
-  const float* panels;
-  int64_t r, n;
+  const float* panels;  // of these columns, as PanelParams leaves them
+  int64_t r;
   NoiseKey key;
   const Segment* segments;
   int64_t segment_count;
@@ -65,6 +68,8 @@ inline int64_t shrink_block_columns(int64_t r) { return panel_count(r) <= 8 ? 25
 
 constexpr int64_t kMaxTileTokens = 16;
 constexpr int64_t kTilePitch = 256 + 16;  // floats between packed rows of x; not a multiple of the cache's set stride
+
+inline int64_t panel_scratch(int64_t r) { return panel_count(r) * kPanelRows * kSliceColumns; }
 
 inline int64_t shrink_scratch(int64_t r) {
   return 2 * panel_count(r) * kPanelRows * shrink_block_columns(r) + kMaxTileTokens * kTilePitch;

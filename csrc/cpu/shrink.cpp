@@ -17,8 +17,6 @@ namespace tfb::cpu {
 
 namespace {
 
-// A slice is long enough to hide its partial sums and short enough to share a single sample among threads.
-constexpr int64_t kSliceColumns = 1024;
 // Rows of a run: enough to make the noise cheap beside the products, few enough to share a large group among threads.
 constexpr int64_t kRunRows = 512;
 
@@ -53,20 +51,6 @@ Plan plan_runs(const at::Tensor& sigma, const at::Tensor& samples, int64_t rows_
   return plan;
 }
 
-at::Tensor make_panels(const at::Tensor& mean, int64_t slices) {
-  const int64_t r = mean.size(0);
-  const int64_t n = mean.size(1);
-  at::Tensor panels = at::empty({panel_count(r), n, kPanelRows}, mean.options().dtype(at::kFloat));
-  PanelParams params{mean.const_data_ptr(), format_of(mean), panels.mutable_data_ptr<float>(), r, n, 0, 0};
-  at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
-    PanelParams own = params;
-    own.column0 = begin * kSliceColumns;
-    own.column1 = std::min(n, end * kSliceColumns);
-    kernels().panels(own);
-  });
-  return panels;
-}
-
 }  // namespace
 
 at::Tensor shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma, const at::Tensor& samples,
@@ -80,31 +64,37 @@ at::Tensor shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor&
 
   const int64_t slices = (n + kSliceColumns - 1) / kSliceColumns;
   const int64_t pitch = panel_count(r) * kPanelRows;
-  const at::Tensor panels = make_panels(mean, slices);
-  const at::Tensor partials = at::empty({slices, tokens, pitch}, panels.options());
+  const at::Tensor partials = at::empty({slices, tokens, pitch}, x.options().dtype(at::kFloat));
   const Plan plan = plan_runs(sigma, samples, tokens / samples.size(0), antithetic);
 
   ShrinkParams params{};
   params.x = x.const_data_ptr();
   params.x_stride = x.stride(0);
   params.format = format_of(x);
-  params.panels = panels.const_data_ptr<float>();
   params.r = r;
-  params.n = n;
   params.key = noise_key(*seed.const_data_ptr<int64_t>(), layer);
   float* partial_data = partials.mutable_data_ptr<float>();
-  at::parallel_for(0, static_cast<int64_t>(plan.runs.size()) * slices, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(shrink_scratch(r));
+  const PanelParams weights{mean.const_data_ptr(), format_of(mean), nullptr, r, n, 0, 0};
+  const auto runs = static_cast<int64_t>(plan.runs.size());
+  // Slice by slice, so that a thread lays a slice of the mean out once and uses it for every run.
+  at::parallel_for(0, slices * runs, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(shrink_scratch(r) + panel_scratch(r));
     ShrinkParams own = params;
-    own.scratch = scratch.data();
+    PanelParams panels = weights;
+    panels.panels = scratch.data();
+    own.panels = panels.panels;
+    own.scratch = panels.panels + panel_scratch(r);
+    int64_t filled = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const Run& run = plan.runs[unit / slices];
-      const int64_t slice = unit % slices;
+      const Run& run = plan.runs[unit % runs];
+      const int64_t slice = unit / runs;
       own.segments = plan.segments.data() + run.first_segment;
       own.segment_count = run.segments;
-      own.column0 = slice * kSliceColumns;
-      own.column1 = std::min(n, own.column0 + kSliceColumns);
+      own.column0 = panels.column0 = slice * kSliceColumns;
+      own.column1 = panels.column1 = std::min(n, own.column0 + kSliceColumns);
       own.partial = partial_data + slice * tokens * pitch;
+      if (slice != filled) kernels().panels(panels);
+      filled = slice;
       kernels().shrink(own);
     }
   });

@@ -14,12 +14,12 @@ static void fill_panels_as(const PanelParams& p) {
   for (int64_t panel = 0; panel < panel_count(p.r); ++panel) {
     const int64_t row0 = panel * kPanelRows;
     for (int64_t row = row0; row < row0 + kPanelRows; ++row) {
-      float* out = p.panels + panel * p.n * kPanelRows + row % kPanelRows;
+      float* out = p.panels + panel * kSliceColumns * kPanelRows + row % kPanelRows;
       const auto* mean = static_cast<const typename Type::Element*>(p.mean) + row * p.n;
       for (int64_t column = p.column0; column < p.column1; column += kLanes) {
         const int64_t count = p.column1 - column < kLanes ? p.column1 - column : kLanes;
         const FloatVector values = row < p.r ? load_some<Type>(mean + column, count) : FloatVector{};
-        for (int64_t lane = 0; lane < count; ++lane) out[(column + lane) * kPanelRows] = values[lane];
+        for (int64_t lane = 0; lane < count; ++lane) out[(column - p.column0 + lane) * kPanelRows] = values[lane];
       }
     }
   }
@@ -93,15 +93,15 @@ static void shrink_as(const ShrinkParams& p) {
     bool generated = false;
     for (int64_t s = 0; s < p.segment_count; ++s) {
       const Segment& segment = p.segments[s];
-      TileParams tile{packed,  p.panels + column0 * kPanelRows,
-                      panels,  p.n * kPanelRows,
+      TileParams tile{packed,  p.panels + (column0 - p.column0) * kPanelRows,
+                      panels,  kSliceColumns * kPanelRows,
                       columns, nullptr,
                       pitch,   column0 > p.column0};
       if (segment.scale != 0.0f) {
         for (int64_t panel = 0; panel < panels; ++panel) {
           float* panel_noise = noise + panel * block_pitch;
           float* panel_weights = weights + panel * block_pitch;
-          const float* panel_mean = p.panels + (panel * p.n + column0) * kPanelRows;
+          const float* panel_mean = p.panels + (panel * kSliceColumns + column0 - p.column0) * kPanelRows;
           if (!generated) {
             noise_panel(panel_noise, column0, padded, static_cast<uint32_t>(panel * kPanelRows), segment.sample, p.key);
           }

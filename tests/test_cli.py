@@ -1,0 +1,331 @@
+"""The command line from end to end on tiny models that lie on disk: what it prints where, what it saves, how it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_folders
+import torch
+from small_folders import Folders
+
+import tfb_ext
+from tfb_ext.data import encode, read_jsonl
+from tfb_ext.loading import load_adapter
+
+pytest.importorskip("typer", reason="the command line needs typer and rich")
+
+from click.testing import Result  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from tfb_ext import cli  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ("--device", "cpu", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return small_folders.write(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return small_folders.write(tmp_path_factory.mktemp("classifier"), "llama-cls")
+
+
+def tfb(*arguments: object) -> Result:
+    """Run a command that must work."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def document(*arguments: object) -> Any:
+    """The one JSON document that ``--json`` prints; nothing else may be on stdout, and no NaN in it."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(tfb(*arguments, "--json").stdout, parse_constant=refuse)
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs ``main()`` with arguments it must refuse, and returns its exit status and what it says on stderr."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["tfb", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("NO_COLOR", "1")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        said = capsys.readouterr()
+        assert said.out == "" and "Traceback" not in said.err
+        return int(stopped.value.code or 0), said.err
+
+    return run
+
+
+def plain(text: str) -> str:
+    """Text without colours, boxes and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
+
+
+# Help ---------------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_commands_and_data_format() -> None:
+    said = plain(tfb("--help").stdout)
+    for command in ("demo", "search", "evaluate", "predict", "info"):
+        assert f" {command} " in said
+    assert '"choices": [" no", " yes"], "label": 1}' in said and "Start with tfb demo" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [
+        (
+            "demo",
+            ["--anchors", "--test-items", "--samples", "--seed", "--depth", "--out", "--save", "Downloads two wheels"],
+        ),
+        ("search", ["--adapter", "--data", "[required]", "--recipe", "--save", "--plot", "Example: tfb search"]),
+        ("evaluate", ["--adapter", "--data", "[required]", "--sigma", "--out", "Example: tfb evaluate"]),
+        ("predict", ["--adapter", "--text", "--choices", "[required]", "epistemic", "Example: tfb predict"]),
+        ("info", ["adapter", "--json"]),
+    ],
+)
+def test_help_of_a_command(command: str, needed: list[str]) -> None:
+    said = plain(tfb(command, "--help").stdout)
+    assert [text for text in needed if text not in said] == []
+
+
+def test_no_command_shows_the_help() -> None:
+    result = CliRunner().invoke(cli.app, [])
+    assert "Usage" in result.output and "evaluate" in result.output
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, tfb_ext.cli; print(sorted({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+# Search, evaluate, predict ------------------------------------------------------------------------------------------
+
+
+def test_search_then_evaluate_and_predict_with_the_saved_sigma(llama: Folders, tmp_path: Path) -> None:
+    saved, plot, trace = tmp_path / "bayes", tmp_path / "a.png", tmp_path / "trace.json"
+    searched = ("search", "-a", llama.adapter, "-d", llama.anchors, *HERE, "-n", 4, "--depth", 2, "--seed", 7)
+    found = document(*searched, "--save", saved, "--plot", plot, "--trace", trace)
+    assert found["saved"] == str(saved) and found["depth"] == 2 and found["seed"] == 7 and found["anchors"] == 24
+    assert json.loads(trace.read_text()) == {name: value for name, value in found.items() if name != "saved"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    config = json.loads((saved / "tfb_config.json").read_text())
+    assert (config["sigma"], config["depth"], config["seed"]) == (found["sigma"], 2, 7)
+
+    model = load_adapter(str(llama.adapter), device="cpu", dtype="float32")
+    adapter = tfb_ext.bayesianize(model.model, depth=2, seed=7)
+    anchors = encode(read_jsonl(llama.anchors), model.tokenizer)
+    assert tfb_ext.search_sigma(adapter, anchors, samples=4, progress=False).sigma == pytest.approx(found["sigma"])
+    test = encode(read_jsonl(llama.test), model.tokenizer)
+
+    measured = document("evaluate", "-a", saved, "-d", llama.test, *HERE, "-n", 6)
+    for name, samples in (("mean", 0), ("tfb", 6)):
+        p = tfb_ext.predict(adapter, test, samples).probabilities
+        assert measured[name] == pytest.approx(tfb_ext.evaluate(p, test.labels_tensor()).to_dict(), abs=1e-5)
+    assert (measured["sigma"], measured["samples"], measured["depth"], measured["seed"]) == (found["sigma"], 6, 2, 7)
+    assert measured["report"] is None
+
+    items = document("predict", "-a", saved, "-d", llama.test, *HERE, "-n", 6, "--limit", 3)
+    expected = tfb_ext.predict(adapter, test.select(range(3)), 6)
+    assert (items["sigma"], items["samples"], len(items["items"])) == (found["sigma"], 6, 3)
+    for i, (item, example) in enumerate(zip(items["items"], read_jsonl(llama.test), strict=False)):
+        assert item["prompt"] == example.prompt and list(item["probabilities"]) == small_folders.CHOICES
+        assert list(item["probabilities"].values()) == pytest.approx(expected.probabilities[i].tolist(), abs=1e-5)
+        assert item["prediction"] == max(item["probabilities"], key=item["probabilities"].get)
+        assert item["total"] == pytest.approx(item["aleatoric"] + item["epistemic"], abs=1e-5)
+        assert item["standard_error"] == pytest.approx(expected.standard_error[i].tolist(), abs=1e-5)
+
+    override = document("predict", "-a", saved, "-d", llama.test, *HERE, "--sigma", 0.9, "-n", 2, "--limit", 1)
+    assert override["sigma"] == pytest.approx(0.9) and override["items"][0]["standard_error"] == [None, None]
+
+
+def test_tables_for_people(llama: Folders, tmp_path: Path) -> None:
+    saved = tmp_path / "bayes"
+    result = tfb(
+        "search", "-a", llama.adapter, "-d", llama.anchors, *HERE, "-n", 2, "--recipe", "paper", "--save", saved
+    )
+    assert result.stdout.startswith("sigma = ") and "five" not in result.stdout and f"saved: {saved}" in result.stdout
+    assert "not saved; add --save" in tfb("search", "-a", llama.adapter, "-d", llama.anchors, *HERE, "-n", 2).stdout
+    table = plain(tfb("evaluate", "-a", saved, "-d", llama.test, *HERE, "-n", 2).stdout)
+    assert "10 items" in table and "mean adapter" in table and "TFB, 2 samples" in table and "ECE" in table
+    table = plain(tfb("predict", "-a", saved, "-d", llama.test, *HERE, "-n", 2).stdout)
+    assert "10 items, 2 samples" in table and "epistemic" in table and "sarcastic:" in table
+    table = plain(tfb("info", saved).stdout)
+    assert f"tfb_ext {tfb_ext.__version__}" in table and "adapter: sigma" in table and "layers" in table
+
+
+def test_report_of_an_evaluation_holds_everything(llama: Folders, tmp_path: Path) -> None:
+    found = document(
+        "evaluate", "-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.2, "-n", 2, "--out", tmp_path / "r"
+    )
+    page = Path(found["report"]).read_text()
+    assert found["report"] == str(tmp_path / "r" / "report.html")
+    loaded = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'>]*)", page)
+    assert len(loaded) == 1 and loaded[0].startswith("data:image/png;base64,")
+    assert (tmp_path / "r" / "reliability.png").is_file() and str(llama.adapter) in page
+
+
+def test_one_text(llama: Folders) -> None:
+    options = ("-a", llama.adapter, *HERE, "--sigma", 0.2, "-n", 4, "--choices", " no| yes")
+    found = document("predict", *options, "-t", "senate votes on budget sarcastic:")
+    (item,) = found["items"]
+    assert item["prompt"].startswith("senate") and sum(item["probabilities"].values()) == pytest.approx(1)
+
+
+def test_classifier(classifier: Folders, tmp_path: Path) -> None:
+    common = ("-a", classifier.adapter, *HERE, "-n", 4)
+    found = document("search", *common, "-d", classifier.anchors, "--save", tmp_path / "bayes")
+    assert found["labelled"] and found["sigma"] > 0
+    items = document("predict", "-a", tmp_path / "bayes", *HERE, "-d", classifier.test)["items"]
+    assert list(items[0]["probabilities"]) == ["bad", "fair", "good"] and len(items) == 10
+
+
+def test_data_sets(llama: Folders, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="data sets need the package datasets")
+    rows = [json.loads(line) for line in llama.test.read_text().splitlines()]
+    columns = {
+        "headline": [r["prompt"].removesuffix("sarcastic:").strip() for r in rows],
+        "gold": [r["label"] for r in rows],
+    }
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "rows")
+    common = ("evaluate", "-a", llama.adapter, *HERE, "--sigma", 0.2, "-n", 4)
+    named = ("--prompt", "{headline} sarcastic:", "--label", "gold", "--choices", " no| yes")
+    from_disk = document(*common, "-d", tmp_path / "rows", *named)
+    from_file = document(*common, "-d", llama.test)
+    assert from_disk == from_file and from_disk["tfb"]["items"] == 10
+    unlabelled = ("--prompt", "headline", "--choices", " no| yes", "--split", "train")
+    found = document("search", "-a", llama.adapter, *HERE, "-n", 2, "-d", tmp_path / "rows", *unlabelled)
+    assert not found["labelled"] and found["metric"] == "flips"
+
+
+# Info ---------------------------------------------------------------------------------------------------------------
+
+
+def test_info_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tfb_ext", "info", "--json"], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["versions"]["tfb_ext"] == tfb_ext.__version__ and found["versions"]["torch"] == torch.__version__
+    assert found["extension"] == tfb_ext.ops.build_info()
+    assert len(found["devices"]["cuda"]) == torch.cuda.device_count()
+
+
+def test_missing_extension_is_one_sentence() -> None:
+    code = (
+        "import sys; sys.modules['tfb_ext._C'] = None; sys.argv = ['tfb', 'info']\nfrom tfb_ext.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert "pip install --no-build-isolation -e ." in plain(done.stderr)
+
+
+# Failures -----------------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_one_sentence(llama: Folders, tmp_path: Path, fails: Any) -> None:
+    bad_label, two_tokens = tmp_path / "label.jsonl", tmp_path / "tokens.jsonl"
+    bad_label.write_text(json.dumps({"prompt": "area", "choices": small_folders.CHOICES, "label": "maybe"}) + "\n")
+    two_tokens.write_text(json.dumps({"prompt": "area", "choices": [" no", " yes man"]}) + "\n")
+    good = ("-a", llama.adapter, *HERE)
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("search", "-a", tmp_path / "nowhere", "-d", llama.anchors), "nowhere holds no adapter_config.json"),
+        (("search", *good, "-d", tmp_path / "gone.jsonl"), "gone.jsonl does not exist"),
+        (
+            ("evaluate", *good, "-d", llama.test),
+            "no saved sigma; run `tfb search ... --save FOLDER` first, or pass --sigma",
+        ),
+        (("predict", *good, "-d", llama.test), "no saved sigma"),
+        (("predict", *good, "-d", llama.test, "--depth", 9), "depth is 9, expected 1 to 4 blocks"),
+        (("predict", *good, "-d", llama.test, "--sigma", -1), "sigma is -1.0, expected a finite number above 0"),
+        (("predict", *good, "-d", llama.test, "--sigma", 0.1, "-n", -3), "samples is -3"),
+        (("search", *good, "-d", llama.anchors, "--seed", -1), "seed must be an integer in [0, 2**64), got -1"),
+        (
+            ("search", *good, "-d", bad_label),
+            "label.jsonl:1: label: 'maybe'; expected one of the choices [' no', ' yes']",
+        ),
+        (("search", *good, "-d", two_tokens), "choice ' yes man' is 2 tokens"),
+        (
+            ("search", *good, "-d", llama.anchors, "--recipe", "fast"),
+            "recipe is 'fast', expected one of 'auto', 'paper'",
+        ),
+        (("search", *good, "-d", llama.anchors, "--base", tmp_path / "nowhere"), "nowhere"),
+        (("search", "-a", llama.adapter, "-d", llama.anchors, "--device", "gpu"), "device 'gpu', expected auto, cpu"),
+        (("search", "-a", llama.adapter, "-d", llama.anchors, "--dtype", "int8"), "dtype 'int8', expected auto"),
+        (("predict", *good, "-t", "area", "--choices", " no", "--sigma", 1), "choices: [' no']; expected at least two"),
+        (("info", tmp_path / "nowhere"), "tfb_config.json does not exist: this adapter has no saved posterior"),
+    ]
+    for arguments, sentence in cases:
+        status, said = fails(*arguments)
+        assert status == 1 and said.count("error:") == 1 and sentence in plain(said), (arguments, said)
+
+
+def test_unlabelled_data_cannot_be_evaluated(llama: Folders, tmp_path: Path, fails: Any) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text(json.dumps({"prompt": "area", "choices": small_folders.CHOICES}) + "\n")
+    status, said = fails("evaluate", "-a", llama.adapter, *HERE, "-d", data, "--sigma", 0.1)
+    assert status == 1 and "1 of 1 items have no label" in said
+
+
+def test_wrong_usage_names_the_option(llama: Folders, fails: Any) -> None:
+    good = ("-a", llama.adapter, *HERE)
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("search", "-a", llama.adapter), "--data"),
+        (("predict", *good), "give either --data or --text"),
+        (("predict", *good, "-t", "area"), "--text needs --choices"),
+        (
+            ("predict", *good, "-t", "area", "--choices", " no| yes", "--depth", "deep"),
+            "'deep', expected a number of blocks",
+        ),
+        (("search", *good, "-d", llama.anchors, "--limit", 0), "0, expected at least 1"),
+        (("search", *good, "-d", llama.root), "a data set needs --prompt"),
+    ]
+    for arguments, sentence in cases:
+        status, said = fails(*arguments)
+        assert status == 2 and sentence in plain(said), (arguments, said)
+
+
+def test_out_of_memory_is_one_sentence_too(llama: Folders, monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
+    from tfb_ext.scoring import Scorer
+
+    def full(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr(Scorer, "_fits", full)
+    common = ("predict", "-a", llama.adapter, *HERE, "-d", llama.test, "--sigma", 0.1)
+    status, said = fails(*common)
+    assert status == 1 and "does not fit into memory; pass a smaller batch_size" in plain(said)
+
+
+def test_debugging_shows_the_traceback(llama: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tfb", "predict", "-a", str(llama.adapter), "-d", "gone.jsonl"])
+    monkeypatch.setenv("TFB_EXT_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"gone\.jsonl does not exist"):
+        cli.main()
+
+
+@pytest.mark.parametrize(("text", "depth"), [("all", "all"), ("head", "head"), ("3", 3), ("0.5", 0.5)])
+def test_depths(text: str, depth: object) -> None:
+    found = cli.parse_depth(text)
+    assert found == depth and type(found) is type(depth)

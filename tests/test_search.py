@@ -1,0 +1,588 @@
+"""The search: recipes, crossings and minima of known curves, the anchors' own metrics, files, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import small_sets
+import torch
+import zoo
+from torch import Tensor
+
+import tfb_ext
+from tfb_ext import SigmaSearch, search, search_sigma
+from tfb_ext.data import Encoded
+from tfb_ext.scoring import IGNORED
+from tfb_ext.search import LARGEST, SMALLEST, _Plan, _plan, _run, _Tried
+
+SAMPLES = 4
+
+
+def bayesian(name: str = "llama", **options: Any) -> Any:
+    return tfb_ext.bayesianize(zoo.peft_model(name), **options)
+
+
+def overconfident(items: int = 30, wrong_every: int = 3, factor: float = 6.0) -> tuple[Any, Encoded]:
+    """A sure model and labels of which every third contradicts it: some noise lowers its NLL."""
+    adapter = bayesian()
+    small_sets.sharpen(adapter, factor)
+    return adapter, small_sets.labelled(adapter, small_sets.encoded(items), wrong_every)
+
+
+def find(adapter: Any, anchors: Any, **options: Any) -> SigmaSearch:
+    return search_sigma(adapter, anchors, **{"samples": SAMPLES, "progress": False, **options})
+
+
+def strict(text: str) -> Any:
+    """What a parser reads that knows of no NaN and no Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+class Curve:
+    """Anchors whose metric is a known function of sigma: all have NLL ``base + nll(sigma)``."""
+
+    size = 1000
+
+    def __init__(
+        self,
+        nll: Callable[[float], float] = lambda s: 0.0,
+        flips: Callable[[float], float] = lambda s: 0.0,
+        hits: Callable[[float], float] = lambda s: 0.8,
+        base: float = 1.0,
+    ) -> None:
+        self.nll, self.flips, self.hits, self.base = nll, flips, hits, base
+        self.base_nll = torch.full((self.size,), base, dtype=torch.float64)
+        self.base_right = self.share(hits(0.0))
+        self.calls: list[list[float]] = []
+
+    def share(self, fraction: float) -> Tensor:
+        return torch.arange(self.size) < round(fraction * self.size)
+
+    def run(self, sigmas: Sequence[float], antithetic: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+        self.calls.append(list(sigmas))
+        return [(self.base_nll + self.nll(s), self.share(self.hits(s)), self.share(self.flips(s))) for s in sigmas]
+
+
+def plan(**changes: Any) -> _Plan:
+    fields: dict[str, Any] = {
+        "metric": "nll",
+        "tolerance": 0.003,
+        "bound": "two-sided",
+        "objective": "tolerance",
+        "method": "bisect",
+        "bracket": (1e-3, 1.5e-2),
+        "steps": 5,
+        "widen": False,
+        "antithetic": False,
+        "reason": "",
+    }
+    return _Plan(**(fields | changes))
+
+
+def run(curve: Curve, **changes: Any) -> tuple[float, tuple[float, float], str, _Tried]:
+    chosen = plan(**changes)
+    tried = _Tried(curve, chosen)  # type: ignore[arg-type]
+    return (*_run(tried, chosen), tried)
+
+
+def rising(crossing: float, tolerance: float = 0.003) -> Callable[[float], float]:
+    """A change that meets the tolerance exactly at ``crossing``."""
+    return lambda sigma: tolerance * (sigma / crossing) ** 2
+
+
+# The paper's recipe -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crossing", [0.0021, 0.0055, 0.0101, 0.0142])
+def test_paper_bisects_at_arithmetic_midpoints(crossing: float) -> None:
+    curve = Curve(rising(crossing))
+    sigma, _, stop, tried = run(curve)
+    low, high, expected = 1e-3, 1.5e-2, []
+    for _ in range(5):
+        middle = (low + high) / 2
+        expected.append(middle)
+        low, high = (middle, high) if middle <= crossing else (low, middle)
+    assert [e.sigma for e in tried.evaluations] == expected and curve.calls == [[s] for s in expected]
+    assert sigma == low == max(s for s in expected if s <= crossing)
+    assert crossing - sigma <= 0.014 / 2**5 and stop == "5 bisection steps"
+
+
+def test_paper_says_when_everything_holds() -> None:
+    sigma, bounds, stop, tried = run(Curve())
+    assert sigma == tried.evaluations[-1].sigma and 0.0145 < sigma < 0.015
+    assert "every sigma tried holds the tolerance" in stop and "upper bound of the bracket (0.015)" in stop
+    assert bounds == (sigma, 0.015)
+
+
+def test_paper_falls_back_to_the_lower_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    sigma, _, stop, tried = run(Curve(rising(5e-4)))
+    assert sigma == 1e-3 and not tried.one(sigma).satisfied and "lower bound of the bracket (0.001)" in stop
+    assert len(tried.evaluations) == 6
+    assert run(Curve(rising(1.2e-3)))[0] == 1e-3  # below the lowest midpoint, but held at the bound itself
+    adapter, anchors = overconfident()
+    monkeypatch.setattr(search._Anchors, "run", lambda self, sigmas, mirrored: self_harm(self, sigmas))
+    with pytest.warns(UserWarning, match=r"sigma = 0\.001: no sigma tried holds the tolerance"):
+        result = find(adapter, anchors, recipe="paper")
+    assert not result.satisfied and result.sigma == 1e-3 == adapter.sigma
+
+
+def self_harm(anchors: Any, sigmas: Sequence[float]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [(anchors.base_nll * 2, anchors.base_right, torch.zeros_like(anchors.base_right)) for _ in sigmas]
+
+
+def test_paper_end_to_end() -> None:
+    adapter, anchors = overconfident(factor=1.0)
+    batches: list[Any] = []
+    original = adapter.batch
+    adapter.batch = lambda *a, **k: batches.append(original(*a, **k)) or batches[-1]
+    result = find(adapter, anchors, recipe="paper")
+    assert (result.metric, result.tolerance, result.bound, result.method) == ("nll", 0.003, "two-sided", "bisect")
+    assert len(result.evaluations) in (5, 6) and not result.antithetic and result.reason == "the paper's rule"
+    assert batches and not any(b.antithetic for b in batches) and adapter.antithetic
+    for e in result.evaluations:
+        assert e.satisfied == (abs(e.nll - result.baseline.nll) <= 0.003 * result.baseline.nll)
+        assert e.value == e.nll
+    assert result.sigma == max(e.sigma for e in result.evaluations if e.satisfied)
+
+
+def test_paper_without_labels_takes_the_models_own() -> None:
+    adapter, anchors = overconfident(factor=1.0)
+    unlabelled = replace(anchors, labels=[None] * len(anchors))
+    own = small_sets.labelled(adapter, unlabelled)
+    a, b = find(adapter, unlabelled, recipe="paper"), find(adapter, own, recipe="paper")
+    assert not a.labelled and b.labelled
+    assert a.evaluations == b.evaluations and a.baseline == b.baseline and a.baseline.accuracy == 1.0
+
+
+# Bisection and grids on known curves --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crossing", [3e-4, 0.004, 0.02, 0.3, 3.0])
+@pytest.mark.parametrize("metric", ["nll", "accuracy", "flips"])
+def test_widening_bisection_finds_the_crossing(metric: str, crossing: float) -> None:
+    curves = {
+        "nll": Curve(rising(crossing)),
+        "flips": Curve(flips=lambda s: 0.01 if s <= crossing else 0.02),
+        "accuracy": Curve(hits=lambda s: 0.8 if s <= crossing else 0.7),
+    }
+    tolerance = 0.003 if metric == "nll" else 0.01
+    sigma, (low, high), _, tried = run(
+        curves[metric], metric=metric, tolerance=tolerance, widen=True, bracket=(0.01, 0.16), steps=8
+    )
+    assert sigma == low <= crossing <= high
+    # The bracket is at most a factor 16 wide at first and halved in log sigma eight times.
+    assert high / low <= 16 ** (1 / 2**8) * (1 + 1e-9)
+    assert tried.one(sigma).satisfied
+
+
+@pytest.mark.parametrize("method", ["bisect", "grid"])
+def test_widening_ends_at_the_bounds_and_says_so(method: str) -> None:
+    options = {"widen": True, "method": method, "bracket": (0.01, 0.16)}
+    sigma, _, stop, tried = run(Curve(), **options)
+    assert sigma == LARGEST and "largest" in stop and tried.one(sigma).satisfied
+    sigma, _, stop, tried = run(Curve(lambda s: 1.0), **options)
+    assert sigma == SMALLEST and "lower bound" in stop and not tried.one(sigma).satisfied
+    assert min(e.sigma for e in tried.evaluations) == SMALLEST
+
+
+@pytest.mark.parametrize("crossing", [3e-4, 0.004, 0.0123, 0.05, 0.3, 3.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_grid_finds_the_crossing_and_never_a_violation(crossing: float, sign: int) -> None:
+    """The line between neighbours of a convex curve meets the edge below its own crossing, so it is taken."""
+    curve = Curve(lambda s: sign * rising(crossing)(s))
+    sigma, (low, high), stop, tried = run(curve, method="grid", widen=True, bracket=(0.01, 0.16))
+    assert low <= sigma <= crossing <= high and high / low <= 4
+    assert tried.one(sigma).satisfied and stop == "interpolated between grid points, and checked there"
+    below, above = (tolerance_used(s, crossing) for s in (low, high))
+    assert math.isclose(sigma, low + (1 - below) / (above - below) * (high - low), rel_tol=1e-6)
+
+
+def tolerance_used(sigma: float, crossing: float) -> float:
+    return (sigma / crossing) ** 2
+
+
+def test_grid_does_not_trust_an_interpolation_that_violates() -> None:
+    def concave(sigma: float) -> float:  # above the line between 0.02 and 0.04, so the line's crossing is too far
+        return 0.0 if sigma < 0.021 else 0.004 if sigma < 0.04 else 0.0042
+
+    sigma, _, stop, tried = run(Curve(concave), method="grid", bracket=(0.01, 0.16))
+    assert [e.sigma for e in tried.evaluations[:5]] == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16])
+    assert len(tried.evaluations) == 6 and not tried.evaluations[-1].satisfied
+    assert 0.02 < tried.evaluations[-1].sigma < 0.04
+    assert sigma == pytest.approx(0.02) and stop == "largest grid point that holds the tolerance"
+
+
+def test_grid_takes_the_largest_that_holds_even_beyond_a_violation() -> None:
+    """Two-sided, an NLL that first falls and then rises holds again; the largest sigma is asked for."""
+    valley = {0.01: 0.0, 0.02: -0.5, 0.04: -0.3, 0.08: 0.001, 0.16: 0.4}
+    sigma, _, _, tried = run(
+        Curve(lambda s: valley[min(valley, key=lambda g: abs(g - s))]), method="grid", bracket=(0.01, 0.16)
+    )
+    assert sigma >= 0.0799 and tried.one(sigma).satisfied
+    assert sigma == max(e.sigma for e in tried.evaluations if e.satisfied)
+
+
+@pytest.mark.parametrize("bracket", [(1e-3, 1.5e-2), (1e-3, 0.1), (0.003, 0.2)])
+@pytest.mark.parametrize("steps", [2, 5, 6, 7])
+def test_grid_that_holds_everywhere_ends_exactly_on_its_upper_bound(bracket: tuple[float, float], steps: int) -> None:
+    sigma, _, stop, tried = run(Curve(), method="grid", bracket=bracket, steps=steps)
+    assert sigma == bracket[1] and tried.one(sigma).satisfied and len(tried.evaluations) == steps
+    assert f"upper bound ({bracket[1]:g})" in stop
+    ratios = [b.sigma / a.sigma for a, b in zip(tried.evaluations, tried.evaluations[1:], strict=False)]
+    assert ratios == pytest.approx([(bracket[1] / bracket[0]) ** (1 / (steps - 1))] * (steps - 1))
+
+
+def test_grid_is_one_fused_call() -> None:
+    curve = Curve(rising(0.05))
+    run(curve, method="grid", bracket=(0.01, 0.16))
+    assert [len(c) for c in curve.calls] == [5, 1]
+
+
+@pytest.mark.parametrize("lowest", [0.004, 0.013, 0.025, 0.05, 0.09, 0.6, 2.2])
+def test_minimum_is_found_within_the_factor_it_states(lowest: float) -> None:
+    sigma, (low, high), stop, tried = run(
+        Curve(lambda s: math.log(s / lowest) ** 2 / 20 - 0.5),
+        method="grid",
+        objective="minimum",
+        widen=True,
+        bracket=(0.02, 0.08),
+        steps=3,
+    )
+    factor = float(stop.split("factor of ")[1].split(";")[0])
+    assert factor == pytest.approx(math.sqrt(2), abs=0.005)
+    assert max(sigma / lowest, lowest / sigma) <= factor and low < sigma < high
+    assert tried.one(sigma).nll == min(e.nll for e in tried.evaluations) and tried.one(sigma).satisfied
+
+
+@pytest.mark.parametrize(("slope", "edge"), [(-0.01, LARGEST), (0.01, SMALLEST)])
+def test_minimum_on_an_edge_says_so(slope: float, edge: float) -> None:
+    curve = Curve(lambda s: slope * math.log(s) - 0.5)
+    options: dict[str, Any] = {"method": "grid", "objective": "minimum", "steps": 3}
+    sigma, _, stop, _ = run(curve, widen=True, bracket=(0.02, 0.08), **options)
+    assert sigma == edge and "edge of what was tried" in stop
+    sigma, _, stop, _ = run(curve, bracket=(1e-3, 0.1), **{**options, "steps": 7})
+    assert sigma == (0.1 if slope < 0 else 1e-3) and "edge of what was tried" in stop
+
+
+def test_minimum_without_any_gain_is_not_satisfied() -> None:
+    sigma, _, stop, tried = run(
+        Curve(lambda s: s), method="grid", objective="minimum", widen=True, bracket=(0.02, 0.08), steps=3
+    )
+    assert "no sigma lowers the anchors' NLL" in stop and not tried.one(sigma).satisfied
+
+
+# Metrics ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "bound", "change", "holds"),
+    [
+        ("nll", "two-sided", 0.0019, True),
+        ("nll", "two-sided", 0.0021, False),
+        ("nll", "two-sided", -0.0021, False),
+        ("nll", "one-sided", -0.5, True),
+        ("nll", "one-sided", 0.0021, False),
+        ("accuracy", "two-sided", -0.004, True),
+        ("accuracy", "two-sided", -0.006, False),
+        ("accuracy", "two-sided", 0.006, False),
+        ("accuracy", "one-sided", 0.1, True),
+        ("accuracy", "one-sided", -0.006, False),
+        ("flips", "two-sided", 0.01, True),
+        ("flips", "one-sided", 0.011, False),
+    ],
+)
+def test_tolerances_are_relative_but_for_flips(metric: str, bound: str, change: float, holds: bool) -> None:
+    """0.1 % of an NLL of 2 is 0.002; 1 % of an accuracy of 0.5 is 0.005."""
+    curve = Curve(lambda s: change, lambda s: change, lambda s: 0.5 + (change if s else 0.0), base=2.0)
+    tolerance = 0.001 if metric == "nll" else 0.01
+    tried = _Tried(curve, plan(metric=metric, bound=bound, tolerance=tolerance))  # type: ignore[arg-type]
+    assert tried.one(0.1).satisfied is holds
+    assert tried.baseline.satisfied and tried.baseline.sigma == 0 and tried.baseline.flips == 0
+
+
+def test_standard_error_is_of_the_paired_change() -> None:
+    curve = Curve(flips=lambda s: 0.2)
+    change = torch.linspace(0, 1, curve.size, dtype=torch.float64)
+    curve.base_nll = torch.linspace(0, 50, curve.size, dtype=torch.float64)
+    curve.nll = lambda s: change  # type: ignore[assignment, return-value]
+    tried = _Tried(curve, plan())  # type: ignore[arg-type]
+    assert tried.one(0.1).standard_error == pytest.approx(float(change.std()) / math.sqrt(curve.size))
+    flips = _Tried(curve, plan(metric="flips"))  # type: ignore[arg-type]
+    assert flips.one(0.1).standard_error == pytest.approx(math.sqrt(0.2 * 0.8 / 999))
+    assert tried.baseline.standard_error == 0
+
+
+def test_metrics_are_those_of_predict() -> None:
+    adapter, anchors = overconfident()
+    result = find(adapter, anchors, bracket=(0.05, 0.1), steps=2, apply=False)
+    labels = anchors.labels_tensor()
+    mean = tfb_ext.predict(adapter, anchors, samples=0)
+    for e in (result.baseline, *result.evaluations):
+        found = tfb_ext.predict(adapter, anchors, SAMPLES, sigma=e.sigma) if e.sigma else mean
+        assert e.nll == pytest.approx(tfb_ext.evaluate(found.probabilities, labels).nll, abs=1e-5)
+        assert e.accuracy == pytest.approx(float((found.labels == labels).float().mean()))
+        assert e.flips == pytest.approx(float((found.labels != mean.labels).float().mean()))
+
+
+@pytest.mark.parametrize("vocabulary_is_large", [False, True])
+def test_token_labels_of_a_language_model(vocabulary_is_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if vocabulary_is_large:
+        monkeypatch.setattr(search, "MANY_CLASSES", zoo.VOCAB - 1)
+    adapter = bayesian(depth=2)
+    batches = []
+    for rows in (3, 2):
+        batch = zoo.inputs(rows)
+        batches.append({**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)})
+    counted = [int((b["labels"][:, 1:] != IGNORED).sum()) for b in batches]
+    result = find(adapter, batches, recipe="paper", tolerance=0.5, apply=False)
+    assert result.anchors == sum(counted) and result.labelled
+    for e in (result.baseline, result.evaluations[-1]):
+        losses = []
+        for batch in batches:
+            if e.sigma == 0:
+                with torch.no_grad():
+                    losses.append(adapter.model(**batch).loss)
+                continue
+            adapter.antithetic = False
+            with adapter.predictive(SAMPLES, e.sigma):
+                losses.append(adapter.model(**batch).loss)
+        expected = sum(float(x) * n for x, n in zip(losses, counted, strict=True)) / sum(counted)
+        assert e.nll == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="all are -100"):
+        find(adapter, [{**b, "labels": torch.full_like(b["labels"], IGNORED)} for b in batches])
+
+
+# Recipes ------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_lowest_nll_of_good_labels() -> None:
+    adapter, anchors = overconfident()
+    result = find(adapter, anchors)
+    assert (result.objective, result.metric, result.method) == ("minimum", "nll", "grid") and result.antithetic
+    assert "labelled and not memorised" in result.reason and result.satisfied
+    assert result.sigma == min(result.evaluations, key=lambda e: e.nll).sigma
+    assert min(e.nll for e in result.evaluations) < result.baseline.nll - 0.05
+
+
+def test_auto_counts_flips_of_memorised_anchors() -> None:
+    adapter, anchors = overconfident(wrong_every=0, factor=2000.0)
+    result = find(adapter, anchors)
+    assert result.baseline.nll < 0.01 and result.labelled
+    assert (result.objective, result.metric, result.tolerance) == ("tolerance", "flips", 0.01)
+    assert "has memorised the anchors" in result.reason
+    assert result.satisfied and next(e for e in result.evaluations if e.sigma == result.sigma).flips <= 0.01
+    with pytest.warns(UserWarning, match="it has memorised them.*held-out anchors, or metric='flips'"):
+        find(adapter, anchors, recipe="paper", apply=False)
+
+
+def test_auto_counts_flips_without_labels() -> None:
+    adapter, anchors = overconfident()
+    result = find(adapter, replace(anchors, labels=[None, *anchors.labels[1:]]))
+    assert (result.objective, result.metric) == ("tolerance", "flips") and not result.labelled
+    assert "not all anchors have labels" in result.reason and result.baseline.accuracy == 1.0
+
+
+def test_given_arguments_are_taken_and_named() -> None:
+    common: tuple[Any, ...] = (True, 0.5, True)
+    empty = dict.fromkeys(("metric", "tolerance", "bound", "objective", "method", "bracket", "steps"))
+
+    def made(recipe: str, **given: Any) -> _Plan:
+        return _plan(recipe, *common, **{**empty, **given})
+
+    assert made("auto").objective == "minimum" and "given" not in made("auto").reason
+    assert made("auto", metric="flips").tolerance == 0.01
+    assert made("auto", metric="accuracy").tolerance == 0.01
+    assert made("auto", method="bisect").steps == 6
+    assert made("auto", method="bisect", steps=9).steps == 9
+    assert made("paper", method="grid").steps == 5 and not made("paper").widen and made("auto").widen
+    assert made("paper", metric="accuracy", tolerance=0.02).tolerance == 0.02
+    for name, value in {"tolerance": 0.1, "bound": "one-sided", "objective": "tolerance", "method": "bisect"}.items():
+        plan = made("auto", **{name: value})  # these mean something to a tolerance only
+        assert plan.objective == "tolerance" and plan.metric == "nll" and getattr(plan, name) == value, name
+        assert plan.reason.endswith(f"given by the caller: {name}")
+    asked = _plan("auto", True, 0.001, True, **{**empty, "objective": "minimum"})
+    assert asked.objective == "minimum" and "memorised the anchors" in asked.reason
+
+
+# Noise, trunk, depth ------------------------------------------------------------------------------------------------
+
+
+def test_grid_equals_each_sigmas_own_run() -> None:
+    adapter, anchors = overconfident()
+    together = find(adapter, anchors, bracket=(0.03, 0.12), steps=3, objective="tolerance", apply=False)
+    for e in together.evaluations:
+        alone = find(adapter, anchors, bracket=(e.sigma, 10 * e.sigma), steps=2, objective="tolerance", apply=False)
+        twin = next(o for o in alone.evaluations if o.sigma == e.sigma)
+        assert twin.nll == pytest.approx(e.nll, abs=1e-6) and twin.flips == e.flips
+    assert len({round(e.nll, 4) for e in together.evaluations}) == len(together.evaluations)
+
+
+def test_trunk_runs_once_a_search() -> None:
+    adapter, anchors = overconfident()
+    adapter.depth = 1
+    below = small_sets.rows_through(adapter.anatomy.blocks[0].input_layernorm)
+    above = small_sets.rows_through(adapter.anatomy.blocks[3].input_layernorm)
+    result = find(adapter, anchors, batch_size=10, recipe="paper")
+    assert len(result.evaluations) >= 5
+    assert below == [10] * 3 * 2  # for the mean adapter's own answers, and for all sigmas and samples together
+    assert above == [10] * 3 + [40] * 3 * len(result.evaluations)
+    assert result.tokens == sum(map(len, anchors.token_ids)) * SAMPLES * len(result.evaluations)
+
+
+@pytest.mark.parametrize(("depth", "kept"), [(2, 2), (0.25, 1), (4, "all"), ("all", "all"), (1.0, "all")])
+def test_depth_is_searched_and_set(depth: Any, kept: int | str) -> None:
+    adapter, anchors = overconfident()
+    adapter.depth = 3
+    looked = find(adapter, anchors, depth=depth, apply=False)
+    assert looked.depth == kept and adapter.depth == 3
+    assert find(adapter, anchors, depth=depth).evaluations == looked.evaluations and adapter.depth == kept
+    assert find(adapter, anchors).evaluations == looked.evaluations  # the depth is now the adapter's own
+    if kept != 1:
+        assert find(adapter, anchors, depth=1).evaluations != looked.evaluations
+
+
+def test_depth_head() -> None:
+    adapter = bayesian("llama-head")
+    result = find(adapter, small_sets.encoded(), depth="head")
+    assert result.depth == "head" == adapter.depth
+
+
+def test_deterministic_and_seeded() -> None:
+    adapter, anchors = overconfident()
+    first, second = find(adapter, anchors), find(adapter, anchors)
+    assert replace(first, seconds=0.0) == replace(second, seconds=0.0)
+    adapter.seed = 5
+    assert find(adapter, anchors).evaluations != first.evaluations
+
+
+def test_apply() -> None:
+    adapter, anchors = overconfident()
+    result = find(adapter, anchors, depth=2, apply=False)
+    assert adapter.sigma is None and adapter.search is None and adapter.depth == "all"
+    assert find(adapter, anchors, depth=2).sigma == result.sigma == adapter.sigma
+    assert adapter.search == result.summary() and adapter.depth == 2
+
+
+def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, anchors = overconfident(6)
+    find(adapter, anchors, recipe="paper", progress=True)
+    said = capsys.readouterr()
+    assert said.out == "" and "search sigma: 100%" in said.err
+
+
+# Results ------------------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(tmp_path: Any) -> None:
+    adapter, anchors = overconfident()
+    result = find(adapter, anchors)
+    result.save(tmp_path / "a" / "search.json")
+    assert SigmaSearch.load(tmp_path / "a" / "search.json") == result
+    assert strict((tmp_path / "a" / "search.json").read_text()) == json.loads(json.dumps(result.to_dict()))
+
+
+def test_one_anchor_has_no_standard_error_and_still_saves(tmp_path: Any) -> None:
+    adapter, anchors = overconfident()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = find(adapter, anchors.select([0]))
+    assert math.isnan(result.evaluations[0].standard_error)
+    result.save(tmp_path / "search.json")
+    raw = strict((tmp_path / "search.json").read_text())
+    assert raw["evaluations"][0]["standard_error"] is None
+    again = SigmaSearch.load(tmp_path / "search.json")
+    assert math.isnan(again.evaluations[0].standard_error) and again.to_dict() == result.to_dict()
+    again.plot(tmp_path / "a.png")
+
+
+def test_printed_table() -> None:
+    adapter, anchors = overconfident()
+    result = find(adapter, anchors, metric="accuracy", tolerance=0.25, depth=2)
+    lines = str(result).splitlines()
+    assert lines[0].startswith(f"sigma = {result.sigma:.4g}   (auto: accuracy within 25.00% (two-sided)")
+    assert f"{SAMPLES} samples, 30 anchors, depth 2" in lines[0]
+    assert lines[1].endswith(result.reason) and lines[2].endswith(result.stop)
+    assert len(lines) == 5 + len(result.evaluations) and lines[4].split()[0] == "0"
+    chosen = [line for line in lines if line.endswith("yes   <- chosen")]
+    assert [float(line.split()[0]) for line in chosen] == [pytest.approx(result.sigma, rel=1e-3)]
+    assert "lowest NLL on the anchors" in str(find(adapter, anchors))
+
+
+def test_band_and_plot(tmp_path: Any) -> None:
+    adapter, anchors = overconfident(factor=1.0)
+    paper = find(adapter, anchors, recipe="paper")
+    base = paper.baseline.nll
+    assert paper.band == pytest.approx((0.997 * base, 1.003 * base))
+    assert replace(paper, bound="one-sided").band == pytest.approx((-math.inf, 1.003 * base))
+    flips = find(adapter, anchors, metric="flips")
+    assert flips.band == (-math.inf, 0.01)
+    accuracy = find(adapter, anchors, metric="accuracy", bound="one-sided")
+    assert accuracy.band == pytest.approx((0.99 * accuracy.baseline.accuracy, math.inf))
+    for result in (paper, flips, accuracy):
+        result.plot(tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "a.png").unlink()
+
+
+def test_summary_ends_in_the_adapters_config(tmp_path: Any) -> None:
+    adapter, anchors = overconfident()
+    result = find(adapter, anchors, depth=2)
+    adapter.save_pretrained(tmp_path)
+    raw = strict((tmp_path / "tfb_config.json").read_text())
+    assert raw["search"] == result.summary() and raw["sigma"] == result.sigma and raw["depth"] == 2
+    again = tfb_ext.load(zoo.peft_model("llama").unload(), tmp_path)
+    assert again.search == result.summary() and again.sigma == result.sigma and again.depth == 2
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipe": "fast"}, "recipe is 'fast', expected one of 'auto', 'paper'"),
+        ({"metric": "ece"}, "metric is 'ece', expected one of 'nll', 'accuracy', 'flips'"),
+        ({"bound": "both"}, "bound is 'both', expected one of 'two-sided', 'one-sided'"),
+        ({"objective": "max"}, "objective is 'max', expected one of 'tolerance', 'minimum'"),
+        ({"method": "brent"}, "method is 'brent', expected one of 'bisect', 'grid'"),
+        ({"tolerance": 0}, "tolerance is 0, expected a positive fraction"),
+        ({"tolerance": math.nan}, "tolerance is nan"),
+        ({"tolerance": "1%"}, "tolerance is '1%'"),
+        ({"steps": 1}, "steps is 1, expected an integer of at least 2"),
+        ({"steps": 2.0}, "steps is 2.0"),
+        ({"steps": True}, "steps is True"),
+        ({"bracket": 0.1}, r"bracket is 0.1, expected \(lowest sigma, highest sigma\)"),
+        ({"bracket": (0.1,)}, r"bracket is \(0.1,\), expected"),
+        ({"bracket": (0.1, 0.1)}, "expected a lowest sigma below the highest"),
+        ({"bracket": (0, 0.1)}, "sigma is 0, expected a finite number above 0"),
+        ({"samples": 0}, "samples is 0, expected a count of at least 1"),
+        ({"depth": 9}, "depth is 9, expected 1 to 4 blocks"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"objective": "minimum", "metric": "flips"}, "looks for the lowest NLL, got metric='flips'"),
+        ({"objective": "minimum", "method": "bisect"}, "needs method='grid'"),
+        ({"objective": "minimum", "recipe": "paper"}, "needs method='grid'"),
+    ],
+)
+def test_refuses(arguments: dict[str, Any], message: str) -> None:
+    adapter, anchors = overconfident(4)
+    with pytest.raises(ValueError, match=message):
+        find(adapter, anchors, **arguments)
+    assert adapter.sigma is None and adapter.search is None and adapter.depth == "all"
+
+
+def test_refuses_a_minimum_without_labels_and_empty_anchors() -> None:
+    adapter = bayesian()
+    with pytest.raises(ValueError, match="objective='minimum' needs labelled anchors.*metric='flips'"):
+        find(adapter, small_sets.encoded(4), objective="minimum")
+    with pytest.raises(ValueError, match="data set is empty"):
+        find(adapter, small_sets.encoded(4).select([]))
