@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..adapter import BayesianAdapter, Depth, bayesianize
 from ..data import Encoded, encode
-from ..loading import DEMO, Loaded, device_name, load_adapter
+from ..loading import DEMO, Loaded, device_name, load_adapter, versions
 from ..metrics import Metrics, evaluate
 from ..prediction import Prediction, predict
 from ..search import SigmaSearch, search_sigma
@@ -21,6 +22,7 @@ from .headlines import load_split
 # Chosen for two CPU cores: about 150,000 tokens through the model in all, three to five minutes.
 ANCHORS_CPU, ANCHORS_GPU = 80, 500
 TEST_CPU, TEST_GPU = 240, 2000
+SEARCH_SAMPLES_CPU, SEARCH_SAMPLES_GPU = 4, 10
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class DemoOptions:
         depths: random blocks, each searched and measured apart.
         anchors, test_items: labelled headlines for the search, and others for the judgement; ``None``: by the device.
         samples: posterior samples of the prediction.
-        search_samples: posterior samples at each sigma of the search.
+        search_samples: posterior samples at each sigma of the search; ``None``: by the device.
         device, dtype: see :func:`tfb_ext.loading.load_adapter`.
     """
 
@@ -43,7 +45,7 @@ class DemoOptions:
     anchors: int | None = None
     test_items: int | None = None
     samples: int = 10
-    search_samples: int = 4
+    search_samples: int | None = None
     device: str = "auto"
     dtype: str = "auto"
 
@@ -91,6 +93,8 @@ class DemoRun:
             "seconds_search": round(self.search.seconds, 3),
             "seconds_predict": round(self.tfb.seconds, 3),
             "seconds_mean": round(self.mean.seconds, 3),
+            "versions": versions(),
+            "commit": os.environ.get("TFB_EXT_COMMIT"),
         }
 
 
@@ -108,8 +112,9 @@ def run_demo(options: DemoOptions, log: Callable[[str], None], progress: bool = 
         gpu = device.type == "cuda"
         anchors = _encoded("anchor", _count(options.anchors, ANCHORS_GPU if gpu else ANCHORS_CPU), loaded)
         adapter = bayesianize(loaded.model)
+        search_samples = _count(options.search_samples, SEARCH_SAMPLES_GPU if gpu else SEARCH_SAMPLES_CPU)
         searches = [
-            _search(adapter, seed, depth, anchors, options.search_samples, log, progress)
+            _search(adapter, seed, depth, anchors, search_samples, log, progress)
             for seed in options.seeds
             for depth in options.depths
         ]
@@ -157,7 +162,6 @@ def _count(asked: int | None, usual: int) -> int:
 def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: float) -> Path:
     """Reliability diagrams before and after, the search traces and ``report.html`` (self-contained) in ``folder``."""
     from .. import report
-    from ..loading import versions
 
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, Path] = {}
