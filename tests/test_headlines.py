@@ -76,4 +76,6 @@ def test_unknown_split_lists_the_splits() -> None:
 def test_answers_are_single_tokens_of_the_model(shop: Path) -> None:
     tokenizer = assets.load_base()[1]
     encoded = encode(load_split("anchor", 3), tokenizer)
-    assert [tokenizer.decode([token]) for token in encoded.choice_ids] == list(CHOICES)
+    # Not decoded and compared as text: some versions of transformers drop a leading space when they decode.
+    assert [[token] for token in encoded.choice_ids] == tokenizer(list(CHOICES), add_special_tokens=False)["input_ids"]
+    assert [tokenizer.decode([token]).strip() for token in encoded.choice_ids] == [c.strip() for c in CHOICES]

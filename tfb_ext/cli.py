@@ -52,7 +52,9 @@ ChoicesOption = Annotated[
     str | None, typer.Option(help="Choices separated by |, such as ' no| yes' (data sets, --text).")
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Use only the first N items.")]
-SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="Posterior samples.")]
+SamplesOption = Annotated[
+    int, typer.Option("--samples", "-n", help="Posterior samples; predict takes 0 for the mean adapter.")
+]
 SigmaOption = Annotated[float | None, typer.Option(help="Posterior scale; default: the one saved beside the adapter.")]
 DepthOption = Annotated[
     str | None, typer.Option(help="Random blocks from the top: a number, a fraction, 'all', 'head'.")
@@ -302,7 +304,8 @@ def predict(
         assert data is not None
         examples = _examples(data, split, prompt, None, choices, limit)
     loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, examples)
-    _need_sigma(bayesian)
+    if samples > 0:
+        _need_sigma(bayesian)
     found = run(bayesian, _encode(examples, loaded), samples=samples, batch_size=batch_size, progress=data is not None)
     columns = {"total": found.total, "aleatoric": found.aleatoric, "epistemic": found.epistemic}
     if as_json:

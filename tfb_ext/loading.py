@@ -136,8 +136,8 @@ def versions() -> dict[str, str]:
 
     from . import __version__
 
-    names = ("torch", "transformers", "peft", "safetensors")
-    return {"tfb_ext": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+    found = {"tfb_ext": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return found | {name: version(name) for name in ("transformers", "peft", "safetensors")}
 
 
 def device_name(device: torch.device) -> str:

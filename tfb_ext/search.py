@@ -550,9 +550,7 @@ def _bisect(tried: _Tried, plan: _Plan) -> tuple[float, tuple[float, float], str
         return low, (low, high), f"no sigma tried holds the tolerance; this is the lower bound of the bracket ({low:g})"
     stop = f"{plan.steps} bisection steps"
     if high == plan.bracket[1] and not plan.widen:
-        stop += (
-            f"; every sigma tried holds the tolerance, so the answer is at the upper bound of the bracket ({high:g})"
-        )
+        stop += f"; every sigma tried holds the tolerance, so a larger one beyond the bracket's upper bound ({high:g}) may too"
     return low, (low, high), stop
 
 
