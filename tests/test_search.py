@@ -120,7 +120,7 @@ def test_paper_bisects_at_arithmetic_midpoints(crossing: float) -> None:
 def test_paper_says_when_everything_holds() -> None:
     sigma, bounds, stop, tried = run(Curve())
     assert sigma == tried.evaluations[-1].sigma and 0.0145 < sigma < 0.015
-    assert "every sigma tried holds the tolerance" in stop and "upper bound of the bracket (0.015)" in stop
+    assert "every sigma tried holds the tolerance" in stop and "beyond the bracket's upper bound (0.015)" in stop
     assert bounds == (sigma, 0.015)
 
 
