@@ -73,9 +73,9 @@ def demo(
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Noise seeds; repeat for several.")] = None,
     depth: Annotated[list[str] | None, typer.Option(help="Depths; repeat for several. Default: all and 0.5.")] = None,
-    anchors: Annotated[int | None, typer.Option(help="Labelled anchors. Default: 80 on a CPU, 500 on a GPU.")] = None,
+    anchors: Annotated[int | None, typer.Option(help="Labelled anchors. Default: 100 on a CPU, 500 on a GPU.")] = None,
     test_items: Annotated[
-        int | None, typer.Option(help="Test headlines. Default: 240 on a CPU, 2000 on a GPU.")
+        int | None, typer.Option(help="Test headlines. Default: 400 on a CPU, 2000 on a GPU.")
     ] = None,
     samples: SamplesOption = 10,
     search_samples: Annotated[
