@@ -1,11 +1,10 @@
 // Box-Muller by the contract of the noise: two words (a, b) give
-//   radius = sqrt(-2 ln u_a),  angle = 2 pi u_b,  u = (w + 0.5) 2^-32;  first radius cos(angle), then radius
-//   sin(angle).
+//   radius = sqrt(-2 ln u_a),  angle = 2 pi u_b,  u = (w + 0.5) 2^-32;  first radius cos(angle), then
+//   radius sin(angle).
 // Device and host may differ by their fast arithmetic; each stays within 1e-5 of the contract evaluated in float64.
 //
 // Two places need care, because |z| goes to 6.7:
-// * u near 1. float32(u) rounds to 1 and the logarithm's absolute error is amplified by the square root. There both
-// sides
+// * u near 1. float32(u) rounds to 1 and the square root amplifies the logarithm's absolute error. There both sides
 //   start from v = 1 - u = (~w + 0.5) 2^-32, which float32 holds to full relative precision: -ln u = -log1p(-v).
 // * the angle. In turns, t = int32(w) 2^-32 + 2^-33 lies in [-0.5, 0.5) and has the same sine and cosine as u_b.
 #pragma once

@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 
 import pytest
+import small_folders
 import torch
+from small_folders import Folders
 
 
 def gpu_obstacle() -> str | None:
@@ -31,3 +33,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that the operators are built for."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A tiny language model on disk, with an adapter and data."""
+    return small_folders.write(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """The same for a tiny classifier."""
+    return small_folders.write(tmp_path_factory.mktemp("classifier"), "llama-cls")

@@ -29,16 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = ("--device", "cpu", "--dtype", "float32")
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    return small_folders.write(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    return small_folders.write(tmp_path_factory.mktemp("classifier"), "llama-cls")
-
-
 def tfb(*arguments: object) -> Result:
     """Run a command that must work."""
     result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})

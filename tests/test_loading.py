@@ -20,16 +20,6 @@ from tfb_ext.errors import UnsupportedModelError
 from tfb_ext.loading import device_name, load_adapter, pick_device, pick_dtype, versions
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    return small_folders.write(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    return small_folders.write(tmp_path_factory.mktemp("classifier"), "llama-cls")
-
-
 def changed(folders: Folders, target: Path, **config: Any) -> str:
     """A copy of the adapter with another configuration."""
     shutil.copytree(folders.adapter, target)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import ops
 from .errors import ConfigError, SamplingError, UnsupportedModelError
 from .fan import Anatomy, Fan, Predictive, Trunk, batch_rows, check_packing, find_anatomy
-from .files import TFBConfig
+from .files import CONFIG_NAME, TFBConfig
 from .layers import SampleBatch, SamplingState, TFBVariant, as_int64, check_layer, disable_input_casts
 from .posterior import LayerPosterior, canonical_name, layer_posterior, unique_layer_ids
 
@@ -410,8 +410,9 @@ def bayesianize(
             f"adapter {adapter!r} is of type {getattr(kind, 'value', kind)}; only LORA has a TFB posterior"
         )
     base = model.get_base_model()
-    modules: Any = base.named_modules()
-    found = [(canonical_name(n), m) for n, m in modules if isinstance(m, LoraLayer) and adapter in _adapters(m)]
+    found: list[tuple[str, Any]] = [
+        (canonical_name(n), m) for n, m in base.named_modules() if isinstance(m, LoraLayer) and adapter in _adapters(m)
+    ]
     if not found:
         raise UnsupportedModelError(
             f"adapter {adapter!r} has no LoRA layer in this model; its target_modules matched nothing"
@@ -422,10 +423,9 @@ def bayesianize(
     anatomy = find_anatomy(base, [name for name, _ in found])
     for name, _ in found:
         _block_of(anatomy, name)
-    layers: Any = found
     posteriors = [
         layer_posterior(name, m.lora_A[adapter].weight, m.lora_B[adapter].weight, m.scaling[adapter])
-        for name, m in layers
+        for name, m in found
     ]
     bayesian = BayesianAdapter(
         model,
@@ -465,27 +465,33 @@ def load(model: nn.Module, folder: str | Path, adapter: str = "default") -> Baye
     elif adapter not in model.peft_config:
         model.load_adapter(str(folder), adapter_name=adapter)
     bayesian = bayesianize(model, adapter, sigma=config.sigma, seed=config.seed, antithetic=config.antithetic)
+    try:
+        _restore(bayesian, config, Path(folder) / CONFIG_NAME)
+    except ConfigError:
+        bayesian.unload()
+        raise
+    return bayesian
+
+
+def _restore(bayesian: BayesianAdapter, config: TFBConfig, path: Path) -> None:
+    """Set what the file holds beside sigma and seed, once it is known to belong to this adapter."""
     if set(bayesian.layers) != set(config.layers):
         missing = sorted(set(config.layers) - set(bayesian.layers))
         extra = sorted(set(bayesian.layers) - set(config.layers))
-        bayesian.unload()
         raise ConfigError(
-            f"{Path(folder) / 'tfb_config.json'} belongs to another adapter: of its layers {missing[:3]} are not here, and "
-            f"{extra[:3]} are not in it; search sigma again for this adapter"
+            f"{path} belongs to another adapter: of its layers {missing[:3]} are not here, and {extra[:3]} are not in it; "
+            "search sigma again for this adapter"
         )
     if config.fingerprint is not None and config.fingerprint != bayesian.fingerprint():
-        bayesian.unload()
         raise ConfigError(
-            f"{Path(folder) / 'tfb_config.json'}: sigma was chosen for other weights than those of adapter {adapter!r} (their "
-            "SHA-256 differs); search sigma again, or set fingerprint to null if the weights were only converted"
+            f"{path}: sigma was chosen for other weights than those of adapter {bayesian.name!r} (their SHA-256 differs); "
+            "search sigma again, or set fingerprint to null if the weights were only converted"
         )
     bayesian.search = config.search
     try:
         bayesian.depth = config.depth
     except ValueError as error:
-        bayesian.unload()
-        raise ConfigError(f"{Path(folder) / 'tfb_config.json'}: {error}") from None
-    return bayesian
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def check_sigma(value: float) -> float:
