@@ -224,7 +224,7 @@ class Fan:
         self.state.missed.clear()
         self.restore_blocks()
         if not torch.compiler.is_compiling():
-            self.follow_beams(kwargs.get("past_key_values"))
+            self.follow_beams(cache_of(kwargs))
             self.bypass_blocks()
 
     def after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -456,6 +456,11 @@ def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if isinstance(value, Tensor):
             return value.shape[0]
     raise SamplingError("the model was called without input_ids and inputs_embeds, so its number of rows is unknown")
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The key-value cache of a model call; transformers 5.24 renamed its argument."""
+    return kwargs["cache"] if kwargs.get("cache") is not None else kwargs.get("past_key_values")
 
 
 def check_packing(model: Any, kwargs: dict[str, Any]) -> None:
