@@ -1,4 +1,4 @@
-// The operators' schemas and the Python module tfb_ext._C, which loads them and exports small, tensor-free things.
+// The Python module tfb_ext._C, which loads the operators and exports small, tensor-free things.
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/TensorOptions.h>
 #include <pybind11/pybind11.h>
@@ -11,21 +11,16 @@
 
 #include "cpu/kernels.h"
 #include "philox.h"
+#include "schemas.h"
 
 #ifdef TFB_EXT_WITH_CUDA
 #include "cuda/known_answer.h"
+#include "cuda/machine.h"
 #endif
 
 namespace tfb {
 
-TORCH_LIBRARY(tfb_ext, m) {
-  m.def("noise(int r, int n, int seed, int layer, int sample, Device device, bool antithetic=False) -> Tensor");
-  m.def(
-      "shrink(Tensor x, Tensor mean, Tensor sigma, Tensor samples, Tensor seed, int layer, str mode=\"weight\", "
-      "bool antithetic=False) -> Tensor");
-  // No result: an alias of a mutated argument cannot be traced by torch.compile before torch 2.12.
-  m.def("expand_(Tensor(a!) y, Tensor z, Tensor basis, float scaling) -> ()");
-}
+TORCH_LIBRARY(tfb_ext, m) { define_operators(m); }
 
 // noise has no tensor argument to dispatch on; its device argument chooses the backend.
 at::Tensor noise_by_device(c10::DispatchKeySet, int64_t r, int64_t n, int64_t seed, int64_t layer, int64_t sample,
@@ -46,6 +41,13 @@ Words4 philox_words(const Words4& counter, const Words2& key) {
   const PhiloxWords out = philox({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
   return {out.word[0], out.word[1], out.word[2], out.word[3]};
 }
+
+#ifdef TFB_EXT_WITH_CUDA
+bool cuda_clusters_in_use() {
+  cuda::Machine machine;
+  return cuda::current_machine(machine) == cudaSuccess && machine.clusters;
+}
+#endif
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -70,6 +72,9 @@ PYBIND11_MODULE(_C, m) {
 #ifdef TFB_EXT_WITH_CUDA
   m.def("philox_cuda", &tfb::cuda::philox_on_device, pybind11::arg("counter"), pybind11::arg("key"),
         "Philox4x32-10 on the current CUDA device; waits for the result.");
+  m.def("use_portable_kernels", &tfb::cuda::force_portable, pybind11::arg("portable"),
+        "Whether to leave instructions newer than compute capability 8.0 unused.");
+  m.def("cuda_clusters_in_use", &tfb::cuda_clusters_in_use, "Whether the current device runs the kernels for clusters.");
 #endif
   m.def("build_info", &tfb::build_info,
         "cuda (bool), cuda_arch_list, compiler, cpu_capability in use, torch_version at build.");

@@ -2,13 +2,17 @@
 // got and what it wants. Wrong values raise ValueError, wrong types TypeError.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
+
+#include "mode.h"
 
 namespace tfb {
 
@@ -89,26 +93,124 @@ inline void check_noise(int64_t r, int64_t n, int64_t layer, int64_t sample) {
                   ", expected 0 to 2**31 - 1");
 }
 
-inline void check_shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma,
-                         const at::Tensor& samples, const at::Tensor& seed, int64_t layer, std::string_view mode) {
-  check_rows("shrink", "x", x);
-  check_weight("shrink", "mean", mean, x, "x");
-  check_noise_size("shrink", mean.size(0), mean.size(1));
-  TFB_CHECK_VALUE(mean.size(1) == x.size(1), "shrink: x has ", x.size(1), " columns, but mean has shape ", mean.sizes(),
-                  "; expected mean (r, ", x.size(1), ")");
-  TFB_CHECK_VALUE(samples.dim() == 1, "shrink: samples has shape ", samples.sizes(),
+inline Mode parse_mode(const char* op, std::string_view mode) {
+  if (mode == "weight") return Mode::kWeight;
+  if (mode == "flipout") return Mode::kFlipout;
+  if (mode == "token") return Mode::kToken;
+  TORCH_CHECK_VALUE(false, sentence(op, ": mode is \"", mode, "\", expected \"weight\", \"flipout\" or \"token\""));
+}
+
+// What the groups of rows draw from.
+inline void check_samples(const char* op, const at::Tensor& x, const at::Tensor& sigma, const at::Tensor& samples,
+                          const at::Tensor& seed) {
+  TFB_CHECK_VALUE(samples.dim() == 1, op, ": samples has shape ", samples.sizes(),
                   ", expected one dimension (one sample index per group of rows)");
   const int64_t groups = samples.size(0);
-  check_vector("shrink", "samples", samples, at::kInt, groups, "one sample index per group of rows");
-  check_vector("shrink", "sigma", sigma, at::kFloat, groups, "one sigma per entry of samples");
-  check_vector("shrink", "seed", seed, at::kLong, 1, "the one seed");
-  check_device("shrink", "sigma", sigma, x, "x");
-  check_device("shrink", "samples", samples, x, "x");
-  check_device("shrink", "seed", seed, x, "x");
-  TFB_CHECK_VALUE(groups > 0 ? x.size(0) % groups == 0 : x.size(0) == 0, "shrink: x has ", x.size(0),
+  check_vector(op, "samples", samples, at::kInt, groups, "one sample index per group of rows");
+  check_vector(op, "sigma", sigma, at::kFloat, groups, "one sigma per entry of samples");
+  check_vector(op, "seed", seed, at::kLong, 1, "the one seed");
+  check_device(op, "sigma", sigma, x, "x");
+  check_device(op, "samples", samples, x, "x");
+  check_device(op, "seed", seed, x, "x");
+  TFB_CHECK_VALUE(groups > 0 ? x.size(0) % groups == 0 : x.size(0) == 0, op, ": x has ", x.size(0),
                   " rows, expected a multiple of the ", groups, " entries of samples (equal groups of rows)");
-  check_layer("shrink", layer);
-  TFB_CHECK_VALUE(mode == "weight", "shrink: mode is \"", mode, "\", expected \"weight\"");
+  // Rows of a group are counted by one word of the generator.
+  TFB_CHECK_VALUE(groups == 0 || x.size(0) / groups <= std::numeric_limits<uint32_t>::max(), op, ": ",
+                  groups == 0 ? 0 : x.size(0) / groups, " rows a sample, expected fewer than 2**32");
+}
+
+inline void check_mean(const char* op, const at::Tensor& x, const at::Tensor& mean, int64_t layer) {
+  check_weight(op, "mean", mean, x, "x");
+  check_noise_size(op, mean.size(0), mean.size(1));
+  TFB_CHECK_VALUE(mean.size(1) == x.size(1), op, ": x has ", x.size(1), " columns, but mean has shape ", mean.sizes(),
+                  "; expected mean (r, ", x.size(1), ")");
+  check_layer(op, layer);
+}
+
+inline void check_shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma,
+                         const at::Tensor& samples, const at::Tensor& seed, int64_t layer) {
+  check_rows("shrink", "x", x);
+  check_mean("shrink", x, mean, layer);
+  check_samples("shrink", x, sigma, samples, seed);
+}
+
+inline void check_length(const char* op, const char* name, int64_t length, int64_t layers) {
+  TFB_CHECK_VALUE(length == layers, op, ": ", name, " has ", length, " entries, expected one for each of the ", layers,
+                  " means");
+}
+
+// Layers that share x.
+inline void check_group(const char* op, const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
+                        const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers) {
+  check_rows(op, "x", x);
+  TFB_CHECK_VALUE(!means.empty(), op, ": means is empty, expected one mean a layer");
+  check_length(op, "layers", static_cast<int64_t>(layers.size()), static_cast<int64_t>(means.size()));
+  for (size_t l = 0; l < means.size(); ++l) {
+    check_mean(op, x, means[l], layers[l]);
+    TFB_CHECK_TYPE(means[l].scalar_type() == means[0].scalar_type(), op, ": means have types ", means[0].scalar_type(),
+                   " and ", means[l].scalar_type(), ", expected one type for all");
+  }
+  check_samples(op, x, sigma, samples, seed);
+}
+
+inline void check_basis(const char* op, const at::Tensor& z, const at::Tensor& basis) {
+  check_rows(op, "z", z);
+  check_weight(op, "basis", basis, z, "z");
+  TFB_CHECK_VALUE(basis.size(1) == z.size(1) && z.size(1) >= 1, op, ": basis has shape ", basis.sizes(), ", expected ",
+                  z.size(1), " columns, those of z, and at least one");
+}
+
+// `like` has the type and the device that the bias must have.
+inline void check_bias(const char* op, const at::Tensor& bias, const at::Tensor& like, const char* like_name,
+                       int64_t m) {
+  check_device(op, "bias", bias, like, like_name);
+  check_vector(op, "bias", bias, like.scalar_type(), m, "one number an output feature");
+}
+
+inline void check_expand_new(const at::Tensor& z, const at::Tensor& basis, const std::optional<at::Tensor>& bias) {
+  check_basis("expand", z, basis);
+  if (bias) check_bias("expand", *bias, z, "z", basis.size(0));
+}
+
+inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         const at::Tensor& z, const at::Tensor& basis) {
+  TFB_CHECK_TYPE(is_supported(x.scalar_type()), "linear: x has type ", x.scalar_type(),
+                 ", expected float32, bfloat16 or float16");
+  TFB_CHECK_VALUE(x.dim() >= 1, "linear: x has no dimension, expected (..., features)");
+  TFB_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "linear: weight has type ", weight.scalar_type(),
+                 ", expected x's type ", x.scalar_type());
+  check_device("linear", "weight", weight, x, "x");
+  TFB_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == x.size(-1), "linear: weight has shape ", weight.sizes(),
+                  ", expected (m, ", x.size(-1), "), the columns of x");
+  TFB_CHECK_TYPE(z.scalar_type() == x.scalar_type(), "linear: z has type ", z.scalar_type(), ", expected x's type ",
+                 x.scalar_type());
+  check_device("linear", "z", z, x, "x");
+  check_basis("linear", z, basis);
+  const int64_t rows = x.size(-1) == 0 ? z.size(0) : x.numel() / x.size(-1);
+  TFB_CHECK_VALUE(z.size(0) == rows, "linear: z has ", z.size(0), " rows, expected x's ", rows);
+  TFB_CHECK_VALUE(basis.size(0) == weight.size(0), "linear: basis has ", basis.size(0), " rows, expected weight's ",
+                  weight.size(0));
+  if (bias) check_bias("linear", *bias, x, "x", weight.size(0));
+}
+
+inline void check_update(const at::Tensor& x, at::TensorList means, at::TensorList bases,
+                         const c10::List<std::optional<at::Tensor>>& biases, size_t scalings, const at::Tensor& sigma,
+                         const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers) {
+  const char* op = "update_group";
+  check_group(op, x, means, sigma, samples, seed, layers);
+  const auto count = static_cast<int64_t>(means.size());
+  check_length(op, "bases", static_cast<int64_t>(bases.size()), count);
+  check_length(op, "biases", static_cast<int64_t>(biases.size()), count);
+  check_length(op, "scalings", static_cast<int64_t>(scalings), count);
+  for (size_t l = 0; l < bases.size(); ++l) {
+    check_weight(op, "basis", bases[l], x, "x");
+    TFB_CHECK_VALUE(bases[l].size(1) == means[l].size(0), op, ": basis has shape ", bases[l].sizes(), ", expected ",
+                    means[l].size(0), " columns, the rows of its mean");
+    TFB_CHECK_TYPE(bases[l].scalar_type() == bases[0].scalar_type(), op, ": bases have types ", bases[0].scalar_type(),
+                   " and ", bases[l].scalar_type(), ", expected one type for all");
+    const std::optional<at::Tensor> bias = biases.get(l);
+    if (bias) check_bias(op, *bias, x, "x", bases[l].size(0));
+  }
 }
 
 inline void check_expand(const at::Tensor& y, const at::Tensor& z, const at::Tensor& basis) {

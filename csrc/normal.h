@@ -11,18 +11,26 @@
 
 #include "philox.h"
 
+#if defined(TFB_EMULATOR)
+#include "emulator.h"
+#endif
+
 namespace tfb {
 
 constexpr float kTwoToMinus32 = 2.3283064365386963e-10f;
 constexpr float kTwoToMinus33 = 1.1641532182693481e-10f;
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(TFB_EMULATOR)
 
+#if defined(TFB_EMULATOR)
+inline float approximate_sqrt(float x) { return sqrtf(x); }
+#else
 __device__ __forceinline__ float approximate_sqrt(float x) {
   float root;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
   return root;
 }
+#endif
 
 // lg2.approx is off by up to 2^-22 for u in (0.5, 2), so the radius by up to 2^-22 / radius. Below v = 2^-6 (radius
 // 0.18) the series takes over; its first dropped term is v^3 / 4 <= 1e-6 of the sum.

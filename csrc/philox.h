@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+// TFB_EMULATOR: the CUDA kernels compiled for the CPU by tests/emulator.
 #if defined(__CUDACC__)
 #define TFB_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -68,6 +69,26 @@ TFB_HOST_DEVICE PhiloxWords philox(const PhiloxWords& counter, uint32_t key0, ui
 TFB_HOST_DEVICE uint32_t noise_sample(uint32_t sample, bool antithetic) { return antithetic ? sample & ~1u : sample; }
 TFB_HOST_DEVICE float noise_sign(uint32_t sample, bool antithetic) {
   return antithetic && (sample & 1u) != 0 ? -1.0f : 1.0f;
+}
+
+// Draws other than E come from the same generator under a key of their own: a constant xor-ed into its high word. The
+// constants are leading bits of square roots (of 2, 5 and 7). `token` is a row's number within its group.
+//   input signs (flipout)   counter (column / 128, token, sample, layer): bit column % 32 of word column % 128 / 32
+//   rank signs (flipout)    counter (rank / 128, token, sample, layer): bit rank % 32 of word rank % 128 / 32
+//   token normals           counter (rank / 4, token, sample, layer): place rank % 4 of Box-Muller's four
+// A set bit means minus one.
+constexpr uint32_t kInputSignKey = 0x6A09E667u;
+constexpr uint32_t kRankSignKey = 0x3C6EF372u;
+constexpr uint32_t kTokenKey = 0xA54FF53Au;
+constexpr int kSignsPerCounter = 128;
+
+TFB_HOST_DEVICE float sign_of(const PhiloxWords& words, uint32_t index) {
+  const uint32_t place = index % 128 / 32;
+  const uint32_t word = place == 0   ? words.word[0]
+                        : place == 1 ? words.word[1]
+                        : place == 2 ? words.word[2]
+                                     : words.word[3];
+  return (word >> index % 32 & 1u) != 0 ? -1.0f : 1.0f;
 }
 
 }  // namespace tfb

@@ -413,7 +413,7 @@ SHRINK_ERRORS = [
     ("seed", torch.tensor([1, 2]), ValueError, r"shrink: seed has shape \[2\], expected \[1\]"),
     ("layer", -1, ValueError, "shrink: layer is -1, expected an unsigned 32-bit value"),
     ("layer", 2**32, ValueError, "shrink: layer is 4294967296, expected an unsigned 32-bit value"),
-    ("mode", "token", ValueError, 'shrink: mode is "token", expected "weight"'),
+    ("mode", "rows", ValueError, 'shrink: mode is "rows", expected "weight", "flipout" or "token"'),
 ]
 
 

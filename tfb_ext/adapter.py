@@ -22,7 +22,7 @@ from . import ops
 from .errors import ConfigError, SamplingError, UnsupportedModelError
 from .fan import Anatomy, Fan, Predictive, Trunk, batch_rows, check_packing, find_anatomy
 from .files import CONFIG_NAME, TFBConfig
-from .layers import SampleBatch, SamplingState, TFBVariant, as_int64, check_layer, disable_input_casts
+from .layers import SampleBatch, SamplingState, TFBVariant, as_int64, check_layer, disable_input_casts, find_groups
 from .posterior import LayerPosterior, canonical_name, layer_posterior, unique_layer_ids
 
 Depth = int | float | str
@@ -101,6 +101,12 @@ class BayesianAdapter:
     def layers(self) -> tuple[str, ...]:
         """Canonical names of the layers that have a posterior, the ones below the first random block included."""
         return tuple(p.name for p in self.posteriors)
+
+    @property
+    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the layers that read one input together, a tuple for each such input (q, k and v; gate and up)."""
+        groups = dict.fromkeys(tuple(member.name for member, _ in v.group) for v in self._variants if v.group)
+        return tuple(groups)
 
     @property
     def random_layers(self) -> tuple[str, ...]:
@@ -242,10 +248,14 @@ class BayesianAdapter:
         random = [self._modules[v.name] for v in self._variants if v.block >= first]
         undo = disable_input_casts(random, self.name)
         hook = self.model.register_forward_pre_hook(_refuse_adapter_names, with_kwargs=True)
+        direct = [v for v in self._variants if v.install(self._modules[v.name])]
         try:
             with torch.no_grad():
                 yield
         finally:
+            for variant in direct:
+                variant.restore(self._modules[variant.name])
+            self._state.shared = None
             hook.remove()
             undo()
             _SAMPLING_MODELS.discard(model)
@@ -274,6 +284,11 @@ class BayesianAdapter:
         for variant, posterior in zip(self._variants, self.posteriors, strict=True):
             variant.attach(self._modules[variant.name], posterior)
         self._attached = True
+
+    def _group(self) -> None:
+        for group in find_groups(self.anatomy.model, [(v, self._modules[v.name]) for v in self._variants]):
+            for variant, _ in group:
+                variant.group = group
 
     def _probe(self) -> None:
         """Send one row through a layer of each class: PEFT has layer classes that ignore the slot silently."""
@@ -441,6 +456,7 @@ def bayesianize(
     try:
         bayesian._attach()
         bayesian._probe()
+        bayesian._group()
     except BaseException:
         bayesian.unload()
         raise

@@ -1,4 +1,11 @@
-"""One LoRA layer as a sampled layer: the object in PEFT's per-adapter slot and the state all layers of an adapter share."""
+"""One LoRA layer as a sampled layer: the object in PEFT's per-adapter slot and the state all layers of an adapter share.
+
+Inside a sampling context a layer takes one of two ways. The *slot* is PEFT's own door (``layer.lora_variant[adapter]``): the
+layer runs its base, then calls us to add the update. The *direct* way replaces the layer's forward for the length of the
+context, where its base is a plain float ``nn.Linear`` that nobody hooks: the update is written first and the base product
+accumulates onto it, layers that share their input share one pass over it, and blocks below the first random one take it too,
+as the mean. Every call decides anew; whatever does not fit goes to PEFT's forward and through the slot.
+"""
 
 from __future__ import annotations
 
@@ -62,6 +69,11 @@ class SampleBatch:
             )
         return self._tensors[device]
 
+    @property
+    def few_rows(self) -> int:
+        """Rows up to which one launch does a whole group of layers: 16 of each sample, 128 together (``csrc/cuda/few.cu``)."""
+        return min(128, 16 * len(self.samples))
+
     def part(self, start: int, stop: int) -> SampleBatch:
         """The row groups ``start:stop`` alone; they are the same samples."""
         key = (start, stop)
@@ -70,6 +82,27 @@ class SampleBatch:
                 self.sigma[start:stop], self.samples[start:stop], self.seed, self.antithetic, self.mode
             )
         return self._parts[key]
+
+
+# One group of rows that draws nothing: the mean, for the blocks below the first random one.
+MEAN = SampleBatch((0.0,), (0,), 0, False)
+
+
+@dataclass
+class SharedInput:
+    """What the first of several layers that share ``x`` has computed for all of them.
+
+    Attributes:
+        x: their input, and the version of it that was read.
+        rows: ``x`` as a matrix.
+        parts: by layer name, what its forward still needs: ``z``, or with ``written`` the update itself.
+    """
+
+    x: Tensor
+    version: int
+    rows: Tensor
+    parts: dict[str, Tensor]
+    written: bool
 
 
 class SamplingState:
@@ -81,6 +114,7 @@ class SamplingState:
         fanned: whether the rows are already laid out sample by sample at this point of the forward.
         missed: random layers that ran before the fan, which the model's hook turns into an error.
         probed: while a list, sampled layers write their names there (the check that PEFT really calls the slot).
+        shared: computed for the next layers that get the same input.
     """
 
     def __init__(self) -> None:
@@ -89,6 +123,7 @@ class SamplingState:
         self.fanned = False
         self.missed: list[str] = []
         self.probed: list[str] | None = None
+        self.shared: SharedInput | None = None
 
 
 class TFBVariant(LoraVariant):
@@ -101,6 +136,7 @@ class TFBVariant(LoraVariant):
         self.layer = posterior.layer
         self.rank = posterior.rank
         self.block = block
+        self.group: tuple[tuple[TFBVariant, Any], ...] = ()
 
     @property
     def basis_buffer(self) -> str:
@@ -125,6 +161,98 @@ class TFBVariant(LoraVariant):
             if name in module._buffers:
                 delattr(module, name)
 
+    # The direct way ---------------------------------------------------------------------------------------------------
+
+    def install(self, module: Any) -> bool:
+        """Take the layer's forward over, if it can ever go the direct way; :meth:`restore` gives it back."""
+        base = module.base_layer
+        plain = type(module) is LoraLinear and type(base) is nn.Linear and type(base.weight) is nn.Parameter
+        if not plain or "forward" in module.__dict__ or module.lora_B[self.adapter].bias is not None:
+            return False
+        original = module.forward
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args or kwargs or not self.is_direct(module, x):
+                return original(x, *args, **kwargs)
+            return self.direct(module, x)
+
+        forward.tfb_direct = True  # type: ignore[attr-defined]
+        module.forward = forward
+        return True
+
+    @staticmethod
+    def restore(module: Any) -> None:
+        del module.__dict__["forward"]
+
+    def is_direct(self, module: Any, x: Tensor) -> bool:
+        """Whether this call may replace PEFT's: the adapter alone is on, and base and input are as they seem."""
+        base, state = module.base_layer, self.state
+        active = module._active_adapter
+        return (
+            state.batch is not None
+            # A random layer below the fan is an error, which the slot notes.
+            and (state.fanned or self.block < state.first)
+            and not module._disable_adapters
+            and not module.merged_adapters
+            and (active == self.adapter or active == [self.adapter])
+            and x.dtype == base.weight.dtype
+            and x.device == base.weight.device
+            # Hooks see the base layer's own output; an own forward is accelerate's, which brings the weights in.
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and "forward" not in base.__dict__
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def direct(self, module: Any, x: Tensor) -> Tensor:
+        """The layer's output, update first. ``x`` (..., n) -> (..., m)."""
+        state = self.state
+        shared = state.shared
+        if shared is None or shared.x is not x or shared.version != _version(x) or self.name not in shared.parts:
+            shared = state.shared = self.share(module, x)
+        part = shared.parts.pop(self.name)
+        if not shared.parts:
+            state.shared = None
+        base = module.base_layer
+        if shared.written:
+            return part.addmm_(shared.rows, base.weight.t()).view(*x.shape[:-1], -1)
+        basis = getattr(module, self.basis_buffer)
+        return ops.linear(x, base.weight, base.bias, part, basis, module.scaling[self.adapter])
+
+    def share(self, module: Any, x: Tensor) -> SharedInput:
+        """Read ``x`` once for this layer and those of its group that can follow."""
+        batch = self.state.batch if self.is_random() else MEAN
+        assert batch is not None
+        together = [(self, module)]
+        together += [(v, m) for v, m in self.group if v is not self and v.is_direct(m, x)]
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        sigma, samples, seed = batch.tensors(x.device)
+        means = [getattr(m, v.mean_buffer) for v, m in together]
+        layers = [v.layer for v, _ in together]
+        written = x.is_cuda and rows.shape[0] <= batch.few_rows
+        if written:
+            parts = ops.update_group(
+                rows,
+                means,
+                [getattr(m, v.basis_buffer) for v, m in together],
+                [m.base_layer.bias for _, m in together],
+                [m.scaling[v.adapter] for v, m in together],
+                sigma,
+                samples,
+                seed,
+                layers,
+                batch.mode,
+                batch.antithetic,
+            )
+        else:
+            parts = ops.shrink_group(rows, means, sigma, samples, seed, layers, batch.mode, batch.antithetic)
+        names = [v.name for v, _ in together]
+        return SharedInput(x, _version(x), rows, dict(zip(names, parts, strict=True)), written)
+
+    # The slot ---------------------------------------------------------------------------------------------------------
+
     # PEFT declares these as static methods and calls them on the object in the slot; ours needs its state.
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         if not self.sampling():
@@ -133,13 +261,16 @@ class TFBVariant(LoraVariant):
             self.state.probed.append(self.name)
         return self.sampled(module, x, result)
 
+    def is_random(self) -> bool:
+        """Whether this layer is random in the context that is open; does not ask whether its rows are fanned."""
+        return self.state.batch is not None and self.block >= self.state.first
+
     def sampling(self) -> bool:
-        """Whether this layer is random at this point of the forward."""
-        state = self.state
-        if state.batch is None or self.block < state.first:
+        """Whether this layer is random now; one that comes before the fan is noted as missed and is the mean."""
+        if not self.is_random():
             return False
-        if not state.fanned:
-            state.missed.append(self.name)
+        if not self.state.fanned:
+            self.state.missed.append(self.name)
             return False
         return True
 
@@ -181,6 +312,53 @@ class TFBVariant(LoraVariant):
         return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 
+def _version(x: Tensor) -> int:
+    """Changes when ``x`` is written to. Tensors of inference mode and of a trace do not count."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def find_groups(model: Any, layers: Sequence[tuple[TFBVariant, Any]]) -> list[tuple[tuple[TFBVariant, Any], ...]]:
+    """Layers of one block that get the very same tensor one after the other (q, k and v; gate and up), by one look.
+
+    The model runs on two tokens, in eval mode and without gradients. A model that cannot run on ``input_ids`` alone has no
+    groups: its layers read their inputs one by one.
+    """
+    calls: list[tuple[TFBVariant, Any, Tensor, int]] = []
+
+    def note(variant: TFBVariant, module: Any, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            calls.append((variant, module, args[0], _version(args[0])))
+
+    hooks = [m.register_forward_pre_hook(lambda module, args, v=v: note(v, module, args)) for v, m in layers]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        device = model.get_input_embeddings().weight.device
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=device))
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        return []
+    finally:
+        for module in training:
+            module.training = True
+        for hook in hooks:
+            hook.remove()
+    groups: list[list[tuple[TFBVariant, Any]]] = []
+    last: tuple[Tensor, int, int] | None = None
+    seen: set[str] = set()
+    for variant, module, x, version in calls:
+        if variant.name in seen:
+            continue
+        seen.add(variant.name)
+        if last is not None and last[0] is x and last[1:] == (version, variant.block):
+            groups[-1].append((variant, module))
+        else:
+            groups.append([(variant, module)])
+        last = (x, version, variant.block)
+    return [tuple(group) for group in groups if len(group) > 1]
+
+
 def check_layer(name: str, module: Any, adapter: str) -> None:
     """Refuse a layer that cannot carry a posterior, naming it, the reason and the way out; changes nothing."""
 
@@ -214,7 +392,9 @@ def head_columns(module: Any, hidden: Tensor, columns: Tensor) -> Tensor:
     Only those rows of the weight are multiplied where the head is a linear layer, with or without an adapter.
     """
     columns = columns.to(hidden.device)
-    if "forward" in module.__dict__:  # accelerate's offloading brings the weights in for the length of a forward only
+    own = module.__dict__.get("forward")
+    if own is not None and not getattr(own, "tfb_direct", False):
+        # accelerate's offloading brings the weights in for the length of a forward only.
         return module.forward(hidden).index_select(-1, columns)
     if type(module) is nn.Linear:
         return _linear_rows(module, hidden, columns)

@@ -6,15 +6,31 @@ Same signatures as :mod:`tfb_ext.ops`. The noise is made whole, in float64, and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["expand_", "noise", "noise_float64", "philox", "shrink"]
+__all__ = [
+    "expand",
+    "expand_",
+    "input_signs",
+    "linear",
+    "noise",
+    "noise_float64",
+    "philox",
+    "rank_signs",
+    "shrink",
+    "shrink_group",
+    "token_noise",
+    "update_group",
+]
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+# Xor-ed into the key's high word for the draws other than E.
+_INPUT_SIGN_KEY, _RANK_SIGN_KEY, _TOKEN_KEY = 0x6A09E667, 0x3C6EF372, 0xA54FF53A
 
 
 def _wide_multiply(words: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
@@ -47,19 +63,50 @@ def noise_float64(
     antithetic: bool = False,
 ) -> Tensor:
     """The noise's definition evaluated in float64: (r, n). Arguments as in :func:`tfb_ext.ops.noise`."""
-    rows = torch.arange(r, dtype=torch.int64, device=device)[:, None]
-    blocks = torch.arange((n + 3) // 4, dtype=torch.int64, device=device)[None, :]
-    counter_sample = torch.tensor(sample & ~1 if antithetic else sample, dtype=torch.int64, device=device)
-    layer_word = torch.tensor(layer, dtype=torch.int64, device=device)
-    words = philox((blocks, rows, counter_sample, layer_word), (seed & _WORD, (seed >> 32) & _WORD))
+    out = _normals(r, n, seed, 0, layer, sample & ~1 if antithetic else sample, torch.device(device))
+    return -out if antithetic and sample & 1 else out
+
+
+def _words(
+    rows: int, blocks: int, seed: int, key: int, layer: int, sample: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """The four output words of the counters (block, row, sample, layer), each (rows, blocks)."""
+    row = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
+    block = torch.arange(blocks, dtype=torch.int64, device=device)[None, :]
+    fixed = [torch.tensor(word, dtype=torch.int64, device=device) for word in (sample, layer)]
+    return philox((block, row, *fixed), (seed & _WORD, (seed >> 32) & _WORD ^ key))
+
+
+def _normals(r: int, n: int, seed: int, key: int, layer: int, sample: int, device: torch.device) -> Tensor:
+    words = _words(r, (n + 3) // 4, seed, key, layer, sample, device)
     columns = []
     for a, b in ((words[0], words[1]), (words[2], words[3])):
         # log1p(-(1 - u)) is exact to float64's last bits on both ends, where log(u) would round u first.
         radius = torch.sqrt(-2.0 * torch.log1p(-((_WORD ^ a).double() + 0.5) * 2.0**-32))
         angle = (2.0 * math.pi) * ((b.double() + 0.5) * 2.0**-32)
         columns += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    out = torch.stack(columns, dim=-1).reshape(r, -1)[:, :n]
-    return -out if antithetic and sample & 1 else out.contiguous()
+    return torch.stack(columns, dim=-1).reshape(r, -1)[:, :n].contiguous()
+
+
+def _signs(tokens: int, count: int, seed: int, key: int, layer: int, sample: int, device: torch.device) -> Tensor:
+    words = torch.stack(_words(tokens, (count + 127) // 128, seed, key, layer, sample, device), dim=-1)
+    bits = words[..., None] >> torch.arange(32, device=device) & 1
+    return (1 - 2 * bits).reshape(tokens, -1)[:, :count].contiguous()
+
+
+def input_signs(tokens: int, n: int, seed: int, layer: int, sample: int, device: torch.device | str = "cpu") -> Tensor:
+    """flipout's signs of the inputs, (tokens, n) int64 of plus and minus one; ``tokens`` numbers the rows of a group."""
+    return _signs(tokens, n, seed, _INPUT_SIGN_KEY, layer, sample, torch.device(device))
+
+
+def rank_signs(tokens: int, r: int, seed: int, layer: int, sample: int, device: torch.device | str = "cpu") -> Tensor:
+    """flipout's signs of the ranks, (tokens, r) int64 of plus and minus one."""
+    return _signs(tokens, r, seed, _RANK_SIGN_KEY, layer, sample, torch.device(device))
+
+
+def token_noise(tokens: int, r: int, seed: int, layer: int, sample: int, device: torch.device | str = "cpu") -> Tensor:
+    """token mode's standard normals, (tokens, r) float64."""
+    return _normals(tokens, r, seed, _TOKEN_KEY, layer, sample, torch.device(device))
 
 
 def noise(
@@ -89,20 +136,83 @@ def shrink(
 
     On the CPU and for float64 ``x`` the product is exact to that type, which makes it the tests' oracle.
     """
-    if mode != "weight":
-        raise ValueError(f'shrink: mode is "{mode}", expected "weight"')
+    if mode not in ("weight", "flipout", "token"):
+        raise ValueError(f'shrink: mode is "{mode}", expected "weight", "flipout" or "token"')
     r, n = mean.shape
     groups = samples.shape[0]
     if groups == 0:
         return x.new_empty((0, r))
     make = noise_float64 if x.dtype == torch.float64 else noise
     key = int(seed.item()) % 2**64
-    e = torch.stack([make(r, n, key, layer, int(k), x.device, antithetic) for k in samples.tolist()])
-    weight = mean.to(e.dtype) + sigma.to(e.dtype)[:, None, None] * e
-    z = torch.bmm(x.reshape(groups, -1, n), weight.to(x.dtype).transpose(1, 2))
+    numbers = [int(k) for k in samples.tolist()]
+    shared = [k & ~1 if antithetic else k for k in numbers]  # a pair shares all draws but the sign of its noise
+    sign = [-1.0 if antithetic and k & 1 else 1.0 for k in numbers]
+    rows = x.reshape(groups, -1, n)
+    tokens = rows.shape[1]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale = (sigma.to(wide) * torch.tensor(sign, dtype=wide, device=x.device))[:, None, None]
+    if mode == "token":
+        e = torch.stack([token_noise(tokens, r, key, layer, k, x.device) for k in shared]).to(wide)
+        z = (rows @ mean.to(x.dtype).T).to(wide) + scale * rows.to(wide).norm(dim=-1, keepdim=True) * e
+        return z.to(x.dtype).reshape(-1, r)
+    e = torch.stack([make(r, n, key, layer, k, x.device) for k in shared])
+    if mode == "flipout":
+        s = torch.stack([input_signs(tokens, n, key, layer, k, x.device) for k in shared]).to(x.dtype)
+        t = torch.stack([rank_signs(tokens, r, key, layer, k, x.device) for k in shared]).to(wide)
+        change = torch.bmm(rows * s, e.to(x.dtype).transpose(1, 2)).to(wide)
+        z = (rows @ mean.to(x.dtype).T).to(wide) + scale * t * change
+        return z.to(x.dtype).reshape(-1, r)
+    weight = mean.to(e.dtype) + scale.to(e.dtype) * e
+    z = torch.bmm(rows, weight.to(x.dtype).transpose(1, 2))
     return z.reshape(-1, r)
+
+
+def shrink_group(
+    x: Tensor,
+    means: Sequence[Tensor],
+    sigma: Tensor,
+    samples: Tensor,
+    seed: Tensor,
+    layers: Sequence[int],
+    mode: str = "weight",
+    antithetic: bool = False,
+) -> list[Tensor]:
+    """See :func:`tfb_ext.ops.shrink_group`: one :func:`shrink` after the other."""
+    return [
+        shrink(x, mean, sigma, samples, seed, layer, mode, antithetic)
+        for mean, layer in zip(means, layers, strict=True)
+    ]
 
 
 def expand_(y: Tensor, z: Tensor, basis: Tensor, scaling: float) -> Tensor:
     """See :func:`tfb_ext.ops.expand_`; every step is rounded to y's type."""
     return y.add_(z @ basis.to(y.dtype).T, alpha=scaling)
+
+
+def expand(z: Tensor, basis: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """See :func:`tfb_ext.ops.expand`."""
+    y = scaling * (z @ basis.to(z.dtype).T)
+    return y if bias is None else y + bias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, basis: Tensor, scaling: float) -> Tensor:
+    """See :func:`tfb_ext.ops.linear`."""
+    return torch.nn.functional.linear(x, weight, bias) + expand(z, basis, scaling).reshape(*x.shape[:-1], -1)
+
+
+def update_group(
+    x: Tensor,
+    means: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    sigma: Tensor,
+    samples: Tensor,
+    seed: Tensor,
+    layers: Sequence[int],
+    mode: str = "weight",
+    antithetic: bool = False,
+) -> list[Tensor]:
+    """See :func:`tfb_ext.ops.update_group`; ``z`` is rounded to x's type on its way."""
+    z = shrink_group(x, means, sigma, samples, seed, layers, mode, antithetic)
+    return [expand(*part) for part in zip(z, bases, scalings, biases, strict=True)]

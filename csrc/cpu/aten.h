@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <string_view>
+#include <vector>
 
 #include "kernels.h"
 
@@ -20,6 +22,11 @@ inline NoiseKey noise_key(int64_t seed, int64_t layer) {
   const auto bits = static_cast<uint64_t>(seed);
   return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), static_cast<uint32_t>(layer)};
 }
+
+// Of shrink.cpp; the layers of a group one after the other.
+std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
+                                     const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
+                                     std::string_view mode, bool antithetic);
 
 // Scratch of one thread, aligned to a cache line and to the widest register.
 class Scratch {

@@ -14,7 +14,8 @@
 
 namespace tfb::cpu {
 const Kernels kAvx2Kernels = {"avx2",           avx2::noise_rows,  avx2::fill_panels,
-                              avx2::shrink_run, avx2::reduce_rows, avx2::expand_rows};
+                              avx2::shrink_run, avx2::sum_squares, avx2::reduce_rows,
+                              avx2::expand_rows};
 }  // namespace tfb::cpu
 
 #endif

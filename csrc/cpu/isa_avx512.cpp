@@ -16,7 +16,8 @@
 
 namespace tfb::cpu {
 const Kernels kAvx512Kernels = {"avx512",           avx512::noise_rows,  avx512::fill_panels,
-                                avx512::shrink_run, avx512::reduce_rows, avx512::expand_rows};
+                                avx512::shrink_run, avx512::sum_squares, avx512::reduce_rows,
+                                avx512::expand_rows};
 }  // namespace tfb::cpu
 
 #endif

@@ -13,5 +13,6 @@
 
 namespace tfb::cpu {
 const Kernels kBaselineKernels = {"baseline",           baseline::noise_rows,  baseline::fill_panels,
-                                  baseline::shrink_run, baseline::reduce_rows, baseline::expand_rows};
+                                  baseline::shrink_run, baseline::sum_squares, baseline::reduce_rows,
+                                  baseline::expand_rows};
 }  // namespace tfb::cpu

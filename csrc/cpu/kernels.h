@@ -23,7 +23,7 @@ struct NoiseKey {
 
 // E for all columns of rows row0 .. row0 + rows (rows <= 8) of an (r, n) matrix.
 struct NoiseParams {
-  float* out;  // (r, n), contiguous
+  float* out;  // (rows, n), contiguous
   int64_t n;
   int64_t row0;
   int rows;
@@ -44,6 +44,7 @@ struct PanelParams {
 // Consecutive rows of x that share one weight W = M + scale * E(sample).
 struct Segment {
   int64_t row, rows;
+  int64_t token;    // the first row's number within its group
   uint32_t sample;  // the counter's word
   float scale;      // sigma times the antithetic sign
 };
@@ -56,6 +57,7 @@ struct ShrinkParams {
   const float* panels;  // of these columns, as PanelParams leaves them
   int64_t r;
   NoiseKey key;
+  bool signs;  // flipout's, of the inputs
   const Segment* segments;
   int64_t segment_count;
   int64_t column0, column1;
@@ -75,9 +77,19 @@ inline int64_t shrink_scratch(int64_t r) {
   return 2 * panel_count(r) * kPanelRows * shrink_block_columns(r) + kMaxTileTokens * kTilePitch;
 }
 
-// z[t][i] = sum of the slices' partials in slice order, rounded once.
+// out[t - token0] = |x[t]|^2 for tokens [token0, token1).
+struct SquaresParams {
+  const void* x;
+  int64_t x_stride, n;
+  Format format;
+  float* out;
+  int64_t token0, token1;
+};
+
+// z[t][i] = sum of the slices' partials in slice order (and `addend`), rounded once.
 struct ReduceParams {
   const float* partials;  // (slices, T, 8 * panel_count(r))
+  const float* addend;    // (T, 8 * panel_count(r)), or null
   int64_t slices, tokens, r;
   void* z;  // (T, r), contiguous
   Format format;
@@ -110,6 +122,7 @@ struct Kernels {
   void (*noise)(const NoiseParams&);
   void (*panels)(const PanelParams&);
   void (*shrink)(const ShrinkParams&);
+  void (*squares)(const SquaresParams&);
   void (*reduce)(const ReduceParams&);
   void (*expand)(const ExpandParams&);
 };

@@ -25,6 +25,7 @@ at::Tensor noise(int64_t r, int64_t n, int64_t seed, int64_t layer, int64_t samp
     for (int64_t panel = begin; panel < end; ++panel) {
       NoiseParams own = params;
       own.row0 = panel * kPanelRows;
+      own.out = params.out + own.row0 * n;
       own.rows = static_cast<int>(std::min<int64_t>(kPanelRows, r - own.row0));
       kernels().noise(own);
     }

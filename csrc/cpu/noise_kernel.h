@@ -74,7 +74,7 @@ static void noise_rows(const NoiseParams& p) {
     const int64_t padded = (columns + kPassColumns - 1) / kPassColumns * kPassColumns;
     noise_panel(block, column0, padded, static_cast<uint32_t>(p.row0), p.sample, p.key);
     for (int row = 0; row < p.rows; ++row) {
-      float* out = p.out + (p.row0 + row) * p.n + column0;
+      float* out = p.out + row * p.n + column0;
       for (int64_t column = 0; column < columns; ++column) out[column] = p.sign * block[column * kPanelRows + row];
     }
   }

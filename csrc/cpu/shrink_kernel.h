@@ -57,6 +57,29 @@ TFB_INLINE void pack_rows(float* packed, const typename Type::Element* x, int64_
   }
 }
 
+// Flips the signs of packed rows where flipout's bits say so; the rows are tokens token0 .. of their group.
+TFB_INLINE void flip_rows(float* packed, int64_t rows, int64_t token0, int64_t column0, int64_t columns,
+                          uint32_t sample, NoiseKey key) {
+  static_assert(kLanes <= 32, "a register's signs lie in one word");
+  WordVector place{};
+  for (int lane = 0; lane < kLanes; ++lane) place[lane] = lane;
+  for (int64_t t = 0; t < rows; ++t) {
+    PhiloxWords words{};
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      const int64_t bit = column0 + column;
+      if (column == 0 || bit % kSignsPerCounter == 0) {
+        words = philox(
+            {{static_cast<uint32_t>(bit / kSignsPerCounter), static_cast<uint32_t>(token0 + t), sample, key.layer}},
+            key.key0, key.key1 ^ kInputSignKey);
+      }
+      const WordVector signs = (words.word[bit % kSignsPerCounter / 32] >> (place + static_cast<uint32_t>(bit % 32)))
+                               << 31;
+      float* target = packed + t * kTilePitch + column;
+      store_as(target, as_words(load_as<FloatVector>(target)) ^ signs);
+    }
+  }
+}
+
 // One tile of `tokens` rows against every panel.
 struct TileParams {
   const float* packed;
@@ -118,6 +141,7 @@ static void shrink_as(const ShrinkParams& p) {
         const int64_t left = segment.rows - row;
         const int tokens = left >= kTileTokens ? kTileTokens : left >= 8 && kTileTokens > 8 ? 8 : left >= 4 ? 4 : 1;
         pack_rows<Type>(packed, x + (segment.row + row) * p.x_stride + column0, p.x_stride, tokens, columns);
+        if (p.signs) flip_rows(packed, tokens, segment.token + row, column0, columns, segment.sample, p.key);
         tile.sums = p.partial + (segment.row + row) * pitch;
         if (tokens == kTileTokens) multiply_panels<kTileTokens>(tile);
         else if (tokens == 8) multiply_panels<8>(tile);
@@ -136,6 +160,28 @@ static void shrink_run(const ShrinkParams& p) {
 }
 
 template <class Type>
+static void sum_squares_as(const SquaresParams& p) {
+  for (int64_t t = p.token0; t < p.token1; ++t) {
+    const auto* row = static_cast<const typename Type::Element*>(p.x) + t * p.x_stride;
+    FloatVector sum{};
+    for (int64_t column = 0; column < p.n; column += kLanes) {
+      const int64_t count = p.n - column < kLanes ? p.n - column : kLanes;
+      const FloatVector values = count == kLanes ? Type::load(row + column) : load_some<Type>(row + column, count);
+      sum += values * values;
+    }
+    float total = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+    p.out[t - p.token0] = total;
+  }
+}
+
+static void sum_squares(const SquaresParams& p) {
+  if (p.format == Format::kFloat32) sum_squares_as<Float32>(p);
+  else if (p.format == Format::kBFloat16) sum_squares_as<BFloat16>(p);
+  else sum_squares_as<Float16>(p);
+}
+
+template <class Type>
 static void reduce_as(const ReduceParams& p) {
   const int64_t pitch = panel_count(p.r) * kPanelRows;
   for (int64_t t = p.token0; t < p.token1; ++t) {
@@ -145,6 +191,7 @@ static void reduce_as(const ReduceParams& p) {
       for (int64_t slice = 1; slice < p.slices; ++slice) {
         sum += load_as<Rows8>(p.partials + (slice * p.tokens + t) * pitch + i);
       }
+      if (p.addend != nullptr) sum += load_as<Rows8>(p.addend + t * pitch + i);
       float values[kPanelRows + kLanes] = {};
       store_as(values, sum);
       const int64_t count = p.r - i < kPanelRows ? p.r - i : kPanelRows;

@@ -1,13 +1,10 @@
-// Half-precision elements: pairs in 32-bit registers, vector loads with a safe path for ragged edges, and the
-// tensor-core product m16n8k16 with float32 accumulation.
+// Elements of the three types: pairs in 32-bit registers, vector loads with a safe path for ragged edges.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 
 #include "../format.h"
+#include "device.cuh"
 
 namespace tfb::cuda {
 
@@ -29,6 +26,12 @@ struct Pack<__half> {
 };
 
 template <>
+struct Pack<float> {
+  static __device__ __forceinline__ float to_float(float value) { return value; }
+  static __device__ __forceinline__ float from_float(float value) { return value; }
+};
+
+template <>
 struct Pack<__nv_bfloat16> {
   static __device__ __forceinline__ uint32_t pack(float a, float b) { return as_bits(__floats2bfloat162_rn(a, b)); }
   static __device__ __forceinline__ float2 unpack(uint32_t bits) {
@@ -37,29 +40,6 @@ struct Pack<__nv_bfloat16> {
   static __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
   static __device__ __forceinline__ __nv_bfloat16 from_float(float value) { return __float2bfloat16_rn(value); }
 };
-
-// d += a b: a is 16 x 16 (four registers), b 16 x 8 (two), d 16 x 8 floats. With i = lane / 4, c = lane % 4: a0 holds
-// row i, a1 row i + 8 at k = 2c, 2c + 1; a2, a3 the same rows at k + 8; b0, b1 column i at those k; d0, d1 row i and
-// d2, d3 row i + 8 at columns 2c, 2c + 1.
-template <class T>
-__device__ __forceinline__ void multiply_16x8x16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                                 uint32_t b0, uint32_t b1);
-
-template <>
-__device__ __forceinline__ void multiply_16x8x16<__half>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                                         uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-template <>
-__device__ __forceinline__ void multiply_16x8x16<__nv_bfloat16>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                                                uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // Two neighbouring elements of which `count` (0, 1, 2) exist; the rest are zero.
 template <class T>
@@ -77,6 +57,13 @@ __device__ __forceinline__ uint4 load_eight(const T* source, int64_t count, bool
   if (count <= 0) return make_uint4(0, 0, 0, 0);
   return make_uint4(load_pair(source, count), load_pair(source + 2, count - 2), load_pair(source + 4, count - 4),
                     load_pair(source + 6, count - 6));
+}
+
+// The same for memory that this kernel writes too, which the read-only path must not serve.
+template <class T>
+__device__ __forceinline__ uint4 load_eight_again(const T* source, int64_t count, bool aligned) {
+  if (aligned && count >= 8) return *reinterpret_cast<const uint4*>(source);
+  return load_eight(source, count, false);
 }
 
 // kCount (4 or 8) neighbouring weights of either type as floats, of which `count` exist. `aligned`: source is on the

@@ -1,4 +1,4 @@
-// expand_ on CUDA: y[t][j] += scaling * sum_i z[t][i] basis[j][i], in place.
+// expand on CUDA: y[t][j] = (what y holds, or bias[j], or nothing) + scaling * sum_i z[t][i] basis[j][i].
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,6 +15,8 @@ struct ExpandParams {
   const void* z;  // (tokens, r) of y's type
   int64_t z_stride;
   const void* basis;  // (m, r), contiguous
+  const void* bias;   // (m,) of y's type, or null; not read where y is added to
+  bool add;           // to y; otherwise y is written
   int64_t tokens, m, r;
   float scaling;
   Format format;
@@ -23,7 +25,9 @@ struct ExpandParams {
 
 cudaError_t launch_expand(const ExpandParams& params, cudaStream_t stream);
 
-// The float32 kernel, called by launch_expand.
+// One file each; called by launch_expand.
+cudaError_t launch_expand_bfloat16(const ExpandParams& params, cudaStream_t stream);
+cudaError_t launch_expand_float16(const ExpandParams& params, cudaStream_t stream);
 cudaError_t launch_expand_float(const ExpandParams& params, cudaStream_t stream);
 
 }  // namespace tfb::cuda

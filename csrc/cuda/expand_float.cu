@@ -12,7 +12,8 @@ constexpr int kRank = kExpandFloatRank;
 constexpr int kBlockTokens = kTokens * kExpandFloatTiles;
 constexpr int kBlockColumns = 4 * kExpandFloatThreads;
 
-__global__ void __launch_bounds__(kExpandFloatThreads) expand_float_kernel(const ExpandParams p, bool y_aligned) {
+__global__ void __launch_bounds__(kExpandFloatThreads)
+    expand_float_kernel(const __grid_constant__ ExpandParams p, bool y_aligned) {
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kBlockColumns + 4 * threadIdx.x;
   const int64_t columns = p.m - column;
   if (columns <= 0) return;
@@ -20,6 +21,11 @@ __global__ void __launch_bounds__(kExpandFloatThreads) expand_float_kernel(const
   const float* basis = static_cast<const float*>(p.basis);
   const bool one_pass = p.r <= kRank;
 
+  float bias[4] = {};
+  if (!p.add && p.bias != nullptr) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) bias[k] = k < columns ? __ldg(static_cast<const float*>(p.bias) + column + k) : 0.0f;
+  }
   float direction[kRank][4];
   for (int tile = 0; tile < kExpandFloatTiles; ++tile) {
     const int64_t token = token0 + kTokens * tile;
@@ -53,7 +59,8 @@ __global__ void __launch_bounds__(kExpandFloatThreads) expand_float_kernel(const
       if (token + t >= p.tokens) break;
       float* y = static_cast<float*>(p.y) + (token + t) * p.y_stride + column;
       if (y_aligned && columns >= 4) {
-        float4 four = *reinterpret_cast<const float4*>(y);
+        float4 four = make_float4(bias[0], bias[1], bias[2], bias[3]);
+        if (p.add) four = *reinterpret_cast<const float4*>(y);
         four.x = fmaf(p.scaling, sum[t][0], four.x);
         four.y = fmaf(p.scaling, sum[t][1], four.y);
         four.z = fmaf(p.scaling, sum[t][2], four.z);
@@ -62,7 +69,7 @@ __global__ void __launch_bounds__(kExpandFloatThreads) expand_float_kernel(const
       } else {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          if (k < columns) y[k] = fmaf(p.scaling, sum[t][k], y[k]);
+          if (k < columns) y[k] = fmaf(p.scaling, sum[t][k], p.add ? y[k] : bias[k]);
         }
       }
     }
@@ -76,9 +83,8 @@ cudaError_t launch_expand_float(const ExpandParams& p, cudaStream_t stream) {
   const int64_t columns = (p.m + kBlockColumns - 1) / kBlockColumns;
   if (blocks > INT32_MAX || columns > kMaxGridY) return cudaErrorInvalidConfiguration;
   const bool y_aligned = is_aligned(p.y, 16) && p.y_stride % 4 == 0;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(columns));
-  expand_float_kernel<<<grid, kExpandFloatThreads, 0, stream>>>(p, y_aligned);
-  return cudaGetLastError();
+  const LaunchShape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(columns)), kExpandFloatThreads};
+  return launch(expand_float_kernel, shape, stream, p, y_aligned);
 }
 
 }  // namespace tfb::cuda

@@ -1,6 +1,7 @@
 #include "known_answer.h"
 
 #include "../philox.h"
+#include "device.cuh"
 
 namespace tfb::cuda {
 
@@ -14,8 +15,7 @@ __global__ void philox_kernel(const PhiloxParams p) {
 }  // namespace
 
 cudaError_t launch_philox(const PhiloxParams& params, cudaStream_t stream) {
-  philox_kernel<<<1, 1, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch(philox_kernel, {dim3(1), 1}, stream, params);
 }
 
 }  // namespace tfb::cuda

@@ -1,6 +1,7 @@
 #include "noise.h"
 
 #include "../normal.h"
+#include "device.cuh"
 #include "tuning.h"
 
 namespace tfb::cuda {
@@ -33,8 +34,7 @@ __global__ void __launch_bounds__(kNoiseThreads) noise_kernel(const NoiseParams 
 cudaError_t launch_noise(const NoiseParams& params, cudaStream_t stream) {
   const int64_t blocks = (params.n + 4 * kNoiseThreads - 1) / (4 * kNoiseThreads);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(params.r < kMaxGridY ? params.r : kMaxGridY));
-  noise_kernel<<<grid, kNoiseThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch(noise_kernel, {grid, kNoiseThreads}, stream, params);
 }
 
 }  // namespace tfb::cuda

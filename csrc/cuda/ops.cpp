@@ -1,4 +1,6 @@
 // The CUDA operators on torch's side, and the only file here with torch headers: checks, device guard, current stream.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -6,11 +8,14 @@
 #include <torch/library.h>
 
 #include <array>
+#include <optional>
 #include <string_view>
+#include <vector>
 
 #include "../check.h"
 #include "../philox.h"
 #include "expand.h"
+#include "few.h"
 #include "known_answer.h"
 #include "noise.h"
 #include "shrink.h"
@@ -43,34 +48,85 @@ at::Tensor noise(int64_t r, int64_t n, int64_t seed, int64_t layer, int64_t samp
   return out;
 }
 
-at::Tensor shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma, const at::Tensor& samples,
-                  const at::Tensor& seed, int64_t layer, std::string_view mode, bool antithetic) {
-  check_shrink(x, mean, sigma, samples, seed, layer, mode);
+// Collects tiles of eight ranks over layers, and launches whenever the parameters are full.
+class Shrinker {
+ public:
+  Shrinker(const at::Tensor& x, const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed, Mode mode,
+           bool antithetic) {
+    params_.x = x.const_data_ptr();
+    params_.x_stride = x.stride(0);
+    params_.n = x.size(1);
+    params_.groups = samples.size(0);
+    params_.rows_per_group = x.size(0) / samples.size(0);
+    params_.sigma = sigma.const_data_ptr<float>();
+    params_.samples = samples.const_data_ptr<int32_t>();
+    params_.seed = seed.const_data_ptr<int64_t>();
+    params_.antithetic = antithetic;
+    params_.mode = mode;
+    params_.format = format_of(x);
+  }
+
+  const ShrinkParams& params() const { return params_; }
+
+  // `z` may be null where the caller does not launch.
+  void add(const at::Tensor& mean, const at::Tensor* z, int64_t layer, cudaStream_t stream) {
+    const int64_t r = mean.size(0);
+    params_.mean_format = format_of(mean);
+    const auto* rows = static_cast<const char*>(mean.const_data_ptr());
+    auto* columns = z == nullptr ? nullptr : static_cast<char*>(z->mutable_data_ptr());
+    for (int64_t row = 0; row < r; row += kTileRanks) {
+      if (params_.tile_count == kMaxRankTiles) launch(stream);
+      RankTile& tile = params_.tiles[params_.tile_count++];
+      tile.mean = rows + row * params_.n * mean.element_size();
+      tile.z = columns == nullptr ? nullptr : columns + row * static_cast<int64_t>(z->element_size());
+      tile.z_stride = r;
+      tile.layer = static_cast<uint32_t>(layer);
+      tile.row = static_cast<int32_t>(row);
+      tile.rows = static_cast<int32_t>(r - row < kTileRanks ? r - row : kTileRanks);
+    }
+    // Signs are a layer's own.
+    if (params_.mode == Mode::kFlipout && z != nullptr) launch(stream);
+  }
+
+  void launch(cudaStream_t stream) {
+    if (params_.tile_count > 0) C10_CUDA_CHECK(launch_shrink(params_, stream));
+    params_.tile_count = 0;
+  }
+
+ private:
+  ShrinkParams params_{};
+};
+
+std::vector<at::Tensor> shrink_layers(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
+                                      const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
+                                      Mode mode, bool antithetic) {
+  std::vector<at::Tensor> out;
+  out.reserve(means.size());
+  for (const at::Tensor& mean : means) out.push_back(at::empty({x.size(0), mean.size(0)}, x.options()));
+  if (x.size(0) == 0) return out;
   const c10::cuda::CUDAGuard guard(x.device());
-  at::Tensor z = at::empty({x.size(0), mean.size(0)}, x.options());
-  if (x.size(0) == 0) return z;
-  ShrinkParams params{};
-  params.x = x.const_data_ptr();
-  params.x_stride = x.stride(0);
-  params.mean = mean.const_data_ptr();
-  params.sigma = sigma.const_data_ptr<float>();
-  params.samples = samples.const_data_ptr<int32_t>();
-  params.seed = seed.const_data_ptr<int64_t>();
-  params.z = z.mutable_data_ptr();
-  params.r = mean.size(0);
-  params.n = mean.size(1);
-  params.groups = samples.size(0);
-  params.rows_per_group = x.size(0) / samples.size(0);
-  params.layer = static_cast<uint32_t>(layer);
-  params.antithetic = antithetic;
-  params.format = format_of(x);
-  params.mean_format = format_of(mean);
-  C10_CUDA_CHECK(launch_shrink(params, c10::cuda::getCurrentCUDAStream()));
-  return z;
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  Shrinker shrinker(x, sigma, samples, seed, mode, antithetic);
+  for (size_t l = 0; l < means.size(); ++l) shrinker.add(means[l], &out[l], layers[l], stream);
+  shrinker.launch(stream);
+  return out;
 }
 
-void expand_(at::Tensor& y, const at::Tensor& z, const at::Tensor& basis, double scaling) {
-  check_expand(y, z, basis);
+at::Tensor shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma, const at::Tensor& samples,
+                  const at::Tensor& seed, int64_t layer, std::string_view mode, bool antithetic) {
+  check_shrink(x, mean, sigma, samples, seed, layer);
+  return shrink_layers(x, mean, sigma, samples, seed, layer, parse_mode("shrink", mode), antithetic)[0];
+}
+
+std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
+                                     const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
+                                     std::string_view mode, bool antithetic) {
+  check_group("shrink_group", x, means, sigma, samples, seed, layers);
+  return shrink_layers(x, means, sigma, samples, seed, layers, parse_mode("shrink_group", mode), antithetic);
+}
+
+void expand_into(at::Tensor& y, const at::Tensor& z, const at::Tensor& basis, const at::Tensor* bias, double scaling,
+                 bool add) {
   if (y.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(y.device());
   ExpandParams params{};
@@ -79,6 +135,8 @@ void expand_(at::Tensor& y, const at::Tensor& z, const at::Tensor& basis, double
   params.z = z.const_data_ptr();
   params.z_stride = z.stride(0);
   params.basis = basis.const_data_ptr();
+  params.bias = bias == nullptr ? nullptr : bias->const_data_ptr();
+  params.add = add;
   params.tokens = y.size(0);
   params.m = y.size(1);
   params.r = z.size(1);
@@ -86,6 +144,89 @@ void expand_(at::Tensor& y, const at::Tensor& z, const at::Tensor& basis, double
   params.format = format_of(y);
   params.basis_format = format_of(basis);
   C10_CUDA_CHECK(launch_expand(params, c10::cuda::getCurrentCUDAStream()));
+}
+
+void expand_(at::Tensor& y, const at::Tensor& z, const at::Tensor& basis, double scaling) {
+  check_expand(y, z, basis);
+  expand_into(y, z, basis, nullptr, scaling, true);
+}
+
+at::Tensor expand(const at::Tensor& z, const at::Tensor& basis, double scaling, const std::optional<at::Tensor>& bias) {
+  check_expand_new(z, basis, bias);
+  at::Tensor y = at::empty({z.size(0), basis.size(0)}, z.options());
+  expand_into(y, z, basis, bias ? &*bias : nullptr, scaling, false);
+  return y;
+}
+
+// The update is written first and the base product accumulates onto it, inside the library's own product (beta = 1):
+// what would be a pass over y costs nothing there.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                  const at::Tensor& z, const at::Tensor& basis, double scaling) {
+  check_linear(x, weight, bias, z, basis);
+  at::Tensor y = at::empty({z.size(0), weight.size(0)}, x.options());
+  expand_into(y, z, basis, bias ? &*bias : nullptr, scaling, false);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  if (y.numel() > 0) at::addmm_out(y, y, x.reshape({-1, x.size(-1)}), weight.t());
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  return y.view(sizes);
+}
+
+std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, at::TensorList bases,
+                                     const c10::List<std::optional<at::Tensor>>& biases, at::ArrayRef<double> scalings,
+                                     const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
+                                     at::IntArrayRef layers, std::string_view mode_name, bool antithetic) {
+  check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers);
+  const Mode mode = parse_mode("update_group", mode_name);
+  std::vector<at::Tensor> out;
+  out.reserve(means.size());
+  for (const at::Tensor& basis : bases) out.push_back(at::empty({x.size(0), basis.size(0)}, x.options()));
+  if (x.size(0) == 0) return out;
+  int64_t tiles = 0;
+  for (const at::Tensor& mean : means) tiles += (mean.size(0) + kTileRanks - 1) / kTileRanks;
+
+  FewParams params{};
+  if (tiles <= kMaxRankTiles && means.size() <= kMaxLayers) {
+    Shrinker shrinker(x, sigma, samples, seed, mode, antithetic);
+    for (size_t l = 0; l < means.size(); ++l) {
+      FewLayer& layer = params.layers[l];
+      const std::optional<at::Tensor> bias = biases.get(l);
+      layer.y = out[l].mutable_data_ptr();
+      layer.basis = bases[l].const_data_ptr();
+      layer.bias = bias ? bias->const_data_ptr() : nullptr;
+      layer.m = bases[l].size(0);
+      layer.scaling = static_cast<float>(scalings[l]);
+      layer.r = static_cast<int32_t>(means[l].size(0));
+      layer.first_tile = shrinker.params().tile_count;
+      shrinker.add(means[l], nullptr, layers[l], nullptr);
+    }
+    params.shrink = shrinker.params();
+  }
+  if (params.shrink.tile_count > 0 && few_serves(params.shrink)) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    const at::Tensor partial = at::empty({few_partial_floats(params.shrink)}, x.options().dtype(at::kFloat));
+    params.layer_count = static_cast<int32_t>(means.size());
+    params.basis_format = format_of(bases[0]);
+    params.partial = partial.mutable_data_ptr<float>();
+    C10_CUDA_CHECK(launch_few(params, c10::cuda::getCurrentCUDAStream()));
+    return out;
+  }
+  const std::vector<at::Tensor> z = shrink_layers(x, means, sigma, samples, seed, layers, mode, antithetic);
+  for (size_t l = 0; l < means.size(); ++l) {
+    const std::optional<at::Tensor> bias = biases.get(l);
+    expand_into(out[l], z[l], bases[l], bias ? &*bias : nullptr, scalings[l], false);
+  }
+  return out;
+}
+
+void implement(torch::Library& m) {
+  m.impl("noise", &noise);
+  m.impl("shrink", &shrink);
+  m.impl("shrink_group", &shrink_group);
+  m.impl("expand_", &expand_);
+  m.impl("expand", &expand);
+  m.impl("linear", &linear);
+  m.impl("update_group", &update_group);
 }
 
 }  // namespace
@@ -101,10 +242,8 @@ std::array<uint32_t, 4> philox_on_device(const std::array<uint32_t, 4>& counter,
   return out;
 }
 
-TORCH_LIBRARY_IMPL(tfb_ext, CUDA, m) {
-  m.impl("noise", &noise);
-  m.impl("shrink", &shrink);
-  m.impl("expand_", &expand_);
-}
+#ifndef TFB_EMULATOR  // which gives the operators another name
+TORCH_LIBRARY_IMPL(tfb_ext, CUDA, m) { implement(m); }
+#endif
 
 }  // namespace tfb::cuda

@@ -1,5 +1,6 @@
-// shrink on CUDA: z[t] = (M + sigma[k] E[samples[k]]) x[t], k = t / rows_per_group. sigma, samples and seed are read by
-// the kernel, so that one captured graph serves all of their values.
+// shrink on CUDA: for layers that share x, z[t] = (M + sigma[k] E[samples[k]]) x[t], k = t / rows_per_group, or the
+// other modes' forms of it (mode.h). sigma, samples and seed are read by the kernel, so that one captured graph serves
+// all of their values.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,28 +8,47 @@
 #include <cstdint>
 
 #include "../format.h"
+#include "../mode.h"
+#include "tuning.h"
 
 namespace tfb::cuda {
+
+// Up to eight ranks of one layer: the unit in which layers are put side by side.
+struct RankTile {
+  const void* mean;  // their first row of the layer's mean (r, n)
+  void* z;           // their first column of the layer's z (T, r)
+  int64_t z_stride;  // elements between rows of z
+  uint32_t layer;
+  int32_t row;   // the first rank
+  int32_t rows;  // ranks that exist, 1 to 8
+};
 
 struct ShrinkParams {
   const void* x;     // (groups * rows_per_group, n)
   int64_t x_stride;  // elements between rows
-  const void* mean;  // (r, n), contiguous
+  int64_t n;
+  int64_t groups, rows_per_group;  // both at least 1
   const float* sigma;
   const int32_t* samples;
   const int64_t* seed;
-  void* z;  // (groups * rows_per_group, r), contiguous, of x's type
-  int64_t r, n;
-  int64_t groups, rows_per_group;  // both at least 1
-  uint32_t layer;
   bool antithetic;
-  Format format;
-  Format mean_format;
+  Mode mode;
+  Format format;       // of x and z
+  Format mean_format;  // of all means
+  int32_t tile_count;
+  RankTile tiles[kMaxRankTiles];
 };
 
+// In flipout mode all tiles are of one layer, since each layer has its own signs.
 cudaError_t launch_shrink(const ShrinkParams& params, cudaStream_t stream);
 
-// The float32 kernel, called by launch_shrink.
+// One file each; called by launch_shrink.
+cudaError_t launch_shrink_bfloat16(const ShrinkParams& params, cudaStream_t stream);
+cudaError_t launch_shrink_float16(const ShrinkParams& params, cudaStream_t stream);
 cudaError_t launch_shrink_float(const ShrinkParams& params, cudaStream_t stream);
+
+// Whether all means (and all z) can be read (written) in pieces of `bytes`.
+bool means_aligned(const ShrinkParams& params, int64_t bytes);
+bool results_aligned(const ShrinkParams& params, int64_t bytes);
 
 }  // namespace tfb::cuda

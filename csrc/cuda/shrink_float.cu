@@ -1,5 +1,6 @@
-// float32. tf32 would lose 13 bits of x, so the products are plain FMAs: a lane owns four columns, eight rows of x and
-// eight ranks; a warp adds its lanes by a fixed butterfly, a block its warps through shared memory in order.
+// shrink in float32. tf32 would lose 13 bits of x, so the products are plain FMAs: a lane owns four columns, eight rows
+// of x (four in flipout mode, whose sums are two) and eight ranks; a warp adds its lanes by a fixed butterfly, a block
+// its warps through shared memory in order.
 #include "elements.cuh"
 #include "sample.cuh"
 #include "shrink.h"
@@ -9,12 +10,13 @@ namespace tfb::cuda {
 
 namespace {
 
-constexpr int kTokens = kShrinkFloatTokens;
 constexpr int kRank = kShrinkFloatRank;
-constexpr int kThreads = kShrinkWarps * kWarpLanes;
-constexpr int kSums = kTokens * kRank;
-constexpr int kChunkColumns = 4 * kWarpLanes;
+constexpr int kThreads = kShrinkFloatWarps * kWarpLanes;
+constexpr int kSums = kShrinkFloatTokens * kRank;
+constexpr int kColumns = 4 * kWarpLanes;
 static_assert(kSums == 2 * kWarpLanes, "the butterfly leaves two sums in each lane");
+static_assert(kRank == kTileRanks);
+static_assert(kColumns == kSignsPerCounter, "one counter's signs cover the columns of a warp");
 
 // Adds each of 64 values over the warp. Every step hands half of a lane's values to its partner, so 62 exchanges do
 // what 320 would; lane L ends with values 2L and 2L + 1 in places 0 and 1.
@@ -31,9 +33,13 @@ __device__ __forceinline__ void add_lanes(float (&value)[kSums], int lane) {
   if constexpr (kOffset > 1) add_lanes<kHalf / 2>(value, lane);
 }
 
+template <Mode kMode>
 __global__ void __launch_bounds__(kThreads)
-    shrink_float_kernel(const ShrinkParams p, bool x_aligned, bool mean_aligned) {
-  __shared__ float partial[kShrinkWarps][kSums];
+    shrink_float_kernel(const __grid_constant__ ShrinkParams p, bool x_aligned, bool mean_aligned) {
+  constexpr int kPlanes = kMode == Mode::kFlipout ? 2 : 1;
+  constexpr int kTokens = kShrinkFloatTokens / kPlanes;
+  __shared__ float partial[kShrinkFloatWarps][kSums];  // [plane][token][rank]
+  __shared__ float partial_squares[kShrinkFloatWarps][kShrinkFloatTokens];
   const int warp = threadIdx.x / kWarpLanes;
   const int lane = threadIdx.x % kWarpLanes;
   const int64_t tiles = (p.rows_per_group + kTokens - 1) / kTokens;
@@ -41,31 +47,63 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t tile_row = (blockIdx.x - group * tiles) * kTokens;
   const int64_t rows = p.rows_per_group - tile_row;
   const int64_t row0 = group * p.rows_per_group + tile_row;
-  const int64_t rank0 = static_cast<int64_t>(blockIdx.y) * kRank;
+  const RankTile& tile = p.tiles[blockIdx.y];
   const Sample sample(p, group);
   const float* x = static_cast<const float*>(p.x) + row0 * p.x_stride;
-  const float* mean = static_cast<const float*>(p.mean);
+  const float* mean = static_cast<const float*>(tile.mean);
 
-  float sum[kSums] = {};  // [token][rank]
-  const int64_t chunks = (p.n + kChunkColumns - 1) / kChunkColumns;
-  for (int64_t chunk = warp; chunk < chunks; chunk += kShrinkWarps) {
-    const int64_t column = chunk * kChunkColumns + 4 * lane;
+  float sum[kSums] = {};
+  float squares[kTokens] = {};
+  const int64_t chunks = (p.n + kColumns - 1) / kColumns;
+  for (int64_t chunk = warp; chunk < chunks; chunk += kShrinkFloatWarps) {
+    const int64_t column = chunk * kColumns + 4 * lane;
     const int64_t columns = p.n - column;
     float rows_of_x[kTokens][4];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       load_floats<4>(x + t * p.x_stride + column, t < rows ? columns : 0, x_aligned, rows_of_x[t]);
     }
+    uint32_t signs[kTokens];
+    if constexpr (kMode == Mode::kFlipout) {
+      const auto token = static_cast<uint32_t>(tile_row + lane % kTokens);
+      const PhiloxWords own = sample.input_signs(tile.layer, token, static_cast<uint32_t>(chunk));
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        uint32_t words[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) words[k] = __shfl_sync(0xFFFFFFFFu, own.word[k], t);
+        const uint32_t word = lane < 16 ? (lane < 8 ? words[0] : words[1]) : (lane < 24 ? words[2] : words[3]);
+        signs[t] = word >> 4 * (lane % 8);
+      }
+    }
 #pragma unroll
     for (int q = 0; q < kRank; ++q) {
-      const int64_t rank = rank0 + q;
       float weight[4];
-      load_floats<4>(mean + rank * p.n + column, rank < p.r ? columns : 0, mean_aligned, weight);
-      if (sample.scale != 0.0f) sample.perturb(weight, rank, column);
+      float normal[4] = {};
+      load_floats<4>(mean + q * p.n + column, q < tile.rows ? columns : 0, mean_aligned, weight);
+      if (kMode != Mode::kToken && sample.scale != 0.0f) {
+        sample.draw(tile.layer, static_cast<uint32_t>(tile.row + q), column, normal);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (kMode == Mode::kWeight) weight[k] = fmaf(sample.scale, normal[k], weight[k]);
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          const float value = rows_of_x[t][k];
+          sum[t * kRank + q] = fmaf(value, weight[k], sum[t * kRank + q]);
+          if constexpr (kMode == Mode::kFlipout) {
+            const float flipped = (signs[t] >> k & 1u) != 0 ? -value : value;
+            const int place = (kTokens + t) * kRank + q;
+            sum[place] = fmaf(flipped, normal[k], sum[place]);
+          }
+        }
+      }
+    }
+    if constexpr (kMode == Mode::kToken) {
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) sum[t * kRank + q] = fmaf(rows_of_x[t][k], weight[k], sum[t * kRank + q]);
+        for (int k = 0; k < 4; ++k) squares[t] = fmaf(rows_of_x[t][k], rows_of_x[t][k], squares[t]);
       }
     }
   }
@@ -73,28 +111,50 @@ __global__ void __launch_bounds__(kThreads)
   add_lanes(sum, lane);
   partial[warp][2 * lane] = sum[0];
   partial[warp][2 * lane + 1] = sum[1];
+  if constexpr (kMode == Mode::kToken) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      for (int offset = kWarpLanes / 2; offset > 0; offset /= 2) {
+        squares[t] += __shfl_xor_sync(0xFFFFFFFFu, squares[t], offset);
+      }
+      if (lane == 0) partial_squares[warp][t] = squares[t];
+    }
+  }
   __syncthreads();
-  if (threadIdx.x < kSums) {
+  if (threadIdx.x < kTokens * kRank) {
     const int row = threadIdx.x / kRank;
     const int rank = threadIdx.x % kRank;
     float total = 0.0f;
+    float other = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kShrinkWarps; ++w) total += partial[w][threadIdx.x];
-    if (row < rows && rank0 + rank < p.r) static_cast<float*>(p.z)[(row0 + row) * p.r + rank0 + rank] = total;
+    for (int w = 0; w < kShrinkFloatWarps; ++w) {
+      total += partial[w][threadIdx.x];
+      if constexpr (kMode == Mode::kFlipout) other += partial[w][kTokens * kRank + threadIdx.x];
+      if constexpr (kMode == Mode::kToken) other += partial_squares[w][row];
+    }
+    if (row < rows && rank < tile.rows) {
+      static_cast<float*>(tile.z)[(row0 + row) * tile.z_stride + rank] = sample.template finish<kMode>(
+          total, other, tile.layer, static_cast<uint32_t>(tile_row + row), static_cast<uint32_t>(tile.row + rank));
+    }
   }
+}
+
+template <Mode kMode>
+cudaError_t launch_mode(const ShrinkParams& p, cudaStream_t stream) {
+  constexpr int kTokens = kShrinkFloatTokens / (kMode == Mode::kFlipout ? 2 : 1);
+  const int64_t blocks = (p.rows_per_group + kTokens - 1) / kTokens * p.groups;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const bool x_aligned = is_aligned(p.x, 16) && p.x_stride % 4 == 0;
+  const LaunchShape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.tile_count)), kThreads};
+  return launch(shrink_float_kernel<kMode>, shape, stream, p, x_aligned, means_aligned(p, 16));
 }
 
 }  // namespace
 
 cudaError_t launch_shrink_float(const ShrinkParams& p, cudaStream_t stream) {
-  const int64_t blocks = (p.rows_per_group + kTokens - 1) / kTokens * p.groups;
-  const int64_t passes = (p.r + kRank - 1) / kRank;
-  if (blocks > INT32_MAX || passes > kMaxGridY) return cudaErrorInvalidConfiguration;
-  const bool x_aligned = is_aligned(p.x, 16) && p.x_stride % 4 == 0;
-  const bool mean_aligned = is_aligned(p.mean, 16) && p.n % 4 == 0;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(passes));
-  shrink_float_kernel<<<grid, kThreads, 0, stream>>>(p, x_aligned, mean_aligned);
-  return cudaGetLastError();
+  if (p.mode == Mode::kFlipout) return launch_mode<Mode::kFlipout>(p, stream);
+  if (p.mode == Mode::kToken) return launch_mode<Mode::kToken>(p, stream);
+  return launch_mode<Mode::kWeight>(p, stream);
 }
 
 }  // namespace tfb::cuda

@@ -1,0 +1,9 @@
+#include "expand.cuh"
+
+namespace tfb::cuda {
+
+cudaError_t launch_expand_bfloat16(const ExpandParams& params, cudaStream_t stream) {
+  return launch_expand_half<__nv_bfloat16>(params, stream);
+}
+
+}  // namespace tfb::cuda

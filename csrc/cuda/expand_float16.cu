@@ -1,0 +1,9 @@
+#include "expand.cuh"
+
+namespace tfb::cuda {
+
+cudaError_t launch_expand_float16(const ExpandParams& params, cudaStream_t stream) {
+  return launch_expand_half<__half>(params, stream);
+}
+
+}  // namespace tfb::cuda

@@ -1,0 +1,334 @@
+// Half the launch splits the columns of x: a unit is one sample, one tile of eight ranks and 512 columns, of which each
+// of a block's warps takes 64. The sums of a unit go to global memory. After a barrier over the grid every block adds
+// them up in the order of the columns, for all rows and ranks, and its warps write the outputs, 64 columns at a time.
+// What does not depend on the sums, the first basis rows, is fetched before the barrier.
+//
+// A row's bits depend on neither the rows nor the samples beside it. They may differ in the last place from shrink's.
+#include "few.h"
+
+#include "elements.cuh"
+#include "machine.h"
+#include "sample.cuh"
+#include "tuning.h"
+
+namespace tfb::cuda {
+
+namespace {
+
+constexpr int kThreads = kFewWarps * kWarpLanes;
+
+// Floats of one row of a unit: eight sums, and eight of the noise (flipout) or the squares (token, padded).
+template <Mode kMode>
+constexpr int kUnitPitch = kMode == Mode::kWeight ? kTileRanks : 2 * kTileRanks;
+
+int64_t slice_count(const ShrinkParams& p) { return (p.n + kFewSliceColumns - 1) / kFewSliceColumns; }
+int64_t unit_count(const ShrinkParams& p) { return slice_count(p) * p.groups * p.tile_count; }
+
+struct FewLayout {
+  int64_t slices, units;
+  int64_t output_units;  // of 64 columns, all layers
+  bool x_aligned, mean_aligned, basis_aligned;
+};
+
+// One tile's sums over a warp's columns: rows 0 .. 15 of a group, eight ranks.
+template <class T>
+struct Sums {
+  // d0, d1: row i, ranks 2c, 2c + 1; d2, d3: row i + 8.
+  float value[4] = {};
+  __device__ __forceinline__ void add(uint4 upper, uint4 lower, const float (&weight)[8]) {
+    uint32_t b[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) b[k] = Pack<T>::pack(weight[2 * k], weight[2 * k + 1]);
+    multiply_16x8x16<T>(value, upper.x, lower.x, upper.y, lower.y, b[0], b[1]);
+    multiply_16x8x16<T>(value, upper.z, lower.z, upper.w, lower.w, b[2], b[3]);
+  }
+  __device__ __forceinline__ void store(float* row0, int pitch, int i, int c) const {
+    *reinterpret_cast<float2*>(row0 + i * pitch + 2 * c) = make_float2(value[0], value[1]);
+    *reinterpret_cast<float2*>(row0 + (i + 8) * pitch + 2 * c) = make_float2(value[2], value[3]);
+  }
+};
+
+// A unit's share of one warp, half precision.
+template <class T, Mode kMode>
+__device__ __forceinline__ void sum_columns(const ShrinkParams& p, const FewLayout& layout, const RankTile& tile,
+                                            const Sample& sample, int64_t group, int64_t column0, float* out) {
+  constexpr int kPitch = kUnitPitch<kMode>;
+  const int lane = threadIdx.x % kWarpLanes;
+  const int i = lane / 4;
+  const int c = lane % 4;
+  const T* const x = static_cast<const T*>(p.x) + group * p.rows_per_group * p.x_stride;
+  const Weights<T> mean{tile.mean, p.mean_format == Format::kFloat32, layout.mean_aligned};
+  Sums<T> sums, noise;
+  float squares[2] = {};
+#pragma unroll
+  for (int piece = 0; piece < kFewWarpColumns / kPieceColumns; ++piece) {
+    const int64_t column = column0 + piece * kPieceColumns + 8 * c;
+    const int64_t columns = p.n - column;
+    uint4 rows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = i + 8 * half;
+      rows[half] = load_eight(x + row * p.x_stride + column, row < p.rows_per_group ? columns : 0, layout.x_aligned);
+    }
+    float weight[8];
+    mean.load(i * p.n + column, i < tile.rows ? columns : 0, weight);
+    if constexpr (kMode != Mode::kToken) {
+      float normal[2][4] = {};
+      if (sample.scale != 0.0f) {
+        sample.draw(tile.layer, static_cast<uint32_t>(tile.row + i), column, normal[0]);
+        sample.draw(tile.layer, static_cast<uint32_t>(tile.row + i), column + 4, normal[1]);
+      }
+      if constexpr (kMode == Mode::kFlipout) {
+        float plain[8];
+        uint32_t flipped[2][4];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) plain[k] = normal[k / 4][k % 4];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const PhiloxWords words = sample.input_signs(tile.layer, static_cast<uint32_t>(i + 8 * half),
+                                                       static_cast<uint32_t>(column / kSignsPerCounter));
+          const auto place = static_cast<uint32_t>(column % kSignsPerCounter);
+          const uint32_t pair[4] = {rows[half].x, rows[half].y, rows[half].z, rows[half].w};
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const uint32_t low = sign_of(words, place + 2 * k) < 0.0f ? 0x8000u : 0u;
+            const uint32_t high = sign_of(words, place + 2 * k + 1) < 0.0f ? 0x80000000u : 0u;
+            flipped[half][k] = pair[k] ^ (low | high);
+          }
+        }
+        noise.add(make_uint4(flipped[0][0], flipped[0][1], flipped[0][2], flipped[0][3]),
+                  make_uint4(flipped[1][0], flipped[1][1], flipped[1][2], flipped[1][3]), plain);
+      } else {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) weight[k] = fmaf(sample.scale, normal[k / 4][k % 4], weight[k]);
+      }
+    }
+    sums.add(rows[0], rows[1], weight);
+    if constexpr (kMode == Mode::kToken) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t pair[4] = {rows[half].x, rows[half].y, rows[half].z, rows[half].w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float2 value = Pack<T>::unpack(pair[k]);
+          squares[half] = fmaf(value.y, value.y, fmaf(value.x, value.x, squares[half]));
+        }
+      }
+    }
+  }
+  sums.store(out, kPitch, i, c);
+  if constexpr (kMode == Mode::kFlipout) noise.store(out + kTileRanks, kPitch, i, c);
+  if constexpr (kMode == Mode::kToken) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      squares[half] += __shfl_xor_sync(0xFFFFFFFFu, squares[half], 1);
+      squares[half] += __shfl_xor_sync(0xFFFFFFFFu, squares[half], 2);
+      if (c == 0) out[(i + 8 * half) * kPitch + kTileRanks] = squares[half];
+    }
+  }
+}
+
+// The sums of one unit over its block's warps, in order, to global memory.
+template <Mode kMode>
+__device__ __forceinline__ void store_unit(const float (*sums)[kTileRows][kUnitPitch<kMode>], float* target,
+                                           int64_t rows) {
+  constexpr int kPitch = kUnitPitch<kMode>;
+  constexpr int kUsed = kMode == Mode::kToken ? kTileRanks + 1 : kPitch;
+  for (int e = threadIdx.x; e < rows * kPitch; e += kThreads) {
+    const int row = e / kPitch;
+    const int place = e % kPitch;
+    if (place >= kUsed) continue;
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kFewWarps; ++w) total += sums[w][row][place];
+    target[e] = total;
+  }
+}
+
+// Two columns' rows of a basis, eight ranks from rank0.
+template <class T>
+__device__ __forceinline__ void load_directions(const FewLayer& layer, const Weights<T>& basis, int64_t column,
+                                                int rank0, float (&direction)[2][8]) {
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    basis.load((column + k) * layer.r + rank0, column + k < layer.m ? layer.r - rank0 : 0, direction[k]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_two(T* target, float first, float second, int64_t columns, bool paired) {
+  if (paired && columns >= 2) {
+    if constexpr (sizeof(T) == 4) *reinterpret_cast<float2*>(target) = make_float2(first, second);
+    else *reinterpret_cast<uint32_t*>(target) = Pack<T>::pack(first, second);
+    return;
+  }
+  if (columns > 0) target[0] = Pack<T>::from_float(first);
+  if (columns > 1) target[1] = Pack<T>::from_float(second);
+}
+
+template <class T, Mode kMode>
+__global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant__ FewParams f, const FewLayout layout) {
+  constexpr int kPitch = kUnitPitch<kMode>;
+  __shared__ float sums[kFewWarps][kTileRows][kPitch];
+  float* const z = reinterpret_cast<float*>(dynamic_shared());  // [row][rank], of all layers
+  const ShrinkParams& p = f.shrink;
+  const int warp = threadIdx.x / kWarpLanes;
+  const int lane = threadIdx.x % kWarpLanes;
+
+  for (int64_t unit = blockIdx.x; unit < layout.units; unit += gridDim.x) {
+    const int64_t slice = unit % layout.slices;
+    const int64_t group = unit / layout.slices % p.groups;
+    const RankTile& tile = p.tiles[unit / layout.slices / p.groups];
+    const Sample sample(p, group);
+    sum_columns<T, kMode>(p, layout, tile, sample, group, slice * kFewSliceColumns + warp * kFewWarpColumns,
+                          sums[warp][0]);
+    __syncthreads();
+    store_unit<kMode>(sums, f.partial + unit * p.rows_per_group * kPitch, p.rows_per_group);
+    __syncthreads();
+  }
+
+  // Finds the layer of an output unit and turns the unit's number into one within the layer.
+  const auto layer_of = [&](int64_t& unit) {
+    int index = 0;
+    for (; index + 1 < f.layer_count; ++index) {
+      const int64_t own = (f.layers[index].m + kFewOutputColumns - 1) / kFewOutputColumns;
+      if (unit < own) break;
+      unit -= own;
+    }
+    return index;
+  };
+  const int64_t first_unit = static_cast<int64_t>(blockIdx.x) * kFewWarps + warp;
+  float direction[2][8] = {};
+  if (first_unit < layout.output_units) {
+    int64_t unit = first_unit;
+    const FewLayer& layer = f.layers[layer_of(unit)];
+    const Weights<T> basis{layer.basis, f.basis_format == Format::kFloat32, layout.basis_aligned && layer.r % 8 == 0};
+    load_directions(layer, basis, unit * kFewOutputColumns + 2 * lane, 0, direction);
+  }
+  grid_barrier();
+
+  const int64_t tokens = p.groups * p.rows_per_group;
+  const int ranks = kTileRanks * p.tile_count;
+  for (int e = threadIdx.x; e < tokens * ranks; e += kThreads) {
+    const int64_t token = e / ranks;
+    const int rank = e % ranks;
+    const RankTile& tile = p.tiles[rank / kTileRanks];
+    const int place = rank % kTileRanks;
+    const int64_t group = token / p.rows_per_group;
+    const int64_t row = token - group * p.rows_per_group;
+    const int64_t first = (rank / kTileRanks * p.groups + group) * layout.slices;
+    const float* from = f.partial + (first * p.rows_per_group + row) * kPitch;
+    float mean = 0.0f;
+    float other = 0.0f;
+    for (int64_t slice = 0; slice < layout.slices; ++slice, from += p.rows_per_group * kPitch) {
+      mean += __ldcg(from + place);
+      if constexpr (kMode == Mode::kFlipout) other += __ldcg(from + kTileRanks + place);
+      if constexpr (kMode == Mode::kToken) other += __ldcg(from + kTileRanks);
+    }
+    const Sample sample(p, group);
+    z[e] = sample.template finish<kMode>(mean, other, tile.layer, static_cast<uint32_t>(row),
+                                         static_cast<uint32_t>(tile.row + place));
+  }
+  __syncthreads();
+
+  bool fetched = true;
+  for (int64_t next = first_unit; next < layout.output_units; next += static_cast<int64_t>(gridDim.x) * kFewWarps) {
+    int64_t unit = next;
+    const FewLayer& layer = f.layers[layer_of(unit)];
+    const Weights<T> basis{layer.basis, f.basis_format == Format::kFloat32, layout.basis_aligned && layer.r % 8 == 0};
+    const int64_t column = unit * kFewOutputColumns + 2 * lane;
+    const int64_t columns = layer.m - column;
+    const bool paired = layer.m % 2 == 0;
+    float bias[2] = {};
+    if (layer.bias != nullptr) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        if (k < columns) bias[k] = Pack<T>::to_float(static_cast<const T*>(layer.bias)[column + k]);
+      }
+    }
+    for (int64_t token0 = 0; token0 < tokens; token0 += kFewRowTile) {
+      float sum[kFewRowTile][2] = {};
+      for (int rank0 = 0; rank0 < layer.r; rank0 += 8) {
+        if (!fetched) load_directions(layer, basis, column, rank0, direction);
+        fetched = layer.r <= 8;
+#pragma unroll
+        for (int t = 0; t < kFewRowTile; ++t) {
+          if (token0 + t >= tokens) break;
+          const float* row = z + (token0 + t) * ranks + layer.first_tile * kTileRanks + rank0;
+          const float4 low = *reinterpret_cast<const float4*>(row);
+          const float4 high = *reinterpret_cast<const float4*>(row + 4);
+          const float coefficient[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+          for (int q = 0; q < 8; ++q) {
+            sum[t][0] = fmaf(coefficient[q], direction[0][q], sum[t][0]);
+            sum[t][1] = fmaf(coefficient[q], direction[1][q], sum[t][1]);
+          }
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < kFewRowTile; ++t) {
+        if (token0 + t >= tokens) break;
+        store_two(static_cast<T*>(layer.y) + (token0 + t) * layer.m + column, fmaf(layer.scaling, sum[t][0], bias[0]),
+                  fmaf(layer.scaling, sum[t][1], bias[1]), columns, paired);
+      }
+    }
+    fetched = false;
+  }
+}
+
+template <class T, Mode kMode>
+cudaError_t launch_kernel(const FewParams& f, cudaStream_t stream) {
+  const ShrinkParams& p = f.shrink;
+  FewLayout layout{};
+  layout.slices = slice_count(p);
+  layout.units = unit_count(p);
+  layout.x_aligned = is_aligned(p.x, 16) && p.x_stride % 8 == 0;
+  layout.mean_aligned = means_aligned(p, 16);
+  layout.basis_aligned = true;
+  for (int l = 0; l < f.layer_count; ++l) {
+    layout.output_units += (f.layers[l].m + kFewOutputColumns - 1) / kFewOutputColumns;
+    layout.basis_aligned = layout.basis_aligned && is_aligned(f.layers[l].basis, 16);
+  }
+  const int64_t tokens = p.groups * p.rows_per_group;
+  const auto shared = static_cast<size_t>(tokens * kTileRanks * p.tile_count * sizeof(float));
+  Machine machine;
+  cudaError_t status = current_machine(machine);
+  int resident = 0;
+  if (status == cudaSuccess) status = resident_blocks(few_kernel<T, kMode>, kThreads, kFewSharedBytes, resident);
+  if (status != cudaSuccess) return status;
+  const int64_t output_blocks = (layout.output_units + kFewWarps - 1) / kFewWarps;
+  const int64_t wanted = layout.units > output_blocks ? layout.units : output_blocks;
+  // Two blocks a multiprocessor: more would only make the barrier slower.
+  const int64_t most = static_cast<int64_t>(machine.multiprocessors) * (resident < 2 ? resident : 2);
+  LaunchShape shape{dim3(static_cast<unsigned>(wanted < most ? wanted : most)), kThreads};
+  shape.shared = shared;
+  shape.cooperative = true;
+  return launch(few_kernel<T, kMode>, shape, stream, f, layout);
+}
+
+template <class T>
+cudaError_t launch_type(const FewParams& f, cudaStream_t stream) {
+  if (f.shrink.mode == Mode::kFlipout) return launch_kernel<T, Mode::kFlipout>(f, stream);
+  if (f.shrink.mode == Mode::kToken) return launch_kernel<T, Mode::kToken>(f, stream);
+  return launch_kernel<T, Mode::kWeight>(f, stream);
+}
+
+}  // namespace
+
+bool few_serves(const ShrinkParams& p) {
+  const int64_t tokens = p.groups * p.rows_per_group;
+  return p.format != Format::kFloat32 && tokens <= kFewRows && p.rows_per_group <= kFewGroupRows &&
+         tokens * kTileRanks * p.tile_count * 4 <= kFewSharedBytes;
+}
+
+int64_t few_partial_floats(const ShrinkParams& p) {
+  const int pitch = p.mode == Mode::kWeight ? kUnitPitch<Mode::kWeight> : kUnitPitch<Mode::kToken>;
+  return unit_count(p) * p.rows_per_group * pitch;
+}
+
+cudaError_t launch_few(const FewParams& params, cudaStream_t stream) {
+  if (params.shrink.format == Format::kBFloat16) return launch_type<__nv_bfloat16>(params, stream);
+  return launch_type<__half>(params, stream);
+}
+
+}  // namespace tfb::cuda

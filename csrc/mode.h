@@ -1,0 +1,12 @@
+// How a sample's noise meets the tokens of its rows; the words are those of the operators' `mode` argument.
+#pragma once
+
+namespace tfb {
+
+// kWeight:  z_t = (M + sigma E) x_t, one E for all tokens of a sample.
+// kFlipout: z_t = M x_t + sigma r_t o (E (s_t o x_t)), Rademacher signs s_t (n) and r_t (r) fresh for every token.
+// kToken:   z_t = M x_t + sigma |x_t| e_t, r normals e_t fresh for every token: the law of kWeight's for each token
+// alone.
+enum class Mode { kWeight, kFlipout, kToken };
+
+}  // namespace tfb

@@ -1,0 +1,7 @@
+#pragma once
+#include <c10/core/Device.h>
+namespace c10::cuda {
+struct CUDAGuard {
+  explicit CUDAGuard(const c10::Device&) {}
+};
+}  // namespace c10::cuda
