@@ -332,6 +332,9 @@ class Fan:
         hidden = args[0]
         if not self.state.fanned:
             hidden = self.fan_out(hidden)
+        # The last positions of a longer sequence are a slice, which torch would multiply row by row, reading the head's
+        # weight once a row.
+        hidden = hidden.contiguous()
         size = len(self.view.batch)
         self.pending = hidden
         if self.view.columns is not None:

@@ -149,8 +149,13 @@ class TFBVariant(LoraVariant):
     def attach(self, module: Any, posterior: LayerPosterior) -> None:
         """Put the posterior beside the adapter's weights (buffers that no checkpoint holds) and take the slot."""
         device = module.lora_A[self.adapter].weight.device
+        # The products round the basis to the base's type, so it is kept in that. M + sigma E is rounded once, as a sum.
+        dtype = module.get_base_layer().weight.dtype
+        half = dtype in (torch.bfloat16, torch.float16)
         # A name with dots would be refused by register_buffer; PEFT refuses such adapter names itself.
-        module.register_buffer(self.basis_buffer, posterior.basis.to(device), persistent=False)
+        module.register_buffer(
+            self.basis_buffer, posterior.basis.to(device, dtype if half else torch.float32), persistent=False
+        )
         module.register_buffer(self.mean_buffer, posterior.mean.to(device), persistent=False)
         module.lora_variant[self.adapter] = self
 
@@ -295,6 +300,7 @@ class TFBVariant(LoraVariant):
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
         z = ops.shrink(rows, mean, sigma, samples, seed, self.layer, batch.mode, batch.antithetic)
+        basis = basis if basis.dtype == z.dtype else basis.float()
         y = result.reshape(-1, result.shape[-1])
         ops.expand_(y, z, basis, scaling)
         if bias is not None:

@@ -16,17 +16,23 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "machine.h"
+
 namespace tfb::cuda {
 
 extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[];
 __device__ __forceinline__ unsigned char* dynamic_shared() { return dynamic_shared_bytes; }
 
-// Copies 16 bytes from global to shared memory behind the thread's back; of the source only `bytes` (0 to 16) are read,
-// the rest is zero. Both addresses lie on 16 bytes. The neighbouring 64 bytes of the row are asked for along with it.
+// Copies 16 bytes from global to shared memory behind the thread's back. Both addresses lie on 16 bytes. Of the source only
+// `bytes` (0 to 16) are read, the rest is zero.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
                : "memory");
+}
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kPending of the thread's latest groups of copies are under way. A thread sees its own copies
@@ -34,6 +40,52 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// The bulk copy engine (compute capability 9.0 on): a thread asks for a piece of any length, and a barrier in shared memory
+// counts the bytes that have arrived. Kernels that use it are launched only where Machine::clusters says so.
+struct alignas(8) CopyBarrier {
+  uint64_t state;
+};
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+// By one thread, before a block-wide barrier.
+__device__ __forceinline__ void start_barrier(CopyBarrier* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// By one thread: a phase of the barrier ends when `bytes` have arrived.
+__device__ __forceinline__ void expect_bytes(CopyBarrier* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+// `bytes` and both addresses are multiples of 16.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes, CopyBarrier* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+#endif
+}
+// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, and so on in turn.
+__device__ __forceinline__ void wait_bulk(CopyBarrier* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
 }
 
 // d += a b: a is 16 x 16 (four registers), b 16 x 8 (two), d 16 x 8 floats. With i = lane / 4, c = lane % 4: a0 holds
@@ -53,24 +105,17 @@ __device__ __forceinline__ void multiply_16x8x16(float (&d)[4], uint32_t a0, uin
   }
 }
 
-// A cluster is a row of neighbouring blocks (compute capability 9.0 on) that can read each other's shared memory.
-// Kernels compiled for less are launched with clusters of one block.
-__device__ __forceinline__ uint32_t cluster_rank() {
+// A cluster is a row of neighbouring blocks (compute capability 9.0 on) that can read each other's shared memory. Its
+// barrier has two halves: what a thread wrote to shared memory before it arrives is seen by all threads of the cluster
+// after they waited. Kernels compiled for less run in clusters of one block.
+__device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-#else
-  return 0;
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
-// Waits for all threads of the cluster; what they wrote to shared memory before is visible after.
-__device__ __forceinline__ void cluster_barrier() {
+__device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
 #endif
@@ -92,6 +137,12 @@ __device__ __forceinline__ float2 load_peer(const float* local, uint32_t rank) {
 // Waits for all threads of a cooperative launch; what they wrote to global memory before is visible after.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
+// Keeps a parameter out of template deduction.
+template <class T>
+struct Exactly {
+  using Type = T;
+};
+
 struct LaunchShape {
   dim3 grid;
   unsigned threads;
@@ -100,44 +151,89 @@ struct LaunchShape {
   bool cooperative = false;  // for kernels with a grid_barrier()
 };
 
+constexpr size_t kDefaultShared = 48 * 1024;
+constexpr int kPortableCluster = 8;
+
+// Lets the kernel have more shared memory and larger clusters than without asking. Asking again costs less than
+// remembering per kernel and device.
 template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
-                   std::type_identity_t<Parameters>... arguments) {
-  // The default limit is 48 KiB; asking again costs less than remembering per kernel and device.
-  if (shape.shared > 48 * 1024) {
-    const cudaError_t allowed =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared));
-    if (allowed != cudaSuccess) return allowed;
+cudaError_t allow(void (*kernel)(Parameters...), const LaunchShape& shape) {
+  cudaError_t status = cudaSuccess;
+  if (shape.shared > kDefaultShared) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared));
   }
-  cudaLaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (shape.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  if (status == cudaSuccess && shape.cluster > kPortableCluster) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
-  if (shape.cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count++].val.cooperative = 1;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = shape.grid;
-  config.blockDim = dim3(shape.threads);
-  config.dynamicSmemBytes = shape.shared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return status;
 }
 
-// Blocks of a kernel that one multiprocessor holds at the same time.
-template <class... Parameters>
-cudaError_t resident_blocks(void (*kernel)(Parameters...), unsigned threads, size_t shared, int& blocks) {
-  if (shared > 48 * 1024) {
-    const cudaError_t allowed =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (allowed != cudaSuccess) return allowed;
+struct LaunchConfig {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+
+  LaunchConfig(const LaunchShape& shape, cudaStream_t stream) {
+    unsigned count = 0;
+    if (shape.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count].val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+      attributes[count].val.clusterDim.y = 1;
+      attributes[count++].val.clusterDim.z = 1;
+    }
+    if (shape.cooperative) {
+      attributes[count].id = cudaLaunchAttributeCooperative;
+      attributes[count++].val.cooperative = 1;
+    }
+    config.gridDim = shape.grid;
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = count;
   }
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(threads), shared);
+  LaunchConfig(const LaunchConfig&) = delete;
+};
+
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
+                   typename Exactly<Parameters>::Type... arguments) {
+  const cudaError_t status = allow(kernel, shape);
+  if (status != cudaSuccess) return status;
+  const LaunchConfig launch(shape, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, arguments...);
+}
+
+// Clusters (blocks, where a cluster is one) of a kernel that the device holds at the same time; 0 where it holds none. The
+// shape's grid does not count.
+template <class... Parameters>
+cudaError_t ask_resident(void (*kernel)(Parameters...), const LaunchShape& shape, int multiprocessors, int& clusters) {
+  cudaError_t status = allow(kernel, shape);
+  if (status != cudaSuccess) return status;
+  if (shape.cluster > 1) {
+    LaunchShape one = shape;
+    one.grid = dim3(static_cast<unsigned>(shape.cluster));
+    const LaunchConfig launch(one, nullptr);
+    return cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
+  }
+  status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, static_cast<int>(shape.threads),
+                                                         shape.shared);
+  clusters *= multiprocessors;
+  return status;
+}
+
+// The same, asked once for every kernel, device and shape.
+template <class... Parameters>
+cudaError_t resident_clusters(void (*kernel)(Parameters...), const LaunchShape& shape, int& clusters) {
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const ResidencyKey key{reinterpret_cast<const void*>(kernel), device, shape.cluster, shape.shared};
+  if (known_residency(key, clusters)) return cudaSuccess;
+  Machine machine;
+  status = current_machine(machine);
+  if (status == cudaSuccess) status = ask_resident(kernel, shape, machine.multiprocessors, clusters);
+  if (status == cudaSuccess) remember_residency(key, clusters);
+  return status;
 }
 
 }  // namespace tfb::cuda

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../format.h"
+#include "../philox.h"
 #include "device.cuh"
 
 namespace tfb::cuda {
@@ -59,13 +60,6 @@ __device__ __forceinline__ uint4 load_eight(const T* source, int64_t count, bool
                     load_pair(source + 6, count - 6));
 }
 
-// The same for memory that this kernel writes too, which the read-only path must not serve.
-template <class T>
-__device__ __forceinline__ uint4 load_eight_again(const T* source, int64_t count, bool aligned) {
-  if (aligned && count >= 8) return *reinterpret_cast<const uint4*>(source);
-  return load_eight(source, count, false);
-}
-
 // kCount (4 or 8) neighbouring weights of either type as floats, of which `count` exist. `aligned`: source is on the
 // boundary of kCount of its elements, 16 bytes at most.
 template <int kCount>
@@ -118,6 +112,7 @@ struct Weights {
   }
 };
 
-inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+// Null is aligned.
+TFB_HOST_DEVICE bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 }  // namespace tfb::cuda

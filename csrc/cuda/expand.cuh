@@ -1,9 +1,10 @@
-// expand in half precision: bound by y, which is read (where it is added to) and written once.
+// expand in half precision: bound by y, which is written (and read, where it is added to) once.
 //
-// A warp owns 32 columns; the product's columns are permuted so that lane (i = lane / 4, c = lane % 4) ends with the
-// eight neighbours 8c .. 8c + 7 of rows i and i + 8, one 16-byte access each. k is permuted too: within 16 ranks, lane
-// c reads ranks 4c .. 4c + 3 of z and of the basis in one piece. Up to 64 ranks the basis stays in registers over the
-// block's rows and z lies in shared memory; larger ranks fetch both again for every 64.
+// A warp owns 16 rows x 128 columns of y at a time (64 columns above rank 16) and keeps those columns' basis in registers
+// while it moves down the rows. The product's columns are permuted so that lane (i = lane / 4, c = lane % 4) ends with
+// eight neighbours of rows i and i + 8; k is permuted too: within 16 ranks, lane c reads ranks 4c .. 4c + 3 of z and of
+// the basis in one piece. The tile then changes hands through shared memory, so that y is accessed 256 bytes of a row at a
+// time: the memory's pages do not like less (64 bytes reached a third of the bandwidth on an H200).
 #pragma once
 
 #include "elements.cuh"
@@ -12,208 +13,283 @@
 
 namespace tfb::cuda {
 
-constexpr int kWarpColumns = 32;
-constexpr int kExpandColumns = kWarpColumns * kExpandWarps;
-constexpr int kExpandRows = kTileRows * kExpandRowTiles;
+// What the update is added to.
+enum class Start { kNothing, kBias, kOutput };
+
+constexpr int kGroupColumns = 32;
 constexpr int kExpandThreads = kExpandWarps * kWarpLanes;
 
-template <class T, int kSteps_, bool kOnePass_, bool kAdd_>
+template <class T, int kSteps_, Start kStart_>
 struct ExpandTraits {
   using Element = T;
-  static constexpr int kSteps = kSteps_;       // of 16 ranks
-  static constexpr bool kOnePass = kOnePass_;  // the ranks are no more than these steps
-  static constexpr bool kAdd = kAdd_;
+  static constexpr int kSteps = kSteps_;  // of 16 ranks
+  static constexpr Start kStart = kStart_;
   static constexpr int kRanks = 16 * kSteps;
-  // Elements between rows of z in shared memory: the eight rows that half a warp reads fall on different banks.
-  static constexpr int kPitch = kSteps == 1 ? kRanks : kRanks + 16;
-  // Bound by memory: many warps where registers allow it.
-  static constexpr int kMinBlocks = kSteps == 4 || !kOnePass ? 2 : kAdd ? 3 : 4;
+  static constexpr int kGroups = kSteps == 1 ? 4 : 2;  // of 32 columns
+  static constexpr int kColumns = kGroups * kGroupColumns;
+  static constexpr int kRowChunks = kColumns / 8;             // 16-byte chunks of y in a row of the tile
+  static constexpr int kChunkRows = kWarpLanes / kRowChunks;  // rows that a warp accesses at once
+  static constexpr int kPasses = kTileRows / kChunkRows;
+  // Sums wait in float32 where something is added to them, so that they are rounded once.
+  static constexpr bool kWide = kStart != Start::kNothing;
+  static constexpr int kTileChunks = kTileRows * kRowChunks * (kWide ? 2 : 1);  // of 16 bytes, in shared memory
+  static constexpr int kSharedBytes = kExpandWarps * kTileChunks * 16;
+  // 12 or 8 warps a multiprocessor: what the basis leaves of the registers.
+  static constexpr int kMinBlocks = kSteps == 4 ? 2 : 3;
 };
 
-// Four neighbouring ranks of one row of z as two registers.
-template <class T>
-__device__ __forceinline__ uint2 load_four(const T* source, int64_t count, bool aligned) {
-  if (aligned && count >= 4) return __ldg(reinterpret_cast<const uint2*>(source));
-  if (count <= 0) return make_uint2(0, 0);
-  return make_uint2(load_pair(source, count), load_pair(source + 2, count - 2));
-}
-
-// The fragments of 16 * kSteps ranks of the basis from rank0 on, for the warp's 32 columns. Product j's column i is the
-// physical column 8 (i / 2) + 2 j + i % 2.
-template <class T, int kSteps>
-__device__ __forceinline__ void load_basis(uint32_t (&b)[kSteps][4][2], const ExpandParams& p, const Weights<T>& basis,
-                                           int64_t column0, int64_t rank0, int i, int c) {
+// The fragments of 16 ranks of the basis from rank0 on, for 32 columns. Product j's column i is the physical column
+// 8 (i / 2) + 2 j + i % 2.
+template <class T, bool kPieces>
+__device__ __forceinline__ void load_basis(uint32_t (&b)[4][2], const ExpandParams& p, int64_t column0, int64_t rank0,
+                                           int i, int c) {
+  const int64_t rank = rank0 + 4 * c;
+  int64_t column = column0 + 8 * (i / 2) + i % 2;
+  const T* from = static_cast<const T*>(p.basis) + column * p.r + rank;
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int64_t rank = rank0 + 16 * step + 4 * c;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int64_t column = column0 + 8 * (i / 2) + 2 * j + i % 2;
-      float weight[4];
-      basis.load(column * p.r + rank, column < p.m ? p.r - rank : 0, weight);
-      b[step][j][0] = Pack<T>::pack(weight[0], weight[1]);
-      b[step][j][1] = Pack<T>::pack(weight[2], weight[3]);
+  for (int j = 0; j < 4; ++j, column += 2, from += 2 * p.r) {
+    const int64_t count = column < p.m ? p.r - rank : 0;
+    if constexpr (kPieces) {
+      const uint2 four = count > 0 ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+      b[j][0] = four.x, b[j][1] = four.y;
+    } else {
+      b[j][0] = load_pair(from, count), b[j][1] = load_pair(from + 2, count - 2);
     }
   }
 }
 
-// The lane's eight columns of a row: start + scaling * (its sums of that row).
-template <class T>
-__device__ __forceinline__ uint4 finish_eight(const float (&sum)[4][4], int half, float scaling, uint4 start) {
-  const uint32_t before[4] = {start.x, start.y, start.z, start.w};
-  uint32_t after[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const float2 old = Pack<T>::unpack(before[j]);
-    after[j] = Pack<T>::pack(fmaf(scaling, sum[j][2 * half], old.x), fmaf(scaling, sum[j][2 * half + 1], old.y));
-  }
-  return make_uint4(after[0], after[1], after[2], after[3]);
+// Chunks of a tile of 16-bit results and of float32 sums. Odd rows change places, so that the rows that are written
+// together lie in different banks.
+__device__ __forceinline__ int narrow_place(int row, int chunk, int row_chunks) {
+  return row * row_chunks + (chunk ^ (row % 2 * 4));
 }
-
-// Eight neighbouring elements of which `count` are written.
-template <class T>
-__device__ __forceinline__ void store_eight(T* target, uint4 bits, int64_t count, bool aligned) {
-  if (aligned && count >= 8) {
-    *reinterpret_cast<uint4*>(target) = bits;
-    return;
-  }
-  const uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
-  uint16_t* const out = reinterpret_cast<uint16_t*>(target);
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    if (k < count) out[k] = static_cast<uint16_t>(pairs[k / 2] >> 16 * (k % 2));
-  }
+__device__ __forceinline__ int wide_place(int row, int chunk, int row_chunks) {
+  return row * 2 * row_chunks + (chunk ^ row % 2);
 }
 
 struct ExpandLayout {
-  bool y_aligned, z_aligned, basis_aligned, bias_aligned;  // z: on 16 bytes if it goes through shared memory, else on 8
+  int64_t column_groups;  // of a warp's columns
+  int64_t stripes;        // warps that share a column group, each every stripes-th tile of rows
 };
 
+// For what can be accessed in whole pieces: see fits_pieces().
 template <class Traits>
 __global__ void __launch_bounds__(kExpandThreads, Traits::kMinBlocks)
     expand_kernel(const __grid_constant__ ExpandParams p, const ExpandLayout layout) {
   using T = typename Traits::Element;
   constexpr int kSteps = Traits::kSteps;
-  constexpr int kPitch = Traits::kPitch;
-  __shared__ uint4 tile_of_z[Traits::kOnePass ? kExpandRows * kPitch / 8 : 1];
-  T* const z_tile = reinterpret_cast<T*>(tile_of_z);
-
+  constexpr int kRowChunks = Traits::kRowChunks;
+  const int warp = threadIdx.x / kWarpLanes;
   const int lane = threadIdx.x % kWarpLanes;
   const int i = lane / 4;
   const int c = lane % 4;
-  const int64_t column0 = static_cast<int64_t>(blockIdx.x) * kExpandColumns + threadIdx.x / kWarpLanes * kWarpColumns;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kExpandRows;
-  const T* const z = static_cast<const T*>(p.z);
-  if constexpr (Traits::kOnePass) {
-    constexpr int kPieces = Traits::kRanks / 8;  // of a row
-    for (int e = threadIdx.x; e < kExpandRows * kPieces; e += kExpandThreads) {
-      const int row = e / kPieces;
-      const int rank = 8 * (e % kPieces);
-      const int64_t count = row0 + row < p.tokens ? p.r - rank : 0;
-      tile_of_z[(row * kPitch + rank) / 8] = load_eight(z + (row0 + row) * p.z_stride + rank, count, layout.z_aligned);
-    }
-  }
-  const Weights<T> basis{p.basis, p.basis_format == Format::kFloat32, layout.basis_aligned};
-  uint32_t b[kSteps][4][2];
-  if constexpr (Traits::kOnePass) load_basis<T, kSteps>(b, p, basis, column0, 0, i, c);
-  if constexpr (Traits::kOnePass) __syncthreads();
-  if (column0 >= p.m) return;
+  uint4* const tile_chunks = reinterpret_cast<uint4*>(dynamic_shared()) + warp * Traits::kTileChunks;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kExpandWarps;
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kExpandWarps + warp;
+  const int64_t stripe = unit / layout.column_groups;
+  if (stripe >= layout.stripes) return;
+  const auto r = static_cast<int>(p.r);
+  // Where the lane accesses y: chunk `own_chunk` of row kChunkRows * pass + own_row.
+  const int own_chunk = lane % kRowChunks;
+  const int own_row = lane / kRowChunks;
 
-  const int64_t column = column0 + 8 * c;
-  const int64_t columns = p.m - column;
-  T* const y = static_cast<T*>(p.y) + row0 * p.y_stride + column;
-  const int rows = p.tokens - row0 < kExpandRows ? static_cast<int>(p.tokens - row0) : kExpandRows;
-  uint4 bias = make_uint4(0, 0, 0, 0);
-  if (!Traits::kAdd && p.bias != nullptr) {
-    bias = load_eight(static_cast<const T*>(p.bias) + column, columns, layout.bias_aligned);
-  }
-  const auto load_y = [&](int row) {
-    if constexpr (Traits::kAdd) {
-      return load_eight_again(y + row * p.y_stride, row < rows ? columns : 0, layout.y_aligned);
-    } else {
-      return bias;
-    }
-  };
-
-  uint4 next[2] = {load_y(i), load_y(i + 8)};
-#pragma unroll 2
-  for (int tile = 0; tile < kExpandRowTiles; ++tile) {
-    const int row = kTileRows * tile + i;
-    if (kTileRows * tile >= rows) return;
-    const uint4 start[2] = {next[0], next[1]};
-    if (Traits::kAdd && tile + 1 < kExpandRowTiles) {
-      next[0] = load_y(row + kTileRows);
-      next[1] = load_y(row + kTileRows + 8);
-    }
-    float sum[4][4] = {};
-    for (int64_t rank0 = 0; rank0 < p.r; rank0 += Traits::kRanks) {
-      if constexpr (!Traits::kOnePass) load_basis<T, kSteps>(b, p, basis, column0, rank0, i, c);
+  for (int64_t column_group = unit % layout.column_groups; column_group < layout.column_groups; column_group += warps) {
+    const int64_t column0 = column_group * Traits::kColumns;
+    const int64_t column = column0 + 8 * own_chunk;
+    const bool in_row = column < p.m;
+    uint32_t b[Traits::kGroups][kSteps][4][2];
+#pragma unroll
+    for (int g = 0; g < Traits::kGroups; ++g) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        uint2 upper, lower;
-        if constexpr (Traits::kOnePass) {
-          upper = *reinterpret_cast<const uint2*>(z_tile + row * kPitch + 16 * step + 4 * c);
-          lower = *reinterpret_cast<const uint2*>(z_tile + (row + 8) * kPitch + 16 * step + 4 * c);
-        } else {
-          const int64_t rank = rank0 + 16 * step + 4 * c;
-          const T* const from = z + (row0 + row) * p.z_stride + rank;
-          upper = load_four(from, row < rows ? p.r - rank : 0, layout.z_aligned);
-          lower = load_four(from + 8 * p.z_stride, row + 8 < rows ? p.r - rank : 0, layout.z_aligned);
-        }
+        load_basis<T, true>(b[g][step], p, column0 + g * kGroupColumns, 16 * step, i, c);
+      }
+    }
+    uint4 bias = make_uint4(0, 0, 0, 0);
+    if (Traits::kStart == Start::kBias && in_row) {
+      bias = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(p.bias) + column));
+    }
+    // Rows that are left from the stripe's tile on; pointers to its first row of z (this lane's part) and of y.
+    int64_t left = p.tokens - stripe * kTileRows;
+    const T* z = static_cast<const T*>(p.z) + (stripe * kTileRows + i) * p.z_stride + 4 * c;
+    T* y = static_cast<T*>(p.y) + (stripe * kTileRows + own_row) * p.y_stride + column;
+    const int64_t z_step = layout.stripes * kTileRows * p.z_stride;
+    const int64_t pass_step = Traits::kChunkRows * p.y_stride;
+    const int64_t y_step = layout.stripes * kTileRows * p.y_stride;
+    // Upper and lower rows' ranks of z; the next tile's are asked for as soon as this one's have served.
+    uint2 ranks[kSteps][2];
+    const auto load_z = [&](const T* from, int64_t rows) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          multiply_16x8x16<T>(sum[j], upper.x, lower.x, upper.y, lower.y, b[step][j][0], b[step][j][1]);
+      for (int step = 0; step < kSteps; ++step) {
+        const bool exists = 16 * step + 4 * c < r;
+        ranks[step][0] = ranks[step][1] = make_uint2(0, 0);
+        if (exists && i < rows) ranks[step][0] = __ldg(reinterpret_cast<const uint2*>(from + 16 * step));
+        if (exists && i + 8 < rows) {
+          ranks[step][1] = __ldg(reinterpret_cast<const uint2*>(from + 8 * p.z_stride + 16 * step));
         }
       }
-      if constexpr (Traits::kOnePass) break;
-    }
-    if (row < rows) {
-      store_eight(y + row * p.y_stride, finish_eight<T>(sum, 0, p.scaling, start[0]), columns, layout.y_aligned);
-    }
-    if (row + 8 < rows) {
-      store_eight(y + (row + 8) * p.y_stride, finish_eight<T>(sum, 1, p.scaling, start[1]), columns, layout.y_aligned);
+    };
+    load_z(z, left);
+
+    for (; left > 0; left -= layout.stripes * kTileRows, y += y_step) {
+      const int rows = left < kTileRows ? static_cast<int>(left) : kTileRows;
+      uint4 old[Traits::kStart == Start::kOutput ? Traits::kPasses : 1];
+      if constexpr (Traits::kStart == Start::kOutput) {
+        const T* from = y;
+#pragma unroll
+        for (int pass = 0; pass < Traits::kPasses; ++pass, from += pass_step) {
+          old[pass] = make_uint4(0, 0, 0, 0);
+          if (in_row && Traits::kChunkRows * pass + own_row < rows) old[pass] = *reinterpret_cast<const uint4*>(from);
+        }
+      }
+      // From fragments to rows, 32 columns at a time.
+#pragma unroll
+      for (int g = 0; g < Traits::kGroups; ++g) {
+        float sum[4][4] = {};
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          const uint2 upper = ranks[step][0];
+          const uint2 lower = ranks[step][1];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            multiply_16x8x16<T>(sum[j], upper.x, lower.x, upper.y, lower.y, b[g][step][j][0], b[g][step][j][1]);
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = i + 8 * half;
+          const int e = 2 * half;
+          if constexpr (Traits::kWide) {
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              float4* const to = reinterpret_cast<float4*>(tile_chunks) + wide_place(row, 8 * g + 2 * c + k, kRowChunks);
+              *to = make_float4(sum[2 * k][e], sum[2 * k][e + 1], sum[2 * k + 1][e], sum[2 * k + 1][e + 1]);
+            }
+          } else {
+            uint32_t pairs[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) pairs[j] = Pack<T>::pack(p.scaling * sum[j][e], p.scaling * sum[j][e + 1]);
+            tile_chunks[narrow_place(row, 4 * g + c, kRowChunks)] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+          }
+        }
+        __syncwarp();  // keeps the sums of one group alive at a time
+      }
+      z += z_step;
+      load_z(z, left - layout.stripes * kTileRows);
+      T* to = y;
+#pragma unroll
+      for (int pass = 0; pass < Traits::kPasses; ++pass, to += pass_step) {
+        const int row = Traits::kChunkRows * pass + own_row;
+        uint4 out;
+        if constexpr (Traits::kWide) {
+          const float4* const from = reinterpret_cast<const float4*>(tile_chunks);
+          const float4 low = from[wide_place(row, 2 * own_chunk, kRowChunks)];
+          const float4 high = from[wide_place(row, 2 * own_chunk + 1, kRowChunks)];
+          const uint4 start = Traits::kStart == Start::kBias ? bias : old[Traits::kStart == Start::kOutput ? pass : 0];
+          const float2 start0 = Pack<T>::unpack(start.x), start1 = Pack<T>::unpack(start.y);
+          const float2 start2 = Pack<T>::unpack(start.z), start3 = Pack<T>::unpack(start.w);
+          out.x = Pack<T>::pack(fmaf(p.scaling, low.x, start0.x), fmaf(p.scaling, low.y, start0.y));
+          out.y = Pack<T>::pack(fmaf(p.scaling, low.z, start1.x), fmaf(p.scaling, low.w, start1.y));
+          out.z = Pack<T>::pack(fmaf(p.scaling, high.x, start2.x), fmaf(p.scaling, high.y, start2.y));
+          out.w = Pack<T>::pack(fmaf(p.scaling, high.z, start3.x), fmaf(p.scaling, high.w, start3.y));
+        } else {
+          out = tile_chunks[narrow_place(row, own_chunk, kRowChunks)];
+        }
+        if (in_row && row < rows) *reinterpret_cast<uint4*>(to) = out;
+      }
+      __syncwarp();  // the tile's memory is free again
     }
   }
+}
+
+// Any alignment and rank: a warp owns 16 rows x 32 columns and reads the basis anew for every 16 ranks.
+template <class T>
+__global__ void __launch_bounds__(kExpandThreads) expand_any_kernel(const __grid_constant__ ExpandParams p) {
+  const int lane = threadIdx.x % kWarpLanes;
+  const int i = lane / 4;
+  const int c = lane % 4;
+  const int64_t column_groups = (p.m + kGroupColumns - 1) / kGroupColumns;
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kExpandWarps + threadIdx.x / kWarpLanes;
+  const int64_t row = unit / column_groups * kTileRows + i;
+  const int64_t column0 = unit % column_groups * kGroupColumns;
+  if (row - i >= p.tokens) return;
+  float sum[4][4] = {};
+  for (int64_t rank0 = 0; rank0 < p.r; rank0 += 16) {
+    uint32_t b[4][2];
+    load_basis<T, false>(b, p, column0, rank0, i, c);
+    uint32_t a[2][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t rank = rank0 + 4 * c;
+      const T* const from = static_cast<const T*>(p.z) + (row + 8 * half) * p.z_stride + rank;
+      const int64_t count = row + 8 * half < p.tokens ? p.r - rank : 0;
+      a[half][0] = load_pair(from, count);
+      a[half][1] = load_pair(from + 2, count - 2);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) multiply_16x8x16<T>(sum[j], a[0][0], a[1][0], a[0][1], a[1][1], b[j][0], b[j][1]);
+  }
+  const T* const bias = static_cast<const T*>(p.bias);
+#pragma unroll
+  for (int k = 0; k < 16; ++k) {
+    const int64_t at = row + 8 * (k / 8);
+    const int64_t column = column0 + 8 * c + k % 8;
+    if (at >= p.tokens || column >= p.m) continue;
+    T* const y = static_cast<T*>(p.y) + at * p.y_stride + column;
+    float start = 0.0f;
+    if (p.add) start = Pack<T>::to_float(*y);
+    else if (bias != nullptr) start = Pack<T>::to_float(bias[column]);
+    *y = Pack<T>::from_float(fmaf(p.scaling, sum[k % 8 / 2][k / 8 * 2 + k % 2], start));
+  }
+}
+
+// Whether rows of y consist of whole 16-byte chunks and ranks come in aligned fours, up to 64 of them.
+inline bool fits_pieces(const ExpandParams& p) {
+  return p.m % 8 == 0 && p.r % 4 == 0 && p.r <= 64 && is_aligned(p.y, 16) && p.y_stride % 8 == 0 &&
+         is_aligned(p.z, 8) && p.z_stride % 4 == 0 && is_aligned(p.basis, 8) && is_aligned(p.bias, 16);
 }
 
 template <class Traits>
 cudaError_t launch_expand_tiles(const ExpandParams& p, cudaStream_t stream) {
-  const int64_t columns = (p.m + kExpandColumns - 1) / kExpandColumns;
-  const int64_t blocks = (p.tokens + kExpandRows - 1) / kExpandRows;
-  if (columns > INT32_MAX) return cudaErrorInvalidConfiguration;
+  LaunchShape shape{dim3(1), kExpandThreads};
+  shape.shared = Traits::kSharedBytes;
+  int resident = 0;
+  const cudaError_t status = resident_clusters(expand_kernel<Traits>, shape, resident);
+  if (status != cudaSuccess) return status;
+  if (resident == 0) return cudaErrorLaunchOutOfResources;
   ExpandLayout layout{};
-  layout.y_aligned = is_aligned(p.y, 16) && p.y_stride % 8 == 0;
-  layout.z_aligned =
-      Traits::kOnePass ? is_aligned(p.z, 16) && p.z_stride % 8 == 0 : is_aligned(p.z, 8) && p.z_stride % 4 == 0;
-  layout.basis_aligned = is_aligned(p.basis, 16) && p.r % 4 == 0;
-  layout.bias_aligned = is_aligned(p.bias, 16);
-  // Columns first: blocks that run together write whole rows. The grid's second axis is short, so rows come in parts.
-  for (int64_t first = 0; first < blocks; first += kMaxGridY) {
-    ExpandParams part = p;
-    const int64_t row = first * kExpandRows;
-    part.y = static_cast<typename Traits::Element*>(p.y) + row * p.y_stride;
-    part.z = static_cast<const typename Traits::Element*>(p.z) + row * p.z_stride;
-    part.tokens = p.tokens - row;
-    const int64_t count = blocks - first < kMaxGridY ? blocks - first : kMaxGridY;
-    const LaunchShape shape{dim3(static_cast<unsigned>(columns), static_cast<unsigned>(count)), kExpandThreads};
-    const cudaError_t status = launch(expand_kernel<Traits>, shape, stream, part, layout);
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
+  layout.column_groups = (p.m + Traits::kColumns - 1) / Traits::kColumns;
+  const int64_t units = layout.column_groups * ((p.tokens + kTileRows - 1) / kTileRows);
+  const int64_t wanted = (units + kExpandWarps - 1) / kExpandWarps;
+  const int64_t blocks = wanted < resident ? wanted : resident;
+  const int64_t stripes = blocks * kExpandWarps / layout.column_groups;
+  layout.stripes = stripes < 1 ? 1 : stripes;
+  shape.grid = dim3(static_cast<unsigned>(blocks));
+  return launch(expand_kernel<Traits>, shape, stream, p, layout);
 }
 
-template <class T, int kSteps, bool kOnePass>
-cudaError_t launch_expand_steps(const ExpandParams& p, cudaStream_t stream) {
-  if (p.add) return launch_expand_tiles<ExpandTraits<T, kSteps, kOnePass, true>>(p, stream);
-  return launch_expand_tiles<ExpandTraits<T, kSteps, kOnePass, false>>(p, stream);
+template <class T>
+cudaError_t launch_expand_any(const ExpandParams& p, cudaStream_t stream) {
+  const int64_t units =
+      (p.m + kGroupColumns - 1) / kGroupColumns * ((p.tokens + kTileRows - 1) / kTileRows);
+  const int64_t blocks = (units + kExpandWarps - 1) / kExpandWarps;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  return launch(expand_any_kernel<T>, {dim3(static_cast<unsigned>(blocks)), kExpandThreads}, stream, p);
+}
+
+template <class T, Start kStart>
+cudaError_t launch_expand_ranks(const ExpandParams& p, cudaStream_t stream) {
+  if (p.r <= 16) return launch_expand_tiles<ExpandTraits<T, 1, kStart>>(p, stream);
+  if (p.r <= 32) return launch_expand_tiles<ExpandTraits<T, 2, kStart>>(p, stream);
+  return launch_expand_tiles<ExpandTraits<T, 4, kStart>>(p, stream);
 }
 
 template <class T>
 cudaError_t launch_expand_half(const ExpandParams& p, cudaStream_t stream) {
-  if (p.r <= 16) return launch_expand_steps<T, 1, true>(p, stream);
-  if (p.r <= 32) return launch_expand_steps<T, 2, true>(p, stream);
-  if (p.r <= 64) return launch_expand_steps<T, 4, true>(p, stream);
-  return launch_expand_steps<T, 4, false>(p, stream);
+  if (!fits_pieces(p)) return launch_expand_any<T>(p, stream);
+  if (p.add) return launch_expand_ranks<T, Start::kOutput>(p, stream);
+  if (p.bias != nullptr) return launch_expand_ranks<T, Start::kBias>(p, stream);
+  return launch_expand_ranks<T, Start::kNothing>(p, stream);
 }
 
 }  // namespace tfb::cuda

@@ -14,13 +14,12 @@ struct ExpandParams {
   int64_t y_stride;
   const void* z;  // (tokens, r) of y's type
   int64_t z_stride;
-  const void* basis;  // (m, r), contiguous
+  const void* basis;  // (m, r) of y's type, contiguous
   const void* bias;   // (m,) of y's type, or null; not read where y is added to
   bool add;           // to y; otherwise y is written
   int64_t tokens, m, r;
   float scaling;
   Format format;
-  Format basis_format;
 };
 
 cudaError_t launch_expand(const ExpandParams& params, cudaStream_t stream);

@@ -293,14 +293,17 @@ cudaError_t launch_kernel(const FewParams& f, cudaStream_t stream) {
   const auto shared = static_cast<size_t>(tokens * kTileRanks * p.tile_count * sizeof(float));
   Machine machine;
   cudaError_t status = current_machine(machine);
+  if (status != cudaSuccess) return status;
+  LaunchShape shape{dim3(1), kThreads};
+  shape.shared = kFewSharedBytes;  // the most that any call needs, so that one answer serves all
   int resident = 0;
-  if (status == cudaSuccess) status = resident_blocks(few_kernel<T, kMode>, kThreads, kFewSharedBytes, resident);
+  status = resident_clusters(few_kernel<T, kMode>, shape, resident);
   if (status != cudaSuccess) return status;
   const int64_t output_blocks = (layout.output_units + kFewWarps - 1) / kFewWarps;
   const int64_t wanted = layout.units > output_blocks ? layout.units : output_blocks;
   // Two blocks a multiprocessor: more would only make the barrier slower.
-  const int64_t most = static_cast<int64_t>(machine.multiprocessors) * (resident < 2 ? resident : 2);
-  LaunchShape shape{dim3(static_cast<unsigned>(wanted < most ? wanted : most)), kThreads};
+  const int64_t most = resident < 2 * machine.multiprocessors ? resident : 2 * machine.multiprocessors;
+  shape.grid = dim3(static_cast<unsigned>(wanted < most ? wanted : most));
   shape.shared = shared;
   shape.cooperative = true;
   return launch(few_kernel<T, kMode>, shape, stream, f, layout);

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "device.cuh"
 
@@ -20,6 +22,9 @@ cudaError_t ask(int device, Machine& machine) {
   int clusters = 0;
   cudaFuncAttributes attributes{};
   cudaError_t status = cudaDeviceGetAttribute(&machine.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&machine.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
   if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe_kernel));
   machine.clusters = clusters != 0 && attributes.ptxVersion >= 90;
@@ -48,6 +53,39 @@ cudaError_t current_machine(Machine& machine) {
   machine = known[device];
   machine.clusters = machine.clusters && !portable_forced();
   return outcome[device];
+}
+
+namespace {
+
+// A launch looks up a handful of entries; there are as many as kernels in use.
+struct Residencies {
+  std::mutex mutex;
+  std::vector<std::pair<ResidencyKey, int>> known;
+};
+
+Residencies& residencies() {
+  static Residencies all;
+  return all;
+}
+
+}  // namespace
+
+bool known_residency(const ResidencyKey& key, int& clusters) {
+  Residencies& all = residencies();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  for (const auto& [other, count] : all.known) {
+    if (other == key) {
+      clusters = count;
+      return true;
+    }
+  }
+  return false;
+}
+
+void remember_residency(const ResidencyKey& key, int clusters) {
+  Residencies& all = residencies();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.known.emplace_back(key, clusters);
 }
 
 void force_portable(bool portable) { portable_flag() = portable; }

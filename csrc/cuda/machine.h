@@ -3,10 +3,13 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
+
 namespace tfb::cuda {
 
 struct Machine {
   int multiprocessors = 0;
+  int shared_bytes = 0;   // that a block may ask for
   bool clusters = false;  // the device has them and the kernels in use are compiled for them
 };
 
@@ -17,5 +20,19 @@ cudaError_t current_machine(Machine& machine);
 // environment variable TFB_EXT_PORTABLE=1 at the first use.
 void force_portable(bool portable);
 bool portable_forced();
+
+// How many clusters of a kernel a device holds; see resident_clusters in device.cuh.
+struct ResidencyKey {
+  const void* kernel;
+  int device;
+  int cluster;
+  size_t shared;
+
+  bool operator==(const ResidencyKey& other) const {
+    return kernel == other.kernel && device == other.device && cluster == other.cluster && shared == other.shared;
+  }
+};
+bool known_residency(const ResidencyKey& key, int& clusters);
+void remember_residency(const ResidencyKey& key, int clusters);
 
 }  // namespace tfb::cuda

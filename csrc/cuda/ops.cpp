@@ -88,6 +88,14 @@ class Shrinker {
     if (params_.mode == Mode::kFlipout && z != nullptr) launch(stream);
   }
 
+  void make_room(const at::TensorOptions& options) {
+    int64_t floats = 0;
+    C10_CUDA_CHECK(shrink_partial_floats(params_, floats));
+    if (floats == 0) return;
+    partial_ = at::empty({floats}, options);
+    params_.partial = partial_.mutable_data_ptr<float>();
+  }
+
   void launch(cudaStream_t stream) {
     if (params_.tile_count > 0) C10_CUDA_CHECK(launch_shrink(params_, stream));
     params_.tile_count = 0;
@@ -95,6 +103,7 @@ class Shrinker {
 
  private:
   ShrinkParams params_{};
+  at::Tensor partial_;
 };
 
 std::vector<at::Tensor> shrink_layers(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
@@ -107,6 +116,7 @@ std::vector<at::Tensor> shrink_layers(const at::Tensor& x, at::TensorList means,
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   Shrinker shrinker(x, sigma, samples, seed, mode, antithetic);
+  shrinker.make_room(x.options().dtype(at::kFloat));
   for (size_t l = 0; l < means.size(); ++l) shrinker.add(means[l], &out[l], layers[l], stream);
   shrinker.launch(stream);
   return out;
@@ -125,10 +135,12 @@ std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, 
   return shrink_layers(x, means, sigma, samples, seed, layers, parse_mode("shrink_group", mode), antithetic);
 }
 
-void expand_into(at::Tensor& y, const at::Tensor& z, const at::Tensor& basis, const at::Tensor* bias, double scaling,
-                 bool add) {
+// The products take the basis in y's type, to which they would round it anyway.
+void expand_into(at::Tensor& y, const at::Tensor& z, const at::Tensor& given_basis, const at::Tensor* bias,
+                 double scaling, bool add) {
   if (y.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(y.device());
+  const at::Tensor basis = given_basis.to(y.scalar_type());
   ExpandParams params{};
   params.y = y.mutable_data_ptr();
   params.y_stride = y.stride(0);
@@ -142,7 +154,6 @@ void expand_into(at::Tensor& y, const at::Tensor& z, const at::Tensor& basis, co
   params.r = z.size(1);
   params.scaling = static_cast<float>(scaling);
   params.format = format_of(y);
-  params.basis_format = format_of(basis);
   C10_CUDA_CHECK(launch_expand(params, c10::cuda::getCurrentCUDAStream()));
 }
 

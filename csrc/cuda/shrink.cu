@@ -1,5 +1,7 @@
 #include "shrink.h"
 
+#include "machine.h"
+
 namespace tfb::cuda {
 
 namespace {
@@ -24,6 +26,16 @@ bool results_aligned(const ShrinkParams& p, int64_t bytes) {
     if (!aligned(p.tiles[k].z, p.tiles[k].z_stride * element_bytes(p.format), bytes)) return false;
   }
   return true;
+}
+
+cudaError_t shrink_partial_floats(const ShrinkParams& p, int64_t& floats) {
+  Machine machine;
+  const cudaError_t status = current_machine(machine);
+  const int panels = shrink_panels(p.n);
+  const bool needed = p.format != Format::kFloat32 && !machine.clusters && panels > 1;
+  // The widest row of sums of any pass.
+  floats = needed ? panels * p.groups * p.rows_per_group * (kTileRanks * kMaxPassTiles + 2) : 0;
+  return status;
 }
 
 cudaError_t launch_shrink(const ShrinkParams& params, cudaStream_t stream) {

@@ -1,18 +1,17 @@
-// shrink in half precision, the kernel and its choice of tiles; shrink_bfloat16.cu and shrink_float16.cu instantiate
-// it.
+// shrink in half precision, the kernel and its launch; shrink_bfloat16.cu and shrink_float16.cu instantiate it.
 //
-// A block owns a tile of rows of one group and up to 64 ranks; each of its warps owns some of the rows. Blocks of a
-// cluster own the same tile and split the columns; their sums meet through distributed shared memory, in the order of
-// the blocks.
+// Weights stand still and rows stream past. The columns are split into panels, one a block; the blocks of all panels share
+// a range of rows, which they go through together, a tile of rows a warp at a time. A block makes its panel's weights,
+// M + sigma E, when the first rows of a sample come, chunk by chunk between their products, and keeps them in shared
+// memory for the sample's other rows: noise is made once a sample and range, not once a tile.
 //
-// x is bound for the fragments of the product from the start: within 32 columns the order of k is permuted so that lane
-// (i = lane / 4, c = lane % 4) owns columns 8c .. 8c + 7 of rows i and i + 8, one 16-byte copy a row. Each lane copies
-// only what it will read itself, into a queue of its own in shared memory: no barrier stands between the copies and the
-// products, and as many copies are under way as the queue holds.
+// Each warp has a queue of stages of x in shared memory, its own: no block-wide barrier stands between the copies and the
+// products. Within 32 columns the order of k is permuted so that lane (i = lane / 4, c = lane % 4) owns columns
+// 8c .. 8c + 7 of rows i and i + 8, one 16-byte read a row. The copies are the bulk engine's, a row's 256 bytes each, where
+// there is one; else each lane's own.
 //
-// The weights of a chunk of columns are made once a block, by all of its threads, four columns a Philox counter, while
-// the products of the chunk before still wait for x: a barrier a chunk, two buffers in turn. The more rows a block
-// owns, the less often the same noise is made again.
+// The panels' sums of a row meet in the order of the panels: in distributed shared memory where the panels of a range are
+// a cluster, else in global memory, where a second kernel adds them up.
 #pragma once
 
 #include "elements.cuh"
@@ -23,63 +22,81 @@
 
 namespace tfb::cuda {
 
-template <class T, int kRankTiles_, int kRowTiles_, int kWarps_, Mode kMode_>
+// 16-byte chunks of a stage: a row has 16. Four of nothing lie in the middle of a pair of rows, so that the two, which are
+// read together, lie in different banks.
+constexpr int kRowChunks = kStageColumns / 8;
+constexpr int kPairChunks = 2 * kRowChunks + 4;
+__device__ __forceinline__ int row_chunk(int row) { return row / 2 * kPairChunks + row % 2 * (kRowChunks + 4); }
+constexpr int kBarrierBytes = 256;  // of all warps' stages
+
+// Tiles of a warp between two meetings of the cluster: as many as the sums have room for beside two blocks' queues.
+constexpr int warp_tiles_of(int rank_tiles) { return rank_tiles == 1 ? 4 : rank_tiles == 2 ? 2 : 1; }
+
+// How x comes to shared memory: kPlain through registers, for rows that do not start and end on 16 bytes.
+enum class Feed { kBulk, kAsync, kPlain };
+
+template <class T, int kRankTiles_, int kWarps_, Mode kMode_, Feed kFeed_>
 struct ShrinkTraits {
   using Element = T;
-  static constexpr int kRankTiles = kRankTiles_;  // of 8 ranks, in a block
-  static constexpr int kRowTiles = kRowTiles_;    // of 16 rows, in a warp
+  static constexpr int kRankTiles = kRankTiles_;  // of 8 ranks
   static constexpr int kWarps = kWarps_;
   static constexpr Mode kMode = kMode_;
+  static constexpr Feed kFeed = kFeed_;
   static constexpr int kThreads = kWarps * kWarpLanes;
   static constexpr int kRanks = kTileRanks * kRankTiles;
-  static constexpr int kWarpRows = kTileRows * kRowTiles;
-  static constexpr int kRows = kWarpRows * kWarps;
+  static constexpr int kWarpTiles = kMode == Mode::kWeight ? warp_tiles_of(kRankTiles) : 1;
+  static constexpr int kRoundTiles = kWarpTiles * kWarps;
+  static constexpr int kRoundRows = kTileRows * kRoundTiles;
   // flipout sums M x and E (s o x) apart.
   static constexpr int kPlanes = kMode == Mode::kFlipout ? 2 : 1;
-  static constexpr int kItems = 2 * kRowTiles;   // 16-byte copies of a lane for one piece of columns
-  static constexpr int kStages = 8 / kRowTiles;  // pieces in the queue: 256 bytes a lane
-  static constexpr int kQueueBytes = kStages * kItems * kThreads * 16;
-  static constexpr int kWeightBytes = kPlanes * kRanks * kChunkColumns * 2;  // of one of the two buffers
-  // Floats between rows of the sums: the planes, and in token mode |x|^2; even, and not a multiple of 32 banks.
+  static constexpr int kStageChunks = kTileRows / 2 * kPairChunks;
+  static constexpr int kQueueBytes = kWarps * kShrinkStages * kStageChunks * 16;
+  static constexpr int kWeightBytes = kPlanes * kRanks * 2;  // of one column
+  // Floats between rows of the sums: the planes and, in token mode, |x|^2; even, and not a multiple of 32 banks.
   static constexpr int kSumPitch = kPlanes * kRanks + 2;
-  static constexpr int kSumBytes = kRows * kSumPitch * 4;
-  static constexpr int kSharedBytes =
-      kQueueBytes + 2 * kWeightBytes > kSumBytes ? kQueueBytes + 2 * kWeightBytes : kSumBytes;
-  // 16 warps a multiprocessor, with up to 128 registers a thread.
-  static constexpr int kMinBlocks = 16 / kWarps;
-  static_assert(kRanks % kWarps == 0, "every warp makes the weights of equally many ranks");
-  static_assert(kChunkColumns == 4 * kWarpLanes, "a lane makes four columns of a rank");
-  static_assert(kPlanes * kRankTiles * kRowTiles <= 16, "accumulators would not leave room for the noise");
-  static_assert(kMode != Mode::kFlipout || kItems == 2, "a lane draws the signs of one of two rows");
-  static_assert(kStages % kChunkPieces == 0, "a piece's stage is known at compile time but for its chunk");
+  static constexpr int kSumBytes = kRoundRows * kSumPitch * 4;
+  static constexpr int kFixedBytes = kBarrierBytes + kQueueBytes + kSumBytes;  // shared memory but for the weights
+  // Where shared memory has room for several blocks, registers should have it too.
+  static constexpr int kMinBlocks =
+      kWarps == 4 ? (kRankTiles <= 2 && kMode == Mode::kWeight ? 4 : 3) : kRankTiles <= 3 ? 2 : 1;
+  // Ranks whose noise a thread makes at a time: two chains overlap, where registers allow it.
+  static constexpr int kWeightUnroll = kRankTiles == 8 ? 1 : 2;
+  static_assert(kBarrierBytes >= kWarps * kShrinkStages * 8);
+  static_assert(kStageColumns == 4 * kWarpLanes, "a lane makes four columns of a rank");
+  static_assert(kStageColumns == kSignsPerCounter, "one counter's signs cover a stage");
 };
 
 struct ShrinkLayout {
-  int64_t block_columns;  // of one block of a cluster, a multiple of a chunk
-  int32_t cluster;        // blocks of a cluster
-  bool x_aligned, mean_aligned, z_aligned;
+  int32_t panel_columns;  // a multiple of a stage
+  int32_t panels;
+  int32_t ranges;
+  int32_t group_ranges;        // of each group, or 0 where ranges cross groups
+  int32_t group_tiles, tiles;  // of 16 rows: in a group, in all groups
+  bool clustered;              // the panels of a range are a cluster
+  bool mean_aligned, z_aligned;
 };
 
-// Where one piece's weights of one rank lie in a buffer: [piece][plane][rank][column].
+// Where a stage's weights of one rank lie: [stage][piece][plane][rank][column].
 template <class Traits>
-__device__ __forceinline__ int weight_offset(int piece, int plane, int rank) {
-  return ((piece * Traits::kPlanes + plane) * Traits::kRanks + rank) * kPieceColumns;
+__device__ __forceinline__ int weight_offset(int stage, int piece, int plane, int rank) {
+  return (((stage * kStagePieces + piece) * Traits::kPlanes + plane) * Traits::kRanks + rank) * kPieceColumns;
 }
 
-// Makes M + scale E (in flipout mode M and E apart) of the block's ranks and of columns `column0` .. + 128.
+// Makes M + scale E (in flipout mode M and E apart) of the block's ranks and of a stage's columns.
 template <class Traits>
-__device__ __forceinline__ void make_weights(const ShrinkParams& p, bool mean_aligned, const Sample& sample,
-                                             int first_tile, int64_t column0, typename Traits::Element* buffer) {
+__device__ __forceinline__ void make_weights(const ShrinkParams& p, bool mean_aligned, const Sample& sample, int stage,
+                                             int64_t column0, typename Traits::Element* weights) {
   using T = typename Traits::Element;
   const int warp = threadIdx.x / kWarpLanes;
   const int lane = threadIdx.x % kWarpLanes;
   const int64_t column = column0 + 4 * lane;
   const int piece = lane / 8;
   const int place = 4 * (lane % 8);
-#pragma unroll
-  for (int u = 0; u < Traits::kRanks / Traits::kWarps; ++u) {
-    const int rank = warp + Traits::kWarps * u;  // of the block; the same for the whole warp
-    const int tile = first_tile + rank / kTileRanks;
+#pragma unroll Traits::kWeightUnroll
+  for (int rank0 = 0; rank0 < Traits::kRanks; rank0 += Traits::kWarps) {
+    const int rank = rank0 + warp;  // of the block; the same for the whole warp
+    if (Traits::kRanks % Traits::kWarps != 0 && rank >= Traits::kRanks) break;
+    const int tile = rank / kTileRanks;
     const int row = rank % kTileRanks;
     float weight[4] = {};
     float normal[4] = {};
@@ -94,10 +111,10 @@ __device__ __forceinline__ void make_weights(const ShrinkParams& p, bool mean_al
 #pragma unroll
       for (int k = 0; k < 4; ++k) weight[k] = fmaf(sample.scale, normal[k], weight[k]);
     }
-    *reinterpret_cast<uint2*>(buffer + weight_offset<Traits>(piece, 0, rank) + place) =
+    *reinterpret_cast<uint2*>(weights + weight_offset<Traits>(stage, piece, 0, rank) + place) =
         make_uint2(Pack<T>::pack(weight[0], weight[1]), Pack<T>::pack(weight[2], weight[3]));
     if constexpr (Traits::kMode == Mode::kFlipout) {
-      *reinterpret_cast<uint2*>(buffer + weight_offset<Traits>(piece, 1, rank) + place) =
+      *reinterpret_cast<uint2*>(weights + weight_offset<Traits>(stage, piece, 1, rank) + place) =
           make_uint2(Pack<T>::pack(normal[0], normal[1]), Pack<T>::pack(normal[2], normal[3]));
     }
   }
@@ -105,7 +122,9 @@ __device__ __forceinline__ void make_weights(const ShrinkParams& p, bool mean_al
 
 // Flips the signs of eight elements where the bits of `signs` are set, the lowest for the first.
 __device__ __forceinline__ uint4 flip(uint4 x, uint32_t signs) {
-  const auto mask = [signs](int pair) { return (signs >> 2 * pair & 1u) << 15 | (signs >> (2 * pair + 1) & 1u) << 31; };
+  const auto mask = [signs](int pair) {
+    return (signs >> 2 * pair & 1u) << 15 | (signs >> (2 * pair + 1) & 1u) << 31;
+  };
   return make_uint4(x.x ^ mask(0), x.y ^ mask(1), x.z ^ mask(2), x.w ^ mask(3));
 }
 
@@ -120,243 +139,466 @@ __device__ __forceinline__ float sum_of_squares(uint4 x, float sum) {
   return sum;
 }
 
+// First tile of a range; the end of the last range, too.
+__device__ __forceinline__ int32_t range_start(const ShrinkLayout& layout, int32_t range) {
+  if (layout.group_ranges == 0) {
+    return static_cast<int32_t>(static_cast<int64_t>(range) * layout.tiles / layout.ranges);
+  }
+  const int32_t group = range / layout.group_ranges;
+  const int64_t part = range - group * layout.group_ranges;
+  return group * layout.group_tiles + static_cast<int32_t>(part * layout.group_tiles / layout.group_ranges);
+}
+
+// A round of a block's work, between two meetings of the cluster: tiles of one group, up to kTiles of them.
+template <int kTiles>
+struct Round {
+  int32_t tile, group;
+  int32_t count;  // of tiles; 0 behind the end
+
+  __device__ __forceinline__ Round(const ShrinkLayout& layout, int32_t first, int32_t end) {
+    tile = first;
+    group = first / layout.group_tiles;
+    count_tiles(layout, end);
+  }
+  __device__ __forceinline__ void count_tiles(const ShrinkLayout& layout, int32_t end) {
+    int32_t left = (group + 1) * layout.group_tiles - tile;
+    if (end - tile < left) left = end - tile;
+    count = left < kTiles ? left : kTiles;
+  }
+  __device__ __forceinline__ void advance(const ShrinkLayout& layout, int32_t end) {
+    tile += count;
+    if (tile == (group + 1) * layout.group_tiles) ++group;
+    count_tiles(layout, end);
+  }
+  // First row of the round's tile `index`, within the group.
+  __device__ __forceinline__ int64_t row(const ShrinkLayout& layout, int index) const {
+    return static_cast<int64_t>(tile + index - group * layout.group_tiles) * kTileRows;
+  }
+};
+
+// Copies stages of this warp's tiles into its queue: tiles warp, warp + kWarps, ... of a round, one round after the other.
+// The first of them takes its turn in every round, whether it exists or not, as it does in the kernel.
+template <class Traits>
+struct Feeder {
+  using T = typename Traits::Element;
+  const ShrinkParams& p;
+  const ShrinkLayout& layout;
+  uint4* queue;
+  CopyBarrier* barriers;
+  const int64_t column0;
+  const int columns;  // of the panel
+  const int32_t end;
+  const int warp, lane;
+  Round<Traits::kRoundTiles> round;
+  int index;  // of the tile in its round
+  int stage = 0;
+  const T* source = nullptr;  // of the tile's first row and the panel's first column
+  int rows = 0;               // of the tile, 0 without one
+
+  __device__ __forceinline__ Feeder(const ShrinkParams& p, const ShrinkLayout& layout, unsigned char* shared,
+                                    int64_t column0, int columns, int32_t first, int32_t end)
+      : p(p),
+        layout(layout),
+        column0(column0),
+        columns(columns),
+        end(end),
+        warp(threadIdx.x / kWarpLanes),
+        lane(threadIdx.x % kWarpLanes),
+        round(layout, first, end),
+        index(warp) {
+    barriers = reinterpret_cast<CopyBarrier*>(shared) + warp * kShrinkStages;
+    queue = reinterpret_cast<uint4*>(shared + kBarrierBytes) + warp * kShrinkStages * Traits::kStageChunks;
+    aim();
+  }
+
+  __device__ __forceinline__ void aim() {
+    const int64_t row = round.row(layout, index);
+    const int64_t left = p.rows_per_group - row;
+    rows = index < round.count ? static_cast<int>(left < kTileRows ? left : kTileRows) : 0;
+    source = static_cast<const T*>(p.x) + (round.group * p.rows_per_group + row) * p.x_stride + column0;
+  }
+
+  // Asks for the next stage, to lie in `slot`.
+  __device__ __forceinline__ void request(int slot) {
+    if (rows > 0) {
+      const int column = stage * kStageColumns;
+      const int left = columns - column;  // at least 1
+      uint4* const target = queue + slot * Traits::kStageChunks;
+      if constexpr (Traits::kFeed == Feed::kBulk) {
+        const uint32_t bytes = 2 * (left < kStageColumns ? left : kStageColumns);
+        if (lane == 0) expect_bytes(barriers + slot, rows * bytes);
+        if (lane < rows) {
+          copy_bulk(target + row_chunk(lane), source + lane * p.x_stride + column, bytes, barriers + slot);
+        }
+      } else {
+        const int chunk = lane % kRowChunks;
+        const int parity = lane / kRowChunks;
+        const T* from = source + parity * p.x_stride + column + 8 * chunk;
+        uint4* to = target + row_chunk(parity) + chunk;
+        const int count = left - 8 * chunk;
+#pragma unroll
+        for (int row = 0; row < kTileRows; row += 2, from += 2 * p.x_stride, to += kPairChunks) {
+          if (row + parity >= rows || count <= 0) continue;
+          if constexpr (Traits::kFeed == Feed::kAsync) copy_async(to, from);
+          else *to = load_eight(from, count, false);
+        }
+      }
+    }
+    if constexpr (Traits::kFeed == Feed::kAsync) commit_copies();
+    if (++stage * kStageColumns >= columns) {
+      stage = 0;
+      index += Traits::kWarps;
+      if (index >= round.count) {
+        round.advance(layout, end);
+        index = warp;
+      }
+      aim();
+    }
+  }
+};
+
+// Adds up the panels' sums of two ranks of one row, finishes them for the mode and writes them to z.
+template <class Traits, class Load>
+__device__ __forceinline__ void store_pair(const ShrinkParams& p, const ShrinkLayout& layout, const Sample& sample,
+                                           int64_t row, int64_t token, int rank, const Load& load) {
+  using T = typename Traits::Element;
+  float2 mean = make_float2(0.0f, 0.0f);
+  float2 other = make_float2(0.0f, 0.0f);
+  const int tile = rank / kTileRanks;
+  if (tile >= p.tile_count) return;
+  for (int member = 0; member < layout.panels; ++member) {
+    const float2 part = load(member, rank);
+    mean.x += part.x, mean.y += part.y;
+    if constexpr (Traits::kMode == Mode::kFlipout) {
+      const float2 more = load(member, Traits::kRanks + rank);
+      other.x += more.x, other.y += more.y;
+    }
+    if constexpr (Traits::kMode == Mode::kToken) {
+      const float2 more = load(member, Traits::kRanks);
+      other.x += more.x, other.y += more.x;
+    }
+  }
+  const RankTile& out = p.tiles[tile];
+  const int place = rank % kTileRanks;
+  const auto counter = static_cast<uint32_t>(token);
+  const auto out_rank = static_cast<uint32_t>(out.row + place);
+  mean.x = sample.template finish<Traits::kMode>(mean.x, other.x, out.layer, counter, out_rank);
+  mean.y = sample.template finish<Traits::kMode>(mean.y, other.y, out.layer, counter, out_rank + 1);
+  T* const z = static_cast<T*>(out.z) + row * out.z_stride + place;
+  if (layout.z_aligned && place + 1 < out.rows) {
+    *reinterpret_cast<uint32_t*>(z) = Pack<T>::pack(mean.x, mean.y);
+  } else {
+    if (place < out.rows) z[0] = Pack<T>::from_float(mean.x);
+    if (place + 1 < out.rows) z[1] = Pack<T>::from_float(mean.y);
+  }
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    shrink_kernel(const __grid_constant__ ShrinkParams p, const ShrinkLayout layout) {
+    shrink_kernel(const __grid_constant__ ShrinkParams p, const __grid_constant__ ShrinkLayout layout) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (Traits::kFeed == Feed::kBulk) return;  // never launched: leave the rest out of the binary
+#endif
   using T = typename Traits::Element;
-  constexpr int kItems = Traits::kItems;
   constexpr int kRankTiles = Traits::kRankTiles;
   constexpr int kPitch = Traits::kSumPitch;
-  unsigned char* const shared = dynamic_shared();
-  uint4* const queue = reinterpret_cast<uint4*>(shared) + threadIdx.x;  // [stage][item], kThreads apart
-  T* const weights = reinterpret_cast<T*>(shared + Traits::kQueueBytes);
-
   const int warp = threadIdx.x / kWarpLanes;
   const int lane = threadIdx.x % kWarpLanes;
   const int i = lane / 4;
   const int c = lane % 4;
-  const int64_t row_tiles = (p.rows_per_group + Traits::kRows - 1) / Traits::kRows;
-  const int64_t tile = blockIdx.x / layout.cluster;
-  const auto member = static_cast<int>(blockIdx.x - tile * layout.cluster);
-  const int64_t group = tile / row_tiles;
-  const int64_t tile_row = (tile - group * row_tiles) * Traits::kRows;  // within the group
-  const int64_t rows = p.rows_per_group - tile_row;                     // of this block; may exceed its tile
-  const int first_tile = blockIdx.y * kRankTiles;
-  const Sample sample(p, group);
+  unsigned char* const shared = dynamic_shared();
+  float* const sums = reinterpret_cast<float*>(shared + kBarrierBytes + Traits::kQueueBytes);
+  T* const weights = reinterpret_cast<T*>(shared + Traits::kFixedBytes);
 
-  const int64_t begin = member * layout.block_columns;
-  const int64_t end = begin + layout.block_columns < p.n ? begin + layout.block_columns : p.n;
-  const int pieces = end > begin ? static_cast<int>((end - begin + kPieceColumns - 1) / kPieceColumns) : 0;
-  const int chunks = (pieces + kChunkPieces - 1) / kChunkPieces;
-  const auto lane_row = static_cast<int64_t>(warp * Traits::kWarpRows + i);
-  const int64_t rows_left = rows - lane_row;  // item `it` of this lane exists where 8 it < rows_left
-  const T* const x0 = static_cast<const T*>(p.x);
-  const T* const source = x0 + (group * p.rows_per_group + tile_row + lane_row) * p.x_stride + begin + 8 * c;
+  const auto panel = static_cast<int>(blockIdx.x % layout.panels);
+  const auto range = static_cast<int32_t>(blockIdx.x / layout.panels);
+  const int32_t first = range_start(layout, range);
+  const int32_t end = range_start(layout, range + 1);
+  const int64_t column0 = static_cast<int64_t>(panel) * layout.panel_columns;
+  const int64_t rest = p.n - column0;
+  const int columns = rest <= 0 ? 0 : rest < layout.panel_columns ? static_cast<int>(rest) : layout.panel_columns;
+  const int stages = (columns + kStageColumns - 1) / kStageColumns;
 
-  const auto request = [&](int piece) {
-    if (piece < pieces) {
-      const int64_t left = p.n - begin - piece * kPieceColumns - 8 * c;
-      const int bytes = left >= 8 ? 16 : left > 0 ? static_cast<int>(2 * left) : 0;
-      uint4* slot = queue + piece % Traits::kStages * kItems * Traits::kThreads;
+  Feeder<Traits> feeder(p, layout, shared, column0, columns, first, end);
+  if constexpr (Traits::kFeed == Feed::kBulk) {
+    if (lane == 0) {
 #pragma unroll
-      for (int item = 0; item < kItems; ++item, slot += Traits::kThreads) {
-        const T* from = source + 8 * item * p.x_stride + piece * kPieceColumns;
-        const bool exists = 8 * item < rows_left && bytes > 0;
-        if (layout.x_aligned) copy_async(slot, exists ? from : x0, exists ? bytes : 0);
-        else *slot = load_eight(from, exists ? left : 0, false);
-      }
-    }
-    commit_copies();
-  };
-
-  float sum[Traits::kPlanes][Traits::kRowTiles][kRankTiles][4] = {};
-  float squares[kItems] = {};
-#pragma unroll
-  for (int piece = 0; piece < Traits::kStages - 1; ++piece) request(piece);
-  if (chunks > 0) make_weights<Traits>(p, layout.mean_aligned, sample, first_tile, begin, weights);
-  __syncthreads();
-
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    constexpr int kBufferElements = Traits::kWeightBytes / 2;
-    if (chunk + 1 < chunks) {
-      make_weights<Traits>(p, layout.mean_aligned, sample, first_tile, begin + (chunk + 1) * kChunkColumns,
-                           weights + (chunk + 1) % 2 * kBufferElements);
-    }
-    const T* buffer = weights + chunk % 2 * kBufferElements;
-    uint32_t signs[2][kChunkPieces];
-    if constexpr (Traits::kMode == Mode::kFlipout) {
-      // Lane c draws for the rows of item c % 2; the four lanes of a row then read each other's.
-      const auto token = static_cast<uint32_t>(tile_row + lane_row + 8 * (c % 2));
-      const auto block = static_cast<uint32_t>((begin + chunk * kChunkColumns) / kSignsPerCounter);
-      const PhiloxWords own = sample.input_signs(p.tiles[first_tile].layer, token, block);
-#pragma unroll
-      for (int item = 0; item < 2; ++item) {
-#pragma unroll
-        for (int k = 0; k < kChunkPieces; ++k) {
-          signs[item][k] = __shfl_sync(0xFFFFFFFFu, own.word[k], 4 * i + item) >> 8 * c;
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kChunkPieces; ++k) {
-      const int piece = chunk * kChunkPieces + k;
-      wait_copies<Traits::kStages - 2>();
-      // The stage asked for now is the one whose products came last, all of them from registers by now.
-      request(piece + Traits::kStages - 1);
-      if (piece >= pieces) continue;
-      const uint4* slot = queue + piece % Traits::kStages * kItems * Traits::kThreads;
-      uint4 x[kItems];
-#pragma unroll
-      for (int item = 0; item < kItems; ++item) x[item] = slot[item * Traits::kThreads];
-#pragma unroll
-      for (int plane = 0; plane < Traits::kPlanes; ++plane) {
-        if (plane == 1) {
-          x[0] = flip(x[0], signs[0][k]);
-          x[1] = flip(x[1], signs[1][k]);
-        }
-#pragma unroll
-        for (int q = 0; q < kRankTiles; ++q) {
-          const int offset = weight_offset<Traits>(k, plane, kTileRanks * q + i) + 8 * c;
-          const uint4 b = *reinterpret_cast<const uint4*>(buffer + offset);
-#pragma unroll
-          for (int t = 0; t < Traits::kRowTiles; ++t) {
-            const uint4 upper = x[2 * t];
-            const uint4 lower = x[2 * t + 1];
-            multiply_16x8x16<T>(sum[plane][t][q], upper.x, lower.x, upper.y, lower.y, b.x, b.y);
-            multiply_16x8x16<T>(sum[plane][t][q], upper.z, lower.z, upper.w, lower.w, b.z, b.w);
-          }
-        }
-      }
-      if constexpr (Traits::kMode == Mode::kToken) {
-#pragma unroll
-        for (int item = 0; item < kItems; ++item) squares[item] = sum_of_squares<T>(x[item], squares[item]);
-      }
+      for (int slot = 0; slot < kShrinkStages; ++slot) start_barrier(feeder.barriers + slot);
     }
     __syncthreads();
   }
+  if (stages > 0) {
+#pragma unroll
+    for (int slot = 0; slot < kShrinkStages; ++slot) feeder.request(slot);
+  }
 
-  // The queue and the weights have served; their memory takes the sums, which the blocks of the cluster read from each
-  // other. Copies past the last piece were never asked for.
-  float* const sums = reinterpret_cast<float*>(shared);
+  int slot = 0;
+  uint32_t phases = 0;  // a bit for each slot: the parity of the copy that comes next
+  int32_t group = -1;
+  for (Round<Traits::kRoundTiles> now(layout, first, end); now.count > 0; now.advance(layout, end)) {
+    const bool fresh = now.group != group;
+    group = now.group;
+    const int64_t token0 = group * p.rows_per_group;
+    const Sample sample(p, group);
+    if (fresh && stages > 0) {
+      __syncthreads();  // the weights of the sample before have served
+      make_weights<Traits>(p, layout.mean_aligned, sample, 0, column0, weights);
+      __syncthreads();
+    }
+    bool meeting = layout.clustered && now.tile != first;
+
+    for (int index = warp; index < now.count || index == warp; index += Traits::kWarps) {
+      const bool making = fresh && index == warp;  // weights, stage by stage, together with all other warps
+      const bool busy = index < now.count;
+      const int64_t tile_row = now.row(layout, index);  // within the group
+      float sum[Traits::kPlanes][kRankTiles][4];
+      float squares[2] = {};
 #pragma unroll
-  for (int t = 0; t < Traits::kRowTiles; ++t) {
-    const int row = warp * Traits::kWarpRows + kTileRows * t + i;
+      for (int plane = 0; plane < Traits::kPlanes; ++plane) {
 #pragma unroll
-    for (int plane = 0; plane < Traits::kPlanes; ++plane) {
+        for (int q = 0; q < kRankTiles; ++q) {
 #pragma unroll
-      for (int q = 0; q < kRankTiles; ++q) {
-        float* const upper = sums + row * kPitch + plane * Traits::kRanks + kTileRanks * q + 2 * c;
-        *reinterpret_cast<float2*>(upper) = make_float2(sum[plane][t][q][0], sum[plane][t][q][1]);
-        *reinterpret_cast<float2*>(upper + 8 * kPitch) = make_float2(sum[plane][t][q][2], sum[plane][t][q][3]);
+          for (int k = 0; k < 4; ++k) sum[plane][q][k] = 0.0f;
+        }
+      }
+
+      for (int stage = 0; stage < stages; ++stage) {
+        if (making && stage + 1 < stages) {
+          make_weights<Traits>(p, layout.mean_aligned, sample, stage + 1, column0 + (stage + 1) * kStageColumns,
+                               weights);
+        }
+        if constexpr (Traits::kFeed == Feed::kAsync) wait_copies<kShrinkStages - 1>();
+        if (Traits::kFeed == Feed::kBulk && busy) {
+          wait_bulk(feeder.barriers + slot, phases >> slot & 1u);
+          phases ^= 1u << slot;
+        }
+        __syncwarp();
+        if (busy) {
+          uint32_t signs[2][kStagePieces];
+          if constexpr (Traits::kMode == Mode::kFlipout) {
+            // Lane c draws for the row of half c % 2; the four lanes of a row then read each other's.
+            const auto token = static_cast<uint32_t>(tile_row + i + 8 * (c % 2));
+            const auto block = static_cast<uint32_t>((column0 + stage * kStageColumns) / kSignsPerCounter);
+            const PhiloxWords own = sample.input_signs(p.tiles[0].layer, token, block);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+              for (int piece = 0; piece < kStagePieces; ++piece) {
+                signs[half][piece] = __shfl_sync(0xFFFFFFFFu, own.word[piece], 4 * i + half) >> 8 * c;
+              }
+            }
+          }
+          const uint4* const from = feeder.queue + slot * Traits::kStageChunks + row_chunk(i) + c;
+          // Behind the last column the queue holds what lay there before.
+          const int left = columns - stage * kStageColumns - 8 * c;
+#pragma unroll
+          for (int piece = 0; piece < kStagePieces; ++piece) {
+            uint4 upper = from[4 * piece];
+            uint4 lower = from[4 * kPairChunks + 4 * piece];
+            if (left <= piece * kPieceColumns) upper = lower = make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int plane = 0; plane < Traits::kPlanes; ++plane) {
+              if (plane == 1) {
+                upper = flip(upper, signs[0][piece]);
+                lower = flip(lower, signs[1][piece]);
+              }
+#pragma unroll
+              for (int q = 0; q < kRankTiles; ++q) {
+                const int offset = weight_offset<Traits>(stage, piece, plane, kTileRanks * q + i) + 8 * c;
+                const uint4 b = *reinterpret_cast<const uint4*>(weights + offset);
+                multiply_16x8x16<T>(sum[plane][q], upper.x, lower.x, upper.y, lower.y, b.x, b.y);
+                multiply_16x8x16<T>(sum[plane][q], upper.z, lower.z, upper.w, lower.w, b.z, b.w);
+              }
+            }
+            if constexpr (Traits::kMode == Mode::kToken) {
+              squares[0] = sum_of_squares<T>(upper, squares[0]);
+              squares[1] = sum_of_squares<T>(lower, squares[1]);
+            }
+          }
+        }
+        __syncwarp();  // the whole warp has read the stage
+        feeder.request(slot);
+        if (++slot == kShrinkStages) slot = 0;
+        if (making) __syncthreads();
+      }
+
+      // The tile's sums, for the blocks of the cluster or to global memory.
+      if (meeting) cluster_wait();  // all have read the round before
+      meeting = false;
+      if (!busy) continue;
+      if constexpr (Traits::kMode == Mode::kToken) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          squares[half] += __shfl_xor_sync(0xFFFFFFFFu, squares[half], 1);
+          squares[half] += __shfl_xor_sync(0xFFFFFFFFu, squares[half], 2);
+        }
+      }
+      float* to = sums + index * kTileRows * kPitch;
+      if (!layout.clustered) to = p.partial + (panel * p.groups * p.rows_per_group + token0 + tile_row) * kPitch;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = i + 8 * half;
+        if (tile_row + row >= p.rows_per_group) continue;
+#pragma unroll
+        for (int plane = 0; plane < Traits::kPlanes; ++plane) {
+#pragma unroll
+          for (int q = 0; q < kRankTiles; ++q) {
+            *reinterpret_cast<float2*>(to + row * kPitch + plane * Traits::kRanks + kTileRanks * q + 2 * c) =
+                make_float2(sum[plane][q][2 * half], sum[plane][q][2 * half + 1]);
+          }
+        }
+        if (Traits::kMode == Mode::kToken && c == 0) to[row * kPitch + Traits::kRanks] = squares[half];
       }
     }
-  }
-  if constexpr (Traits::kMode == Mode::kToken) {
-#pragma unroll
-    for (int item = 0; item < kItems; ++item) {
-      float total = squares[item];
-      total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
-      total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
-      if (c == 0) sums[(warp * Traits::kWarpRows + 8 * item + i) * kPitch + Traits::kRanks] = total;
+    if (!layout.clustered) continue;
+    cluster_arrive();
+    cluster_wait();
+    constexpr int kPairs = Traits::kRanks / 2;
+    const int64_t row0 = now.row(layout, 0);
+    const int64_t left = p.rows_per_group - row0;
+    const int rows = left < now.count * kTileRows ? static_cast<int>(left) : now.count * kTileRows;
+    for (int e = panel * Traits::kThreads + threadIdx.x; e < rows * kPairs; e += layout.panels * Traits::kThreads) {
+      const int row = e / kPairs;
+      store_pair<Traits>(p, layout, sample, token0 + row0 + row, row0 + row, 2 * (e % kPairs),
+                         [&](int member, int place) { return load_peer(sums + row * kPitch + place, member); });
     }
+    cluster_arrive();
   }
-  cluster_barrier();
+  if (layout.clustered && end > first) cluster_wait();  // no block leaves while another reads its sums
+}
 
+// z from the panels' sums in global memory.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads)
+    reduce_kernel(const __grid_constant__ ShrinkParams p, const ShrinkLayout layout) {
   constexpr int kPairs = Traits::kRanks / 2;
-  for (int e = member * Traits::kThreads + threadIdx.x; e < Traits::kRows * kPairs;
-       e += layout.cluster * Traits::kThreads) {
-    const int row = e / kPairs;
-    const int rank = 2 * (e % kPairs);
-    const int tile_index = first_tile + rank / kTileRanks;
-    if (row >= rows || tile_index >= p.tile_count) continue;
-    float2 mean = make_float2(0.0f, 0.0f);
-    float2 other = make_float2(0.0f, 0.0f);
-    for (int peer = 0; peer < layout.cluster; ++peer) {
-      const float2 part = load_peer(sums + row * kPitch + rank, peer);
-      mean.x += part.x, mean.y += part.y;
-      if constexpr (Traits::kMode != Mode::kWeight) {
-        const bool flipout = Traits::kMode == Mode::kFlipout;
-        const float2 more = load_peer(sums + row * kPitch + Traits::kRanks + (flipout ? rank : 0), peer);
-        other.x += more.x, other.y += flipout ? more.y : more.x;
-      }
-    }
-    const RankTile& out = p.tiles[tile_index];
-    const int place = rank % kTileRanks;
-    const auto token = static_cast<uint32_t>(tile_row + row);
-    const auto out_rank = static_cast<uint32_t>(out.row + place);
-    mean.x = sample.template finish<Traits::kMode>(mean.x, other.x, out.layer, token, out_rank);
-    mean.y = sample.template finish<Traits::kMode>(mean.y, other.y, out.layer, token, out_rank + 1);
-    T* const z = static_cast<T*>(out.z) + (group * p.rows_per_group + tile_row + row) * out.z_stride + place;
-    if (layout.z_aligned && place + 1 < out.rows) {
-      *reinterpret_cast<uint32_t*>(z) = Pack<T>::pack(mean.x, mean.y);
-    } else {
-      if (place < out.rows) z[0] = Pack<T>::from_float(mean.x);
-      if (place + 1 < out.rows) z[1] = Pack<T>::from_float(mean.y);
-    }
-  }
-  cluster_barrier();  // no block leaves while another reads its sums
+  const int64_t rows = p.groups * p.rows_per_group;
+  const int64_t e = static_cast<int64_t>(blockIdx.x) * Traits::kThreads + threadIdx.x;
+  const int64_t row = e / kPairs;
+  if (row >= rows) return;
+  const int64_t group = row / p.rows_per_group;
+  const Sample sample(p, group);
+  const float* const own = p.partial + row * Traits::kSumPitch;
+  store_pair<Traits>(p, layout, sample, row, row - group * p.rows_per_group, static_cast<int>(2 * (e % kPairs)),
+                     [&](int member, int place) {
+                       return __ldcg(reinterpret_cast<const float2*>(own + member * rows * Traits::kSumPitch + place));
+                     });
+}
+
+inline int64_t panel_columns(int64_t n) {
+  const int panels = shrink_panels(n);
+  return ((n + panels - 1) / panels + kStageColumns - 1) / kStageColumns * kStageColumns;
 }
 
 template <class Traits>
 cudaError_t launch_tiles(const ShrinkParams& p, const Machine& machine, cudaStream_t stream) {
   ShrinkLayout layout{};
-  layout.cluster = machine.clusters && p.n >= kClusterMinColumns ? kClusterBlocks : 1;
-  layout.block_columns =
-      ((p.n + layout.cluster - 1) / layout.cluster + kChunkColumns - 1) / kChunkColumns * kChunkColumns;
-  layout.x_aligned = is_aligned(p.x, 16) && p.x_stride % 8 == 0;
+  layout.panels = shrink_panels(p.n);
+  layout.clustered = machine.clusters || layout.panels == 1;
+  const int64_t columns = panel_columns(p.n);
+  const int64_t group_tiles = (p.rows_per_group + kTileRows - 1) / kTileRows;
+  if (columns > INT32_MAX / 2 || group_tiles * p.groups > INT32_MAX) return cudaErrorInvalidConfiguration;
+  layout.panel_columns = static_cast<int32_t>(columns);
+  layout.group_tiles = static_cast<int32_t>(group_tiles);
+  layout.tiles = static_cast<int32_t>(group_tiles * p.groups);
   layout.mean_aligned = means_aligned(p, p.mean_format == Format::kFloat32 ? 16 : 8);
   layout.z_aligned = results_aligned(p, 4);
-  const int64_t row_tiles = (p.rows_per_group + Traits::kRows - 1) / Traits::kRows;
-  const int64_t blocks = row_tiles * p.groups * layout.cluster;
-  const int passes = (p.tile_count + Traits::kRankTiles - 1) / Traits::kRankTiles;
+  LaunchShape shape{dim3(1), Traits::kThreads};
+  shape.shared = Traits::kFixedBytes + static_cast<size_t>(columns) * Traits::kWeightBytes;
+  shape.cluster = layout.clustered ? layout.panels : 1;
+  int resident = 0;
+  cudaError_t status = resident_clusters(shrink_kernel<Traits>, shape, resident);
+  if (status != cudaSuccess) return status;
+  if (resident == 0) return cudaErrorLaunchOutOfResources;
+  const int32_t ranges = layout.clustered ? resident : (resident + layout.panels - 1) / layout.panels;
+  layout.ranges = ranges < layout.tiles ? ranges : layout.tiles;
+  // Ranges that stay within a sample make its noise once; that is worth leaving a few clusters idle.
+  if (p.groups <= layout.ranges) {
+    layout.group_ranges = layout.ranges / static_cast<int32_t>(p.groups);
+    layout.ranges = layout.group_ranges * static_cast<int32_t>(p.groups);
+  }
+  shape.grid = dim3(static_cast<unsigned>(layout.ranges * layout.panels));
+  status = launch(shrink_kernel<Traits>, shape, stream, p, layout);
+  if (status != cudaSuccess || layout.clustered) return status;
+  const int64_t pairs = p.groups * p.rows_per_group * (Traits::kRanks / 2);
+  const int64_t blocks = (pairs + Traits::kThreads - 1) / Traits::kThreads;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  LaunchShape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(passes)), Traits::kThreads};
-  shape.shared = Traits::kSharedBytes;
-  shape.cluster = layout.cluster;
-  return launch(shrink_kernel<Traits>, shape, stream, p, layout);
+  return launch(reduce_kernel<Traits>, {dim3(static_cast<unsigned>(blocks)), Traits::kThreads}, stream, p, layout);
 }
 
-// Blocks that a tile of `rows` rows makes.
-inline int64_t shrink_blocks(const ShrinkParams& p, const Machine& machine, int64_t rows, int rank_tiles) {
-  const int64_t cluster = machine.clusters && p.n >= kClusterMinColumns ? kClusterBlocks : 1;
-  return (p.rows_per_group + rows - 1) / rows * p.groups * cluster * ((p.tile_count + rank_tiles - 1) / rank_tiles);
-}
+// Rank tiles and warps of a block. More warps share the weights of a block that has a multiprocessor to itself.
+struct Choice {
+  int tiles, warps;
+};
+constexpr Choice kBulkChoices[] = {{1, 8}, {2, 8}, {3, 8}, {4, 12}, {8, 12}, {8, 8}};
+constexpr Choice kAsyncChoices[] = {{1, 4}, {2, 4}, {4, 4}};
+constexpr Choice kPlainChoices[] = {{2, 4}};  // the rare feed
+constexpr Choice kModeChoices[] = {{2, 4}};   // flipout and token, whatever the feed
 
-// The largest tile that still gives every multiprocessor a block (two for the largest): large tiles make less noise
-// again, small ones spread. It moves no bit of the result.
-template <class T, int kRankTiles>
-cudaError_t launch_ranks(const ShrinkParams& p, const Machine& machine, cudaStream_t stream) {
-  const int64_t wanted = machine.multiprocessors;
-  if constexpr (kRankTiles >= 4) {
-    if (p.rows_per_group > 128 && shrink_blocks(p, machine, 256, kRankTiles) >= 2 * wanted) {
-      return launch_tiles<ShrinkTraits<T, kRankTiles, 2, 8, Mode::kWeight>>(p, machine, stream);
-    }
+// The first with room for all the tiles, else the last that the device's shared memory holds; no tiles if it holds none.
+template <int kCount>
+Choice choose(const Choice (&choices)[kCount], const ShrinkParams& p, const Machine& machine, int planes) {
+  Choice best{0, 0};
+  for (const Choice& choice : choices) {
+    const int64_t ranks = choice.tiles * kTileRanks;
+    const int warp_tiles = p.mode == Mode::kWeight ? warp_tiles_of(choice.tiles) : 1;
+    const int64_t sums = choice.warps * warp_tiles * kTileRows * (planes * ranks + 2) * 4;
+    const int64_t queue = choice.warps * kShrinkStages * kTileRows / 2 * kPairChunks * 16;
+    const int64_t weights = panel_columns(p.n) * planes * ranks * 2;
+    if (kBarrierBytes + queue + sums + weights > machine.shared_bytes) continue;
+    if (choice.tiles > best.tiles) best = choice;
+    if (choice.tiles >= p.tile_count) break;
   }
-  if (p.rows_per_group > 64 && shrink_blocks(p, machine, 128, kRankTiles) >= wanted) {
-    return launch_tiles<ShrinkTraits<T, kRankTiles, 2, 4, Mode::kWeight>>(p, machine, stream);
-  }
-  return launch_tiles<ShrinkTraits<T, kRankTiles, 1, 4, Mode::kWeight>>(p, machine, stream);
+  return best;
 }
 
 template <class T>
-cudaError_t launch_shrink_half(const ShrinkParams& p, cudaStream_t stream) {
-  Machine machine;
-  const cudaError_t status = current_machine(machine);
-  if (status != cudaSuccess) return status;
-  if (p.mode == Mode::kFlipout) return launch_tiles<ShrinkTraits<T, 2, 1, 4, Mode::kFlipout>>(p, machine, stream);
-  if (p.mode == Mode::kToken) return launch_tiles<ShrinkTraits<T, 4, 1, 4, Mode::kToken>>(p, machine, stream);
-  switch (p.tile_count) {
-    case 1:
-      return launch_ranks<T, 1>(p, machine, stream);
-    case 2:
-      return launch_ranks<T, 2>(p, machine, stream);
-    case 3:
-      return launch_ranks<T, 3>(p, machine, stream);
-    case 4:
-      return launch_ranks<T, 4>(p, machine, stream);
-    default:
-      return launch_ranks<T, 8>(p, machine, stream);
+cudaError_t launch_pass(const ShrinkParams& p, const Machine& machine, Feed feed, const Choice& choice,
+                        cudaStream_t stream) {
+  const auto is = [&choice](int tiles, int warps) { return choice.tiles == tiles && choice.warps == warps; };
+  if (p.mode == Mode::kFlipout) {
+    if (feed == Feed::kPlain) return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kFlipout, Feed::kPlain>>(p, machine, stream);
+    return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kFlipout, Feed::kAsync>>(p, machine, stream);
   }
+  if (p.mode == Mode::kToken) {
+    if (feed == Feed::kPlain) return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kToken, Feed::kPlain>>(p, machine, stream);
+    return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kToken, Feed::kAsync>>(p, machine, stream);
+  }
+  constexpr Mode kWeight = Mode::kWeight;
+  if (feed == Feed::kPlain) return launch_tiles<ShrinkTraits<T, 2, 4, kWeight, Feed::kPlain>>(p, machine, stream);
+  if (feed == Feed::kAsync) {
+    if (is(1, 4)) return launch_tiles<ShrinkTraits<T, 1, 4, kWeight, Feed::kAsync>>(p, machine, stream);
+    if (is(2, 4)) return launch_tiles<ShrinkTraits<T, 2, 4, kWeight, Feed::kAsync>>(p, machine, stream);
+    return launch_tiles<ShrinkTraits<T, 4, 4, kWeight, Feed::kAsync>>(p, machine, stream);
+  }
+  if (is(1, 8)) return launch_tiles<ShrinkTraits<T, 1, 8, kWeight, Feed::kBulk>>(p, machine, stream);
+  if (is(2, 8)) return launch_tiles<ShrinkTraits<T, 2, 8, kWeight, Feed::kBulk>>(p, machine, stream);
+  if (is(3, 8)) return launch_tiles<ShrinkTraits<T, 3, 8, kWeight, Feed::kBulk>>(p, machine, stream);
+  if (is(4, 12)) return launch_tiles<ShrinkTraits<T, 4, 12, kWeight, Feed::kBulk>>(p, machine, stream);
+  if (is(8, 12)) return launch_tiles<ShrinkTraits<T, 8, 12, kWeight, Feed::kBulk>>(p, machine, stream);
+  return launch_tiles<ShrinkTraits<T, 8, 8, kWeight, Feed::kBulk>>(p, machine, stream);
+}
+
+template <class T>
+cudaError_t launch_shrink_half(const ShrinkParams& params, cudaStream_t stream) {
+  Machine machine;
+  cudaError_t status = current_machine(machine);
+  const bool aligned = is_aligned(params.x, 16) && params.x_stride % 8 == 0 && params.n % 8 == 0;
+  const Feed feed = !aligned ? Feed::kPlain : machine.clusters ? Feed::kBulk : Feed::kAsync;
+  ShrinkParams pass = params;
+  for (int first = 0; first < params.tile_count && status == cudaSuccess; first += pass.tile_count) {
+    pass.tile_count = params.tile_count - first;
+    const int planes = params.mode == Mode::kFlipout ? 2 : 1;
+    const Choice choice = params.mode != Mode::kWeight ? choose(kModeChoices, pass, machine, planes)
+                          : feed == Feed::kBulk        ? choose(kBulkChoices, pass, machine, planes)
+                          : feed == Feed::kAsync       ? choose(kAsyncChoices, pass, machine, planes)
+                                                       : choose(kPlainChoices, pass, machine, planes);
+    if (choice.tiles == 0) return cudaErrorLaunchOutOfResources;
+    if (pass.tile_count > choice.tiles) pass.tile_count = choice.tiles;
+    for (int k = 0; k < pass.tile_count; ++k) pass.tiles[k] = params.tiles[first + k];
+    status = launch_pass<T>(pass, machine, feed, choice, stream);
+  }
+  return status;
 }
 
 }  // namespace tfb::cuda

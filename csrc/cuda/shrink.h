@@ -35,9 +35,13 @@ struct ShrinkParams {
   Mode mode;
   Format format;       // of x and z
   Format mean_format;  // of all means
+  float* partial;      // shrink_partial_floats() floats, or null where that is 0
   int32_t tile_count;
   RankTile tiles[kMaxRankTiles];
 };
+
+// Room for sums of panels in global memory, which the current device needs.
+cudaError_t shrink_partial_floats(const ShrinkParams& params, int64_t& floats);
 
 // In flipout mode all tiles are of one layer, since each layer has its own signs.
 cudaError_t launch_shrink(const ShrinkParams& params, cudaStream_t stream);

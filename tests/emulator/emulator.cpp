@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -35,7 +36,15 @@ struct Copy {
   int bytes;
 };
 
+// A barrier of the bulk copy engine: phases that have ended, and what the present one expects and has been asked for.
+struct BulkPhase {
+  uint64_t ended = 0;
+  uint32_t expected = 0;
+  std::vector<Copy> copies;
+};
+
 struct Block {
+  std::map<void*, BulkPhase> bulk;
   std::vector<unsigned char> shared;
   Barrier barrier;
   std::vector<Warp> warps;
@@ -50,6 +59,7 @@ struct Fiber {
   const Barrier* waiting = nullptr;
   uint64_t generation = 0;
   bool done = false;
+  uint64_t cohort_generation = 0;
   std::deque<std::vector<Copy>> groups{{}};
 
   bool blocked() const { return waiting != nullptr && waiting->generation == generation; }
@@ -151,6 +161,9 @@ void run_cohort(const std::vector<dim3>& blocks, dim3 grid, unsigned threads, si
   }
   for (auto& fiber : all) {
     if (!fiber->done) fail("deadlock: threads wait for others that have left or wait elsewhere");
+    for (auto& [barrier, phase] : fiber->block->bulk) {
+      if (!phase.copies.empty()) fail("a block left with bulk copies under way");
+    }
     for (auto& group : fiber->groups) {
       for (const Copy& copy : group) {
         if (copy.bytes > 0) fail("a thread left with copies under way");
@@ -170,7 +183,21 @@ unsigned char* shared_memory(int64_t rank) {
 }
 
 void block_barrier() { wait(current->block->barrier); }
-void cohort_barrier() { wait(cohort->barrier); }
+void warp_barrier() { wait(current->warp->barrier); }
+
+void cohort_arrive() {
+  current->cohort_generation = cohort->barrier.generation;
+  ++cohort->barrier.arrived;
+  cohort->barrier.release_if_complete();
+}
+
+void cohort_wait() {
+  if (cohort->barrier.generation != current->cohort_generation) return;
+  current->waiting = &cohort->barrier;
+  current->generation = current->cohort_generation;
+  swapcontext(&current->context, &scheduler);
+  current->waiting = nullptr;
+}
 
 void collective(void* operand, const std::function<void(void* (&)[32])>& compute) {
   Warp& warp = *current->warp;
@@ -192,6 +219,29 @@ void wait_copies(int pending) {
     for (const Copy& copy : current->groups.front()) complete(copy);
     current->groups.pop_front();
   }
+}
+
+void start_barrier(void* barrier) { current->block->bulk[barrier] = {}; }
+
+void expect_bytes(void* barrier, uint32_t bytes) { current->block->bulk.at(barrier).expected += bytes; }
+
+void copy_bulk(void* target, const void* source, uint32_t bytes, void* barrier) {
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  if (bytes % 16 != 0 || !aligned(target) || !aligned(source)) fail("a bulk copy is not in pieces of 16 bytes");
+  std::memset(target, 0xFF, bytes);
+  current->block->bulk.at(barrier).copies.push_back({target, source, static_cast<int>(bytes)});
+}
+
+void wait_bulk(void* barrier, uint32_t parity) {
+  BulkPhase& phase = current->block->bulk.at(barrier);
+  if (phase.ended % 2 != parity) return;
+  uint32_t bytes = 0;
+  for (const Copy& copy : phase.copies) {
+    std::memcpy(copy.target, copy.source, copy.bytes);
+    bytes += copy.bytes;
+  }
+  if (bytes == 0 || bytes != phase.expected) fail("a barrier waits for other bytes than were asked for");
+  phase = {phase.ended + 1, 0, {}};
 }
 
 cudaError_t run(const std::function<void()>& kernel, dim3 grid, unsigned threads, size_t shared, int cluster,
@@ -221,7 +271,9 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 1;
+  *value = attribute == cudaDevAttrMultiProcessorCount              ? 3
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
+                                                                  : 1;
   return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {

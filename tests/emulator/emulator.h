@@ -44,7 +44,10 @@ struct Place {
 const Place& place();
 unsigned char* shared_memory(int64_t cluster_rank = -1);  // of its own block, or of one in its cluster
 void block_barrier();
-void cohort_barrier();  // all blocks of the cluster, or of the cooperative grid
+void warp_barrier();
+// All blocks of the cluster, or of the cooperative grid; the barrier in its two halves.
+void cohort_arrive();
+void cohort_wait();
 
 // Lays `operand` out for the whole warp; the last lane to come calls `compute` with all lanes' operands (null where a
 // lane has left the kernel).
@@ -53,6 +56,10 @@ void collective(void* operand, const std::function<void(void* (&)[32])>& compute
 void copy_async(void* target, const void* source, int bytes);
 void commit_copies();
 void wait_copies(int pending);
+void start_barrier(void* barrier);
+void expect_bytes(void* barrier, uint32_t bytes);
+void copy_bulk(void* target, const void* source, uint32_t bytes, void* barrier);
+void wait_bulk(void* barrier, uint32_t parity);
 
 cudaError_t run(const std::function<void()>& kernel, dim3 grid, unsigned threads, size_t shared, int cluster,
                 bool cooperative);
@@ -64,6 +71,7 @@ cudaError_t run(const std::function<void()>& kernel, dim3 grid, unsigned threads
 #define gridDim (::emulator::place().grid)
 
 inline void __syncthreads() { ::emulator::block_barrier(); }
+inline void __syncwarp() { ::emulator::warp_barrier(); }
 template <class T>
 T __ldg(const T* source) {
   return *source;
@@ -111,11 +119,22 @@ namespace tfb::cuda {
 
 inline unsigned char* dynamic_shared() { return ::emulator::shared_memory(); }
 inline void copy_async(void* shared, const void* global, int bytes) { ::emulator::copy_async(shared, global, bytes); }
+inline void copy_async(void* shared, const void* global) { ::emulator::copy_async(shared, global, 16); }
 inline void commit_copies() { ::emulator::commit_copies(); }
 template <int kPending>
 void wait_copies() {
   ::emulator::wait_copies(kPending);
 }
+
+struct alignas(8) CopyBarrier {
+  uint64_t state;
+};
+inline void start_barrier(CopyBarrier* barrier) { ::emulator::start_barrier(barrier); }
+inline void expect_bytes(CopyBarrier* barrier, uint32_t bytes) { ::emulator::expect_bytes(barrier, bytes); }
+inline void copy_bulk(void* shared, const void* global, uint32_t bytes, CopyBarrier* barrier) {
+  ::emulator::copy_bulk(shared, global, bytes, barrier);
+}
+inline void wait_bulk(CopyBarrier* barrier, uint32_t parity) { ::emulator::wait_bulk(barrier, parity); }
 
 template <class T>
 float element(uint32_t pair, int which) {
@@ -154,15 +173,24 @@ void multiply_16x8x16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint
   });
 }
 
-inline uint32_t cluster_rank() { return ::emulator::place().cluster_rank; }
-inline void cluster_barrier() { ::emulator::cohort_barrier(); }
+inline void cluster_arrive() { ::emulator::cohort_arrive(); }
+inline void cluster_wait() { ::emulator::cohort_wait(); }
 inline float2 load_peer(const float* local, uint32_t rank) {
   const auto offset = reinterpret_cast<const unsigned char*>(local) - ::emulator::shared_memory();
   float2 out;
   std::memcpy(&out, ::emulator::shared_memory(rank) + offset, sizeof(out));
   return out;
 }
-inline void grid_barrier() { ::emulator::cohort_barrier(); }
+inline void grid_barrier() {
+  ::emulator::cohort_arrive();
+  ::emulator::cohort_wait();
+}
+
+// Keeps a parameter out of template deduction.
+template <class T>
+struct Exactly {
+  using Type = T;
+};
 
 struct LaunchShape {
   dim3 grid;
@@ -174,14 +202,14 @@ struct LaunchShape {
 
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t,
-                   std::type_identity_t<Parameters>... arguments) {
+                   typename Exactly<Parameters>::Type... arguments) {
   return ::emulator::run([&] { kernel(arguments...); }, shape.grid, shape.threads, shape.shared, shape.cluster,
                          shape.cooperative);
 }
 
 template <class... Parameters>
-cudaError_t resident_blocks(void (*)(Parameters...), unsigned, size_t, int& blocks) {
-  blocks = 2;
+cudaError_t resident_clusters(void (*)(Parameters...), const LaunchShape&, int& clusters) {
+  clusters = 3;
   return cudaSuccess;
 }
 
