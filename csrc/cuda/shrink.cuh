@@ -530,7 +530,7 @@ cudaError_t launch_tiles(const ShrinkParams& p, const Machine& machine, cudaStre
 struct Choice {
   int tiles, warps;
 };
-constexpr Choice kBulkChoices[] = {{1, 8}, {2, 8}, {3, 8}, {4, 12}, {8, 12}, {8, 8}};
+constexpr Choice kBulkChoices[] = {{1, 8}, {2, 8}, {3, 8}, {4, 12}, {8, 8}};
 constexpr Choice kAsyncChoices[] = {{1, 4}, {2, 4}, {4, 4}};
 constexpr Choice kPlainChoices[] = {{2, 4}};  // the rare feed
 constexpr Choice kModeChoices[] = {{2, 4}};   // flipout and token, whatever the feed
@@ -575,7 +575,6 @@ cudaError_t launch_pass(const ShrinkParams& p, const Machine& machine, Feed feed
   if (is(2, 8)) return launch_tiles<ShrinkTraits<T, 2, 8, kWeight, Feed::kBulk>>(p, machine, stream);
   if (is(3, 8)) return launch_tiles<ShrinkTraits<T, 3, 8, kWeight, Feed::kBulk>>(p, machine, stream);
   if (is(4, 12)) return launch_tiles<ShrinkTraits<T, 4, 12, kWeight, Feed::kBulk>>(p, machine, stream);
-  if (is(8, 12)) return launch_tiles<ShrinkTraits<T, 8, 12, kWeight, Feed::kBulk>>(p, machine, stream);
   return launch_tiles<ShrinkTraits<T, 8, 8, kWeight, Feed::kBulk>>(p, machine, stream);
 }
 
