@@ -13,12 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 RANK = 8
-ALPHA = 16
 # Standard deviation of the random adapter's A and B. With it the mean M has entries of about the size of sigma = 0.02.
 ADAPTER_STD = 0.02
 TARGETS: dict[str, list[str]] = {
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "qv": ["q_proj", "v_proj"],
+    "qv_head": ["q_proj", "v_proj", "lm_head"],
 }
 
 
@@ -36,9 +35,24 @@ class Shape:
     tokens: int
     samples: int
 
+    def projections(self, head_dim: int | None = None) -> set[tuple[int, int]]:
+        """(in, out) features of its linear layers, the head included."""
+        wide = head_dim or self.hidden // self.heads
+        queries, keys = self.heads * wide, self.kv_heads * wide
+        return {
+            (self.hidden, queries),
+            (self.hidden, keys),
+            (queries, self.hidden),
+            (self.hidden, self.intermediate),
+            (self.intermediate, self.hidden),
+            (self.hidden, self.vocabulary),
+        }
+
 
 LLAMA_8B = Shape(4096, 14336, 32, 32, 8, 128256, rows=8, tokens=128, samples=10)
-TINY = Shape(64, 128, 4, 4, 2, 512, rows=2, tokens=16, samples=4)
+LLAMA_1B = Shape(2048, 8192, 16, 32, 8, 128256, rows=8, tokens=128, samples=10)
+QWEN3_8B = Shape(4096, 12288, 36, 32, 8, 151936, rows=8, tokens=128, samples=10)  # its widths; the model differs
+TINY = Shape(64, 128, 4, 4, 4, 512, rows=2, tokens=16, samples=4)
 
 
 def build(shape: Shape, blocks: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -78,9 +92,9 @@ def build(shape: Shape, blocks: int, device: torch.device, dtype: torch.dtype = 
     return model.eval().requires_grad_(False)
 
 
-def add_adapters(model: nn.Module, layers: str, dtypes: dict[str, torch.dtype]) -> PeftModel:
+def add_adapters(model: nn.Module, layers: str, dtypes: dict[str, torch.dtype], rank: int = RANK) -> PeftModel:
     """Put one random, non-zero LoRA adapter for each name of ``dtypes`` on the ``layers`` (a key of ``TARGETS``)."""
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS[layers], task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS[layers], task_type="CAUSAL_LM")
     first, *others = dtypes
     peft = get_peft_model(model, config, adapter_name=first)
     for name in others:
@@ -118,10 +132,12 @@ def bare(peft: PeftModel) -> Iterator[nn.Module]:
             setattr(parent, name, child)
 
 
-def token_ids(shape: Shape, copies: int, device: torch.device) -> torch.Tensor:
+def token_ids(
+    shape: Shape, copies: int, device: torch.device, rows: int | None = None, tokens: int | None = None
+) -> torch.Tensor:
     """``copies`` times the same random batch, (copies * rows, tokens), copy after copy."""
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(2, shape.vocabulary, (shape.rows, shape.tokens), generator=generator)
+    ids = torch.randint(2, shape.vocabulary, (rows or shape.rows, tokens or shape.tokens), generator=generator)
     return ids.repeat(copies, 1).to(device)
 
 

@@ -1,9 +1,11 @@
-"""What sampling an adapter costs without this package: one forward a sample, its noise drawn by ``torch.randn``."""
+"""What sampling an adapter costs without this package: one forward a sample, noise and signs drawn by torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,16 +17,18 @@ from .llama import lora_layers
 
 
 class SequentialSampler:
-    """Sampled forwards in plain torch and PEFT: ``A <- M + sigma E`` in every layer, then a forward, once a sample.
+    """Sampled forwards in plain torch and PEFT, one after the other.
 
-    The adapter's ``B`` is set to ``U`` here, once, so that ``B A`` is the sampled weight in canonical form.
+    The adapter's ``B`` is set to ``U`` here, once, and its ``A`` to ``M``, so that ``B A`` is the mean in canonical form.
     """
 
     def __init__(self, peft: PeftModel, adapter: str, posteriors: tuple[LayerPosterior, ...], sigma: float) -> None:
         self.peft = peft
+        self.adapter = adapter
         self.sigma = sigma
+        self.layers: list[Any] = lora_layers(peft, [p.name for p in posteriors])
         self.weights: list[tuple[Tensor, Tensor]] = []
-        for module, posterior in zip(lora_layers(peft, [p.name for p in posteriors]), posteriors, strict=True):
+        for module, posterior in zip(self.layers, posteriors, strict=True):
             a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
             if posterior.rank != a.shape[0]:
                 raise ValueError(
@@ -32,25 +36,60 @@ class SequentialSampler:
                     "dependent columns"
                 )
             b.data.copy_(posterior.basis)
+            a.data.copy_(posterior.mean)
             self.weights.append((a, posterior.mean.to(a.device)))
 
     @torch.no_grad()
-    def write(self, sampled: Sequence[Tensor] | None = None) -> None:
-        """Write ``M + sigma E`` into every layer: the given ones, (r, n) each, or freshly drawn."""
-        for index, (weight, mean) in enumerate(self.weights):
-            if sampled is None:
-                weight.copy_(mean + self.sigma * torch.randn_like(mean))
-            else:
-                weight.copy_(sampled[index])
+    def write(self, sampled: Sequence[Tensor]) -> None:
+        """Write these down-projections, (r, n) each, into the layers."""
+        for (weight, _), value in zip(self.weights, sampled, strict=True):
+            weight.copy_(value)
 
     @torch.no_grad()
-    def predict(self, samples: int, **inputs: object) -> Tensor:
-        """``log mean_k softmax`` over ``samples`` sampled forwards, (B, ..., V) float32."""
+    def write_drawn(self) -> None:
+        """Write ``M + sigma E`` into every layer, freshly drawn: the ``weight`` mode's sample."""
+        for weight, mean in self.weights:
+            weight.copy_(mean + self.sigma * torch.randn_like(mean))
+
+    @contextmanager
+    def flipout(self) -> Iterator[None]:
+        """Inside, every forward of a layer draws noise of its own, and signs for every token, as flipout does."""
+        for module in self.layers:
+            module.forward = self._flipout_forward(module)
+        try:
+            yield
+        finally:
+            for module in self.layers:
+                del module.__dict__["forward"]
+
+    def _flipout_forward(self, module: Any) -> Callable[[Tensor], Tensor]:
+        a, b = module.lora_A[self.adapter].weight, module.lora_B[self.adapter].weight
+        scaling, sigma = module.scaling[self.adapter], self.sigma
+
+        def forward(x: Tensor) -> Tensor:
+            result = module.base_layer(x)
+            x = x.to(a.dtype)
+            noise = sigma * torch.randn_like(a)
+            change = torch.nn.functional.linear(x * _signs(x.shape, x), noise)
+            z = torch.nn.functional.linear(x, a)
+            z = z + change * _signs(z.shape, z)
+            return (result + torch.nn.functional.linear(z, b) * scaling).to(result.dtype)
+
+        return forward
+
+    @torch.no_grad()
+    def predict(self, samples: int, call: Callable[[], Any], write: bool = False) -> Tensor:
+        """``log mean_k softmax`` over ``samples`` calls, (B, ..., V) float32; ``write`` draws the weights before each."""
         total: Tensor | None = None
         for _ in range(samples):
-            self.write()
-            value = torch.log_softmax(self.peft(**inputs).logits.float(), dim=-1)
+            if write:
+                self.write_drawn()
+            value = torch.log_softmax(call().logits.float(), dim=-1)
             total = value if total is None else torch.logaddexp(total, value)
         if total is None:
             raise ValueError(f"samples is {samples}, expected at least 1")
         return total - math.log(samples)
+
+
+def _signs(shape: torch.Size, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(0.5).mul_(2).sub_(1)
