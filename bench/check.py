@@ -53,7 +53,9 @@ class Check:
 @torch.no_grad()
 def check_fused(shape: Shape, layers: str, device: torch.device, rank: int = RANK) -> Check:
     """Compare every sample of a fused forward of a two-block model with its weights written out in float32."""
-    peft = add_adapters(build(shape, BLOCKS, device), layers, {"of_float32": torch.float32, "plain": torch.bfloat16}, rank)
+    peft = add_adapters(
+        build(shape, BLOCKS, device), layers, {"of_float32": torch.float32, "plain": torch.bfloat16}, rank
+    )
     inputs: dict[str, Any] = {"input_ids": token_ids(shape, 1, device), "use_cache": False, "logits_to_keep": 1}
     adapter = tfb_ext.bayesianize(peft, "of_float32", sigma=SIGMA)
     with adapter.predictive(shape.samples, keep_samples=True) as view:

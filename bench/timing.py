@@ -1,19 +1,14 @@
-"""Clocks, interleaved rounds and the machine's own ceilings, shared by all benchmarks."""
+"""Clocks and the machine's own ceilings, shared by all benchmarks."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-# Larger than any GPU's last-level cache (50 MB on Hopper), and long enough in writing (over 100 us) that the host has
-# queued the timed call before the device reaches it: launch latency stays out of a kernel's time.
-FLUSH_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -39,72 +34,6 @@ def clock(device: torch.device) -> Callable[[], Any]:
     return event_clock if device.type == "cuda" else time.perf_counter
 
 
-class CacheFlush:
-    """Overwrites the GPU's cache; on the CPU nothing is flushed and timings are with warm caches."""
-
-    def __init__(self, device: torch.device) -> None:
-        size = FLUSH_BYTES if device.type == "cuda" else 0
-        self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
-
-    def __call__(self) -> None:
-        self.buffer.zero_()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to time: ``run`` inside ``context``. Entering and leaving the context is not timed."""
-
-    name: str
-    run: Callable[[], object]
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-@dataclass
-class Timings:
-    """Milliseconds of each round, and the most GPU memory one call took above what was allocated before it (bytes)."""
-
-    ms: list[float] = field(default_factory=list)
-    peak: int | None = None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.ms)
-
-
-def interleaved(cases: Sequence[Case], device: torch.device, rounds: int, warmup: int = 2) -> dict[str, Timings]:
-    """Time every case once a round, each round starting with another case, so that drift of the clocks hits all alike.
-
-    Returns:
-        Timings by case name, ``rounds`` entries each, index by round.
-    """
-    now = clock(device)
-    results = {case.name: Timings() for case in cases}
-    if len(results) != len(cases):
-        raise ValueError(f"case names must differ, got {[case.name for case in cases]}")
-    for index in range(-warmup, rounds):
-        shift = index % len(cases)
-        for case in [*cases[shift:], *cases[:shift]]:
-            with case.context():
-                before = _start_peak(device)
-                start = now()
-                case.run()
-                elapsed = now() - start
-            if index >= 0:
-                result = results[case.name]
-                result.ms.append(1e3 * elapsed)
-                if before is not None:
-                    result.peak = max(result.peak or 0, torch.cuda.max_memory_allocated(device) - before)
-    return results
-
-
-def _start_peak(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, minimum and maximum."""
     return statistics.median(values), min(values), max(values)
@@ -128,4 +57,9 @@ def gemm_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> floa
 
 
 def _median_seconds(run: Callable[[], object], device: torch.device, rounds: int = 9) -> float:
-    return interleaved([Case("only", run)], device, rounds, warmup=3)["only"].median / 1e3
+    now, seconds = clock(device), []
+    for _ in range(3 + rounds):
+        start = now()
+        run()
+        seconds.append(now() - start)
+    return statistics.median(seconds[3:])

@@ -74,7 +74,8 @@ PYBIND11_MODULE(_C, m) {
         "Philox4x32-10 on the current CUDA device; waits for the result.");
   m.def("use_portable_kernels", &tfb::cuda::force_portable, pybind11::arg("portable"),
         "Whether to leave instructions newer than compute capability 8.0 unused.");
-  m.def("cuda_clusters_in_use", &tfb::cuda_clusters_in_use, "Whether the current device runs the kernels for clusters.");
+  m.def("cuda_clusters_in_use", &tfb::cuda_clusters_in_use,
+        "Whether the current device runs the kernels for clusters.");
 #endif
   m.def("build_info", &tfb::build_info,
         "cuda (bool), cuda_arch_list, compiler, cpu_capability in use, torch_version at build.");

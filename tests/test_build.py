@@ -63,7 +63,14 @@ def test_missing_extension_names_the_command() -> None:
 
 def test_build_info() -> None:
     info = ops.build_info()
-    assert set(info) == {"cuda", "cuda_arch_list", "compiler", "cpu_capability", "torch_version"}
+    kernels = {"cuda_kernels"} if info["cuda"] and torch.cuda.is_available() else set()
+    assert set(info) == {"cuda", "cuda_arch_list", "compiler", "cpu_capability", "torch_version"} | kernels
+    assert info.get("cuda_kernels", "portable") in ("hopper", "portable")
     assert info["cpu_capability"] in ("baseline", "avx2", "avx512")
     assert bool(info["cuda_arch_list"]) == info["cuda"]
     assert torch.__version__.startswith(info["torch_version"])
+
+
+def test_the_switch_for_portable_kernels_is_harmless_without_a_gpu() -> None:
+    ops.use_portable_kernels(True)
+    ops.use_portable_kernels(False)

@@ -67,7 +67,7 @@ def test_newer_file(tmp_path: Path) -> None:
     [
         *[("sigma", v, "a positive number or null") for v in (0, -0.1, "0.1", True, float("nan"), float("inf"), [0.1])],
         *[("seed", v, r"an integer in \[0, 2\*\*64\)") for v in (-1, 2**64, 1.5, "7", None, True)],
-        *[("mode", v, "'weight'") for v in ("flipout", None, 3)],
+        *[("mode", v, "'weight' or 'flipout' or 'token'") for v in ("rows", None, 3)],
         *[("antithetic", v, "true or false") for v in (None, 1, "yes")],
         *[("depth", v, "'all' or 'head'") for v in (0, -2, 0.5, "middle", True, None, [1])],
         *[("layers", v, "a list of layer names") for v in ([], None, "lm_head", ["a", 3])],

@@ -305,6 +305,219 @@ def test_infinities_stay_in_their_row(device: torch.device) -> None:
     assert torch.equal(out[keep], clean[keep])
 
 
+# modes
+
+
+MODES = ["weight", "flipout", "token"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["flipout", "token"])
+@pytest.mark.parametrize(
+    ("r", "n", "groups", "rows"), [(1, 1, 1, 1), (3, 7, 2, 5), (8, 1030, 3, 17), (13, 260, 2, 40), (70, 129, 2, 19)]
+)
+def test_modes_are_the_reference(
+    device: torch.device, r: int, n: int, groups: int, rows: int, mode: str, dtype: torch.dtype
+) -> None:
+    case = Case(device, r, n, groups, rows, dtype)
+    for antithetic in (False, True):
+        given = case.mean, case.sigma, case.samples, case.seed, LAYER, mode, antithetic
+        exact = reference.shrink(case.x.double(), *given)
+        low = reference.shrink(case.x, *given)
+        sigma, x = float(case.sigma.max()), case.x.double()
+        terms = x.square() @ (case.mean.double().square() + 36 * sigma**2).T
+        slack = rounding_slack(terms, dtype, n) + 1e-5 * sigma * float(x.abs().sum(1).max())
+        assert_as_good_as(ops.shrink(case.x, *given), low, exact, slack)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_moments_of_every_mode(device: torch.device, mode: str) -> None:
+    """Over samples, z - M x has mean 0 and variance sigma^2 |x|^2 in every rank, uncorrelated between ranks."""
+    r, n, size, sigma = 4, 64, 40000, 0.7
+    x = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(device)
+    mean = torch.randn(r, n, generator=torch.Generator().manual_seed(4)).to(device)
+    samples = torch.arange(size, dtype=torch.int32, device=device)
+    z = ops.shrink(
+        x.expand(size, n).contiguous(), mean, torch.full((size,), sigma, device=device), samples, seed_tensor(device),
+        LAYER, mode,
+    )  # fmt: skip
+    deviation = (z - mean @ x).double() / (sigma * float(x.norm()))
+    bound = 5 / math.sqrt(size)
+    assert deviation.mean(0).abs().max() <= bound
+    covariance = deviation.T @ deviation / size - torch.eye(r, device=device, dtype=torch.float64)
+    assert covariance.abs().max() <= math.sqrt(2) * bound
+
+
+@pytest.mark.parametrize("mode", ["flipout", "token"])
+def test_tokens_differ_where_they_should(device: torch.device, mode: str) -> None:
+    """Equal rows of one sample: the noise is fresh for every token in these modes, and uncorrelated between tokens."""
+    r, n, tokens = 64, 256, 200
+    x = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(device)
+    one = torch.ones(1, device=device)
+    z = ops.shrink(
+        x.expand(tokens, n).contiguous(), torch.zeros(r, n, device=device), one, one.int(), seed_tensor(device), LAYER,
+        mode,
+    ).double() / float(x.norm())  # fmt: skip
+    correlation = z @ z.T / r - torch.eye(tokens, device=device)
+    assert correlation.fill_diagonal_(0).pow(2).mean().sqrt() <= 1.2 / math.sqrt(r)
+    assert correlation.mean().abs() <= 5 / math.sqrt(r) / tokens
+
+
+def test_flipout_signs_and_token_noise_are_fair() -> None:
+    """The reference's own draws, which every backend is held to: fair signs, standard normals, and other than E."""
+    signs = reference.input_signs(300, 1000, SEED, LAYER, 3).double()
+    ranks = reference.rank_signs(300, 200, SEED, LAYER, 3).double()
+    for drawn in (signs, ranks):
+        assert set(drawn.unique().tolist()) == {-1.0, 1.0}
+        for shifted in (drawn, drawn[:, 1:] * drawn[:, :-1], drawn[1:] * drawn[:-1]):
+            assert abs(float(shifted.mean())) <= 5 / math.sqrt(shifted.numel())
+    noise = reference.token_noise(2000, 16, SEED, LAYER, 3)
+    assert abs(float(noise.mean())) <= 5 / math.sqrt(noise.numel())
+    assert abs(float(noise.square().mean()) - 1) <= 5 * math.sqrt(2 / noise.numel())
+    assert (noise - reference.noise_float64(2000, 16, SEED, LAYER, 3)).abs().max() > 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sample_alone_in_every_mode(device: torch.device, dtype: torch.dtype, mode: str) -> None:
+    case = Case(device, 8, 1100, 5, 7, dtype)
+    given = case.seed, LAYER, mode, True
+    together = ops.shrink(case.x, case.mean, case.sigma, case.samples, *given).view(5, 7, 8)
+    for k in (0, 3, 4):
+        rows = slice(7 * k, 7 * k + 7)
+        alone = ops.shrink(case.x[rows], case.mean, case.sigma[k : k + 1], case.samples[k : k + 1], *given)
+        assert torch.equal(alone, together[k])
+
+
+# groups of layers
+
+
+class GroupCase(Case):
+    """Several layers that share x, of different ranks and widths."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, n: int = 1032, groups: int = 3, rows: int = 11
+    ) -> None:
+        super().__init__(device, 8, n, groups, rows, dtype)
+        generator = torch.Generator().manual_seed(9)
+        self.ranks, self.widths = (8, 3, 17, 64), (40, 130, 7, 264)
+        self.layers = [LAYER + k for k in range(len(self.ranks))]
+        self.scalings = [1.5, 2.0, 0.7, 1.0]
+        self.means = [torch.randn(r, n, generator=generator).to(device) for r in self.ranks]
+        self.bases = [
+            torch.randn(m, r, generator=generator).to(device)
+            for m, r in zip(self.widths, self.ranks, strict=True)
+        ]  # fmt: skip
+        self.biases = [torch.randn(m, generator=generator).to(device, dtype) if m > 7 else None for m in self.widths]
+
+    def draws(self, mode: str) -> tuple[object, ...]:
+        return self.sigma, self.samples, self.seed, self.layers, mode, True
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_group_is_its_layers(device: torch.device, dtype: torch.dtype, mode: str) -> None:
+    """Bit for bit, whatever stands beside a layer."""
+    case = GroupCase(device, dtype)
+    together = ops.shrink_group(case.x, case.means, *case.draws(mode))
+    for z, mean, layer in zip(together, case.means, case.layers, strict=True):
+        assert torch.equal(z, ops.shrink(case.x, mean, case.sigma, case.samples, case.seed, layer, mode, True))
+
+
+def test_more_ranks_than_one_launch_takes(device: torch.device) -> None:
+    case = GroupCase(device, torch.bfloat16)
+    means = [torch.randn(70, 1032, generator=torch.Generator().manual_seed(k)).to(device) for k in range(5)]
+    layers = list(range(5))
+    together = ops.shrink_group(case.x, means, case.sigma, case.samples, case.seed, layers)
+    for z, mean, layer in zip(together, means, layers, strict=True):
+        assert torch.equal(z, ops.shrink(case.x, mean, case.sigma, case.samples, case.seed, layer))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "rows"), [(1, 1), (10, 1), (5, 8), (3, 16), (7, 20), (2, 0)])
+def test_update_group(device: torch.device, groups: int, rows: int, dtype: torch.dtype, mode: str) -> None:
+    """Few rows go through a launch of their own, many through the two operators; both mean the same."""
+    case = GroupCase(device, dtype, groups=groups, rows=rows)
+    z = ops.shrink_group(case.x, case.means, *case.draws(mode))
+    exact_z = reference.shrink_group(case.x.double(), case.means, *case.draws(mode))
+    out = ops.update_group(case.x, case.means, case.bases, case.biases, case.scalings, *case.draws(mode))
+    parts = zip(out, z, exact_z, case.bases, case.scalings, case.biases, strict=True)
+    for y, low_z, z64, basis, scaling, bias in parts:
+        assert y.dtype == dtype and y.shape == (groups * rows, len(basis))
+        if y.numel() == 0:
+            continue
+        start = 0 if bias is None else bias.double()
+        exact = start + scaling * z64 @ basis.double().T
+        low = start + scaling * low_z.double() @ basis.to(dtype).double().T
+        terms = scaling**2 * z64.square() @ basis.double().square().T + 4 * torch.as_tensor(start) ** 2
+        noise = 1e-4 * scaling * float(case.x.double().abs().sum(1).max())
+        assert_as_good_as(y, low, exact, rounding_slack(terms, dtype, basis.shape[1]) + noise)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_an_update_does_not_depend_on_its_company(device: torch.device, dtype: torch.dtype) -> None:
+    case = GroupCase(device, dtype, groups=8, rows=2)
+    arguments = case.means, case.bases, case.biases, case.scalings
+    together = ops.update_group(case.x, *arguments, *case.draws("weight"))
+    for k in (0, 3, 7):
+        alone = ops.update_group(
+            case.x[2 * k : 2 * k + 2], *arguments, case.sigma[k : k + 1], case.samples[k : k + 1], case.seed,
+            case.layers, "weight", True,
+        )  # fmt: skip
+        for a, b in zip(alone, together, strict=True):
+            assert torch.equal(a, b[2 * k : 2 * k + 2])
+
+
+# expand
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "m", "r"),
+    [(1, 1, 1), (5, 7, 3), (64, 128, 8), (17, 1031, 16), (70, 304, 32), (70, 300, 31), (33, 520, 64), (9, 40, 136),
+     (300, 72, 24), (0, 16, 8)],
+)  # fmt: skip
+def test_expand_writes(device: torch.device, tokens: int, m: int, r: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(tokens * m + r)
+    z = torch.randn(tokens, r, generator=generator).to(device, dtype)
+    for basis_dtype in {torch.float32, dtype}:
+        basis = torch.randn(m, r, generator=generator).to(device, basis_dtype)
+        for bias in (None, torch.randn(m, generator=generator).to(device, dtype)):
+            start = torch.zeros(m, device=device, dtype=torch.float64) if bias is None else bias.double()
+            exact = start + 1.7 * z.double() @ basis.double().T
+            low = reference.expand(z, basis, 1.7, bias)
+            out = ops.expand(z, basis, 1.7, bias)
+            assert out.shape == (tokens, m) and out.dtype == dtype
+            if tokens:
+                terms = start.square() + 1.7**2 * z.double().square() @ basis.double().T.square()
+                assert_as_good_as(out, low, exact, rounding_slack(terms, dtype, r))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(33, 72), (2, 5, 72), (1, 72), (3, 0, 72)])
+def test_linear_with_its_update(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    m, r = 136, 8
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    weight = torch.randn(m, 72, generator=generator).to(device, dtype)
+    z = torch.randn(x.numel() // 72, r, generator=generator).to(device, dtype)
+    basis = torch.randn(m, r, generator=generator).to(device)
+    for bias in (None, torch.randn(m, generator=generator).to(device, dtype)):
+        arguments = weight, bias, z, basis, 1.5
+        out = ops.linear(x, *arguments)
+        assert out.shape == (*shape[:-1], m) and out.dtype == dtype
+        if x.numel() == 0:
+            continue
+        wide = [None if t is None else t.double() for t in (weight, bias, z, basis)]
+        exact = reference.linear(x.double(), *wide, 1.5)
+        low = reference.linear(x, *arguments)
+        terms = x.double().square() @ weight.double().square().T + 2.25 * (
+            z.double().square() @ basis.double().square().T
+        ).view(*shape[:-1], m)
+        assert_as_good_as(out, low, exact, rounding_slack(terms, dtype, 72 + r))
+
+
 # expand_
 
 
@@ -353,6 +566,17 @@ def test_opcheck(device: torch.device) -> None:
     y = torch.randn(10, 40, device=device, dtype=torch.bfloat16)
     expand_args = (y, case.shrink(), torch.randn(40, 8, device=device), 0.5)
     torch.library.opcheck(torch.ops.tfb_ext.expand_.default, expand_args)
+    group = GroupCase(device, torch.bfloat16)
+    draws = group.sigma, group.samples, group.seed, group.layers, "weight", True
+    torch.library.opcheck(torch.ops.tfb_ext.shrink_group.default, (group.x, group.means, *draws))
+    update_args = (group.x, group.means, group.bases, group.biases, group.scalings, *draws)
+    torch.library.opcheck(torch.ops.tfb_ext.update_group.default, update_args)
+    z, basis, bias = case.shrink(), torch.randn(40, 8, device=device), torch.randn(40, device=device).bfloat16()
+    weight = torch.randn(40, 64, device=device).bfloat16()
+    for given in (None, bias):
+        torch.library.opcheck(torch.ops.tfb_ext.expand.default, (z, basis, 0.5, given))
+        linear_args = (case.x.view(2, 5, 64), weight, given, z, basis, 0.5)
+        torch.library.opcheck(torch.ops.tfb_ext.linear.default, linear_args)
 
 
 def test_compile_without_breaks(device: torch.device) -> None:
@@ -369,6 +593,19 @@ def test_compile_without_breaks(device: torch.device) -> None:
             case.samples = torch.tensor(samples, dtype=torch.int32, device=device)
             expected = layer(y, case.x, case, basis)
             assert torch.allclose(compiled(y, case.x, case, basis), expected, rtol=2e-2, atol=1e-3)
+
+
+def test_compile_groups_without_breaks(device: torch.device) -> None:
+    def block(x: Tensor, case: GroupCase, weight: Tensor) -> Tensor:
+        z = ops.shrink_group(x * 2, case.means, *case.draws("weight"))
+        y = ops.linear(x, weight, case.biases[0], z[0], case.bases[0], 0.5)
+        update = ops.update_group(x, case.means, case.bases, case.biases, case.scalings, *case.draws("weight"))
+        return y + update[0] + ops.expand(z[0], case.bases[0], 2.0)
+
+    case = GroupCase(device, torch.float32)
+    weight = torch.randn(40, 1032, generator=torch.Generator().manual_seed(1)).to(device)
+    compiled = torch.compile(block, fullgraph=True)
+    assert torch.allclose(compiled(case.x, case, weight), block(case.x, case, weight), rtol=1e-4, atol=1e-2)
 
 
 def test_fake_tensors_have_the_results_shape() -> None:
@@ -448,6 +685,65 @@ def test_expand_errors(name: str, value: Tensor, kind: type[Exception], sentence
     arguments = {"y": torch.randn(6, 16), "z": torch.randn(6, 4), "basis": torch.randn(16, 4), "scaling": 1.0}
     with pytest.raises(kind, match=sentence):
         ops.expand_(**{**arguments, name: value})
+
+
+GROUP_ERRORS = [
+    ("means", [], ValueError, "update_group: means is empty"),
+    ("means", [torch.randn(4, 16)], ValueError, "update_group: layers has 2 entries, expected one for each of the 1"),
+    (
+        "means",
+        [torch.randn(4, 16), torch.randn(3, 15)],
+        ValueError,
+        r"mean has shape \[3, 15\]; expected mean \(r, 16\)",
+    ),
+    ("layers", [1, -1], ValueError, "update_group: layer is -1"),
+    ("bases", [torch.randn(8, 4)], ValueError, "update_group: bases has 1 entries, expected one for each of the 2"),
+    ("bases", [torch.randn(8, 4), torch.randn(5, 4)], ValueError, r"basis has shape \[5, 4\], expected 3 columns"),
+    ("biases", [torch.randn(7), None], ValueError, r"update_group: bias has shape \[7\], expected \[8\]"),
+    ("biases", [torch.randn(8).half(), None], TypeError, "update_group: bias has type Half, expected Float"),
+    ("scalings", [1.0], ValueError, "update_group: scalings has 1 entries"),
+    ("sigma", torch.ones(3), ValueError, r"update_group: sigma has shape \[3\], expected \[2\]"),
+    ("mode", "row", ValueError, 'update_group: mode is "row", expected "weight", "flipout" or "token"'),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "kind", "sentence"), GROUP_ERRORS)
+def test_group_errors(name: str, value: object, kind: type[Exception], sentence: str) -> None:
+    rest = {key: value for key, value in shrink_arguments().items() if key not in ("mean", "layer")}
+    arguments = {
+        **rest, "means": [torch.randn(4, 16), torch.randn(3, 16)], "layers": [1, 2], "mode": "weight",
+        "bases": [torch.randn(8, 4), torch.randn(5, 3)], "biases": [None, torch.randn(5)], "scalings": [1.0, 2.0],
+    }  # fmt: skip
+    ops.update_group(**arguments)
+    with pytest.raises(kind, match=sentence):
+        ops.update_group(**{**arguments, name: value})
+
+
+LINEAR_ERRORS = [
+    ("weight", torch.randn(8, 15), ValueError, r"linear: weight has shape \[8, 15\], expected \(m, 16\)"),
+    ("weight", torch.randn(8, 16).half(), TypeError, "linear: weight has type Half, expected x's type Float"),
+    ("bias", torch.randn(9), ValueError, r"linear: bias has shape \[9\], expected \[8\]"),
+    ("z", torch.randn(5, 4), ValueError, "linear: z has 5 rows, expected x's 6"),
+    ("basis", torch.randn(9, 4), ValueError, "linear: basis has 9 rows, expected weight's 8"),
+    ("basis", torch.randn(8, 3), ValueError, r"linear: basis has shape \[8, 3\], expected 4 columns"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "kind", "sentence"), LINEAR_ERRORS)
+def test_linear_errors(name: str, value: Tensor, kind: type[Exception], sentence: str) -> None:
+    arguments = {
+        "x": torch.randn(2, 3, 16), "weight": torch.randn(8, 16), "bias": None, "z": torch.randn(6, 4),
+        "basis": torch.randn(8, 4), "scaling": 1.0,
+    }  # fmt: skip
+    with pytest.raises(kind, match=sentence):
+        ops.linear(**{**arguments, name: value})
+
+
+def test_expand_of_new_tensors_has_errors_too() -> None:
+    with pytest.raises(ValueError, match=r"expand: basis has shape \[8, 3\], expected 4 columns"):
+        ops.expand(torch.randn(6, 4), torch.randn(8, 3), 1.0)
+    with pytest.raises(ValueError, match=r"expand: bias has shape \[7\], expected \[8\]"):
+        ops.expand(torch.randn(6, 4), torch.randn(8, 4), 1.0, torch.randn(7))
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,16 @@ from torch import Tensor, nn
 from . import ops
 from .errors import ConfigError, SamplingError, UnsupportedModelError
 from .fan import Anatomy, Fan, Predictive, Trunk, batch_rows, check_packing, find_anatomy
-from .files import CONFIG_NAME, TFBConfig
-from .layers import SampleBatch, SamplingState, TFBVariant, as_int64, check_layer, disable_input_casts, find_groups
+from .files import CONFIG_NAME, MODES, TFBConfig
+from .layers import (
+    SampleBatch,
+    SamplingState,
+    TFBVariant,
+    as_int64,
+    check_layer,
+    disable_input_casts,
+    find_groups,
+)
 from .posterior import LayerPosterior, canonical_name, layer_posterior, unique_layer_ids
 
 Depth = int | float | str
@@ -44,6 +52,10 @@ class BayesianAdapter:
         seed: 64-bit noise seed.
         depth: random blocks counted from the top, or ``"all"`` or ``"head"``; assign to change it.
         antithetic: sample ``2k + 1`` is minus the noise of sample ``2k``.
+        mode: how the noise meets the tokens: ``"weight"`` (one weight matrix a sample, the paper's equation), ``"flipout"``
+            (that, with random signs for every token) or ``"token"`` (fresh noise for every token, the cheapest). Rows and
+            positions of a call are numbered from 0, so the last two serve single calls and not a growing key-value cache.
+            A sigma found in one mode does not hold in another.
         search: summary of the search that chose sigma, kept in the saved file.
     """
 
@@ -59,8 +71,10 @@ class BayesianAdapter:
         sigma: float | None,
         seed: int,
         antithetic: bool,
+        mode: str = "weight",
     ) -> None:
         as_int64(seed)
+        self.mode = mode
         self.model = model
         self.name = name
         self.anatomy = anatomy
@@ -85,6 +99,14 @@ class BayesianAdapter:
     @sigma.setter
     def sigma(self, value: float) -> None:
         self._sigma = check_sigma(value)
+
+    @property
+    def mode(self) -> str:
+        return self._mode
+
+    @mode.setter
+    def mode(self, value: str) -> None:
+        self._mode = check_mode(value)
 
     @property
     def depth(self) -> int | str:
@@ -231,7 +253,8 @@ class BayesianAdapter:
             raise ValueError("sigma is an empty list, expected at least one number above 0")
         checked = [check_sigma(s) for s in scales]
         mirrored = self.antithetic if antithetic is None else antithetic
-        return SampleBatch(tuple(s for s in checked for _ in numbers), numbers * len(checked), self.seed, mirrored)
+        scales = [s for s in checked for _ in numbers]
+        return SampleBatch(tuple(scales), numbers * len(checked), self.seed, mirrored, self.mode)
 
     def trunk(self, depth: Depth | None = None, device: torch.device | None = None) -> Trunk:
         """An empty store for the hidden states at the first random block."""
@@ -336,7 +359,7 @@ class BayesianAdapter:
         return TFBConfig(
             sigma=self.sigma,
             seed=self.seed,
-            mode="weight",
+            mode=self.mode,
             antithetic=self.antithetic,
             depth=self.depth,
             layers=self.layers,
@@ -374,7 +397,13 @@ class BayesianAdapter:
         return place
 
     def sample_weights(self, name: str, sample: int, sigma: float | None = None) -> tuple[Tensor, Tensor]:
-        """``(U, M + sigma E_k)`` of one layer, float32 on the CPU: sample ``k``'s weight is ``scaling * U @ (M + sigma E_k)``."""
+        """``(U, M + sigma E_k)`` of one layer, float32 on the CPU: sample ``k``'s weight is ``scaling * U @ (M + sigma E_k)``.
+
+        Raises:
+            ValueError: no such layer, no sigma, or a mode other than ``"weight"``, whose samples are no weights.
+        """
+        if self.mode != "weight":
+            raise ValueError(f"samples of mode {self.mode!r} are no weights; set adapter.mode = 'weight'")
         posterior = next((p for p in self.posteriors if p.name == canonical_name(name)), None)
         if posterior is None:
             raise ValueError(f"no Bayesian layer {name!r} in adapter {self.name!r}; see adapter.layers")
@@ -387,7 +416,8 @@ class BayesianAdapter:
         sigma = "not searched yet" if self.sigma is None else f"{self.sigma:.4g}"
         return (
             f"BayesianAdapter({self.name!r}, sigma={sigma}, depth={self.depth!r} of {len(self.anatomy.blocks)} blocks, "
-            f"{len(self.random_layers)} random of {len(self.layers)} layers, seed={self.seed}, antithetic={self.antithetic})"
+            f"{len(self.random_layers)} random of {len(self.layers)} layers, seed={self.seed}, antithetic={self.antithetic}"
+            f"{'' if self.mode == 'weight' else f', mode={self.mode!r}'})"
         )
 
 
@@ -398,6 +428,7 @@ def bayesianize(
     sigma: float | None = None,
     seed: int = 0,
     antithetic: bool = True,
+    mode: str = "weight",
 ) -> BayesianAdapter:
     """Attach the TFB posterior to a trained LoRA adapter; the model's outputs do not change until a context is opened.
 
@@ -408,6 +439,7 @@ def bayesianize(
         sigma: posterior scale if already known.
         seed: 64-bit noise seed.
         antithetic: draw samples in mirrored pairs, which lowers the Monte-Carlo error of the mean probability.
+        mode: ``"weight"``, ``"flipout"`` or ``"token"``; see :class:`BayesianAdapter`.
 
     Raises:
         UnsupportedModelError: unknown adapter, no LoRA layer, or a layer that cannot carry a posterior (the message names it,
@@ -452,6 +484,7 @@ def bayesianize(
         sigma=sigma,
         seed=seed,
         antithetic=antithetic,
+        mode=mode,
     )
     try:
         bayesian._attach()
@@ -480,7 +513,9 @@ def load(model: nn.Module, folder: str | Path, adapter: str = "default") -> Baye
         model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter)
     elif adapter not in model.peft_config:
         model.load_adapter(str(folder), adapter_name=adapter)
-    bayesian = bayesianize(model, adapter, sigma=config.sigma, seed=config.seed, antithetic=config.antithetic)
+    bayesian = bayesianize(
+        model, adapter, sigma=config.sigma, seed=config.seed, antithetic=config.antithetic, mode=config.mode
+    )
     try:
         _restore(bayesian, config, Path(folder) / CONFIG_NAME)
     except ConfigError:
@@ -517,6 +552,12 @@ def check_sigma(value: float) -> float:
             f"sigma is {value!r}, expected a finite number above 0 (the mean adapter needs no sampling context)"
         )
     return float(value)
+
+
+def check_mode(value: str) -> str:
+    if value not in MODES:
+        raise ValueError(f"mode is {value!r}, expected one of {', '.join(map(repr, MODES))}")
+    return value
 
 
 def check_samples(samples: int | Sequence[int]) -> tuple[int, ...]:

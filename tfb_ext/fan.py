@@ -215,6 +215,7 @@ class Fan:
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.check()
         check_packing(model, kwargs)
+        check_cache(self.view.batch.mode, kwargs)
         self.rows = batch_rows(args, kwargs)
         self.repeated = []
         self.pending = None
@@ -464,6 +465,16 @@ def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 def cache_of(kwargs: dict[str, Any]) -> Any:
     """The key-value cache of a model call; transformers 5.24 renamed its argument."""
     return kwargs["cache"] if kwargs.get("cache") is not None else kwargs.get("past_key_values")
+
+
+def check_cache(mode: str, kwargs: dict[str, Any]) -> None:
+    """Refuse to go on from a cache with noise that is numbered by the tokens of one call."""
+    cache = cache_of(kwargs)
+    if mode != "weight" and cache is not None and int(cache.get_seq_length()) > 0:
+        raise SamplingError(
+            f"mode {mode!r} numbers its noise by the tokens of one call, so a step from a key-value cache would repeat the "
+            "noise of the first tokens; use mode='weight', or use_cache=False and whole sequences"
+        )
 
 
 def check_packing(model: Any, kwargs: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from .errors import ConfigError
 
 CONFIG_NAME = "tfb_config.json"
 FORMAT_VERSION = 1
+MODES = ("weight", "flipout", "token")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _check_fields(path: Path, raw: dict[str, Any]) -> None:
             "a positive number or null",
         ),
         ("seed", type(raw.get("seed")) is int and 0 <= raw["seed"] < 2**64, "an integer in [0, 2**64)"),
-        ("mode", raw.get("mode") == "weight", "'weight'"),
+        ("mode", raw.get("mode") in MODES, " or ".join(map(repr, MODES))),
         ("antithetic", isinstance(raw.get("antithetic"), bool), "true or false"),
         (
             "depth",

@@ -73,8 +73,9 @@ def _words(
     """The four output words of the counters (block, row, sample, layer), each (rows, blocks)."""
     row = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
     block = torch.arange(blocks, dtype=torch.int64, device=device)[None, :]
-    fixed = [torch.tensor(word, dtype=torch.int64, device=device) for word in (sample, layer)]
-    return philox((block, row, *fixed), (seed & _WORD, (seed >> 32) & _WORD ^ key))
+    sample_word = torch.tensor(sample, dtype=torch.int64, device=device)
+    layer_word = torch.tensor(layer, dtype=torch.int64, device=device)
+    return philox((block, row, sample_word, layer_word), (seed & _WORD, (seed >> 32) & _WORD ^ key))
 
 
 def _normals(r: int, n: int, seed: int, key: int, layer: int, sample: int, device: torch.device) -> Tensor:
@@ -85,13 +86,13 @@ def _normals(r: int, n: int, seed: int, key: int, layer: int, sample: int, devic
         radius = torch.sqrt(-2.0 * torch.log1p(-((_WORD ^ a).double() + 0.5) * 2.0**-32))
         angle = (2.0 * math.pi) * ((b.double() + 0.5) * 2.0**-32)
         columns += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.stack(columns, dim=-1).reshape(r, -1)[:, :n].contiguous()
+    return torch.stack(columns, dim=-1).flatten(1)[:, :n].contiguous()
 
 
 def _signs(tokens: int, count: int, seed: int, key: int, layer: int, sample: int, device: torch.device) -> Tensor:
     words = torch.stack(_words(tokens, (count + 127) // 128, seed, key, layer, sample, device), dim=-1)
     bits = words[..., None] >> torch.arange(32, device=device) & 1
-    return (1 - 2 * bits).reshape(tokens, -1)[:, :count].contiguous()
+    return (1 - 2 * bits).flatten(1)[:, :count].contiguous()
 
 
 def input_signs(tokens: int, n: int, seed: int, layer: int, sample: int, device: torch.device | str = "cpu") -> Tensor:
@@ -147,24 +148,24 @@ def shrink(
     numbers = [int(k) for k in samples.tolist()]
     shared = [k & ~1 if antithetic else k for k in numbers]  # a pair shares all draws but the sign of its noise
     sign = [-1.0 if antithetic and k & 1 else 1.0 for k in numbers]
-    rows = x.reshape(groups, -1, n)
-    tokens = rows.shape[1]
+    tokens = x.shape[0] // groups
+    rows = x.reshape(groups, tokens, n)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = (sigma.to(wide) * torch.tensor(sign, dtype=wide, device=x.device))[:, None, None]
     if mode == "token":
         e = torch.stack([token_noise(tokens, r, key, layer, k, x.device) for k in shared]).to(wide)
         z = (rows @ mean.to(x.dtype).T).to(wide) + scale * rows.to(wide).norm(dim=-1, keepdim=True) * e
-        return z.to(x.dtype).reshape(-1, r)
+        return z.to(x.dtype).reshape(x.shape[0], r)
     e = torch.stack([make(r, n, key, layer, k, x.device) for k in shared])
     if mode == "flipout":
         s = torch.stack([input_signs(tokens, n, key, layer, k, x.device) for k in shared]).to(x.dtype)
         t = torch.stack([rank_signs(tokens, r, key, layer, k, x.device) for k in shared]).to(wide)
         change = torch.bmm(rows * s, e.to(x.dtype).transpose(1, 2)).to(wide)
         z = (rows @ mean.to(x.dtype).T).to(wide) + scale * t * change
-        return z.to(x.dtype).reshape(-1, r)
+        return z.to(x.dtype).reshape(x.shape[0], r)
     weight = mean.to(e.dtype) + scale.to(e.dtype) * e
     z = torch.bmm(rows, weight.to(x.dtype).transpose(1, 2))
-    return z.reshape(-1, r)
+    return z.reshape(x.shape[0], r)
 
 
 def shrink_group(

@@ -23,13 +23,7 @@ namespace tfb::cuda {
 extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[];
 __device__ __forceinline__ unsigned char* dynamic_shared() { return dynamic_shared_bytes; }
 
-// Copies 16 bytes from global to shared memory behind the thread's back. Both addresses lie on 16 bytes. Of the source only
-// `bytes` (0 to 16) are read, the rest is zero.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
-               : "memory");
-}
+// Copies 16 bytes from global to shared memory behind the thread's back. Both addresses lie on 16 bytes.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
@@ -40,52 +34,6 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// The bulk copy engine (compute capability 9.0 on): a thread asks for a piece of any length, and a barrier in shared memory
-// counts the bytes that have arrived. Kernels that use it are launched only where Machine::clusters says so.
-struct alignas(8) CopyBarrier {
-  uint64_t state;
-};
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-// By one thread, before a block-wide barrier.
-__device__ __forceinline__ void start_barrier(CopyBarrier* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-// By one thread: a phase of the barrier ends when `bytes` have arrived.
-__device__ __forceinline__ void expect_bytes(CopyBarrier* barrier, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-#endif
-}
-// `bytes` and both addresses are multiples of 16.
-__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes, CopyBarrier* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-#endif
-}
-// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, and so on in turn.
-__device__ __forceinline__ void wait_bulk(CopyBarrier* barrier, uint32_t parity) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-#endif
 }
 
 // d += a b: a is 16 x 16 (four registers), b 16 x 8 (two), d 16 x 8 floats. With i = lane / 4, c = lane % 4: a0 holds
@@ -111,6 +59,13 @@ __device__ __forceinline__ void multiply_16x8x16(float (&d)[4], uint32_t a0, uin
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+// The same for a thread that has only read: there is nothing to be seen, and stores to global memory need not be waited
+// for.
+__device__ __forceinline__ void cluster_arrive_reads() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
@@ -203,8 +158,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   return cudaLaunchKernelEx(&launch.config, kernel, arguments...);
 }
 
-// Clusters (blocks, where a cluster is one) of a kernel that the device holds at the same time; 0 where it holds none. The
-// shape's grid does not count.
+// Clusters (blocks, where a cluster is one) of a kernel that the device holds at the same time; 0 where it holds none.
+// The shape's grid does not count.
 template <class... Parameters>
 cudaError_t ask_resident(void (*kernel)(Parameters...), const LaunchShape& shape, int multiprocessors, int& clusters) {
   cudaError_t status = allow(kernel, shape);
@@ -215,8 +170,8 @@ cudaError_t ask_resident(void (*kernel)(Parameters...), const LaunchShape& shape
     const LaunchConfig launch(one, nullptr);
     return cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
   }
-  status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, static_cast<int>(shape.threads),
-                                                         shape.shared);
+  status =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, static_cast<int>(shape.threads), shape.shared);
   clusters *= multiprocessors;
   return status;
 }

@@ -113,6 +113,8 @@ struct Weights {
 };
 
 // Null is aligned.
-TFB_HOST_DEVICE bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+TFB_HOST_DEVICE bool is_aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 }  // namespace tfb::cuda

@@ -1,10 +1,10 @@
 // expand in half precision: bound by y, which is written (and read, where it is added to) once.
 //
-// A warp owns 16 rows x 128 columns of y at a time (64 columns above rank 16) and keeps those columns' basis in registers
-// while it moves down the rows. The product's columns are permuted so that lane (i = lane / 4, c = lane % 4) ends with
-// eight neighbours of rows i and i + 8; k is permuted too: within 16 ranks, lane c reads ranks 4c .. 4c + 3 of z and of
-// the basis in one piece. The tile then changes hands through shared memory, so that y is accessed 256 bytes of a row at a
-// time: the memory's pages do not like less (64 bytes reached a third of the bandwidth on an H200).
+// A warp owns 16 rows x 128 columns of y at a time (64 columns above rank 16) and keeps those columns' basis in
+// registers while it moves down the rows. The product's columns are permuted so that lane (i = lane / 4, c = lane % 4)
+// ends with eight neighbours of rows i and i + 8; k is permuted too: within 16 ranks, lane c reads ranks 4c .. 4c + 3
+// of z and of the basis in one piece. The tile then changes hands through shared memory, so that y is accessed 256
+// bytes of a row at a time: the memory's pages do not like less (64 bytes reached a third of the bandwidth on an H200).
 #pragma once
 
 #include "elements.cuh"
@@ -33,7 +33,12 @@ struct ExpandTraits {
   // Sums wait in float32 where something is added to them, so that they are rounded once.
   static constexpr bool kWide = kStart != Start::kNothing;
   static constexpr int kTileChunks = kTileRows * kRowChunks * (kWide ? 2 : 1);  // of 16 bytes, in shared memory
-  static constexpr int kSharedBytes = kExpandWarps * kTileChunks * 16;
+  // Above 16 ranks z waits in a queue of asynchronous copies in shared memory: more tiles ahead than registers could
+  // hold.
+  static constexpr bool kQueued = kSteps > 1;
+  static constexpr int kRankChunks = 2 * kSteps;  // of a row of z
+  static constexpr int kQueueChunks = kQueued ? kExpandStages * kTileRows * kRankChunks : 0;
+  static constexpr int kSharedBytes = kExpandWarps * (kTileChunks + kQueueChunks) * 16;
   // 12 or 8 warps a multiprocessor: what the basis leaves of the registers.
   static constexpr int kMinBlocks = kSteps == 4 ? 2 : 3;
 };
@@ -72,6 +77,12 @@ struct ExpandLayout {
   int64_t stripes;        // warps that share a column group, each every stripes-th tile of rows
 };
 
+// A chunk of z in the queue. Rows that are read together change places, each by its own number.
+template <class Traits>
+__device__ __forceinline__ int queue_place(int row, int chunk) {
+  return row * Traits::kRankChunks + (chunk ^ row % Traits::kRankChunks);
+}
+
 // For what can be accessed in whole pieces: see fits_pieces().
 template <class Traits>
 __global__ void __launch_bounds__(kExpandThreads, Traits::kMinBlocks)
@@ -83,7 +94,9 @@ __global__ void __launch_bounds__(kExpandThreads, Traits::kMinBlocks)
   const int lane = threadIdx.x % kWarpLanes;
   const int i = lane / 4;
   const int c = lane % 4;
-  uint4* const tile_chunks = reinterpret_cast<uint4*>(dynamic_shared()) + warp * Traits::kTileChunks;
+  uint4* const tile_chunks =
+      reinterpret_cast<uint4*>(dynamic_shared()) + warp * (Traits::kTileChunks + Traits::kQueueChunks);
+  uint4* const queue = tile_chunks + Traits::kTileChunks;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kExpandWarps;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kExpandWarps + warp;
   const int64_t stripe = unit / layout.column_groups;
@@ -109,27 +122,55 @@ __global__ void __launch_bounds__(kExpandThreads, Traits::kMinBlocks)
     if (Traits::kStart == Start::kBias && in_row) {
       bias = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(p.bias) + column));
     }
-    // Rows that are left from the stripe's tile on; pointers to its first row of z (this lane's part) and of y.
+    // Rows that are left from the stripe's tile on; pointers to its rows of z and (this lane's) of y.
     int64_t left = p.tokens - stripe * kTileRows;
-    const T* z = static_cast<const T*>(p.z) + (stripe * kTileRows + i) * p.z_stride + 4 * c;
+    const T* z = static_cast<const T*>(p.z) + stripe * kTileRows * p.z_stride;
     T* y = static_cast<T*>(p.y) + (stripe * kTileRows + own_row) * p.y_stride + column;
     const int64_t z_step = layout.stripes * kTileRows * p.z_stride;
-    const int64_t pass_step = Traits::kChunkRows * p.y_stride;
+    const int pass_step = Traits::kChunkRows * static_cast<int>(p.y_stride);
+    const auto z_stride = static_cast<int>(p.z_stride);
     const int64_t y_step = layout.stripes * kTileRows * p.y_stride;
     // Upper and lower rows' ranks of z; the next tile's are asked for as soon as this one's have served.
     uint2 ranks[kSteps][2];
     const auto load_z = [&](const T* from, int64_t rows) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        const bool exists = 16 * step + 4 * c < r;
-        ranks[step][0] = ranks[step][1] = make_uint2(0, 0);
-        if (exists && i < rows) ranks[step][0] = __ldg(reinterpret_cast<const uint2*>(from + 16 * step));
-        if (exists && i + 8 < rows) {
-          ranks[step][1] = __ldg(reinterpret_cast<const uint2*>(from + 8 * p.z_stride + 16 * step));
+        const int rank = 16 * step + 4 * c;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = i + 8 * half;
+          ranks[step][half] = make_uint2(0, 0);
+          if (rank < r && row < rows) {
+            ranks[step][half] = __ldg(reinterpret_cast<const uint2*>(from + row * z_stride + rank));
+          }
         }
       }
     };
-    load_z(z, left);
+    int64_t asked = left;  // rows from the tile on that is asked for next
+    const auto request_z = [&](int slot) {
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        const int row = (k * kWarpLanes + lane) / Traits::kRankChunks;
+        const int chunk = (k * kWarpLanes + lane) % Traits::kRankChunks;
+        if (8 * chunk < r && row < asked) {
+          copy_async(queue + slot * kTileRows * Traits::kRankChunks + queue_place<Traits>(row, chunk),
+                     z + row * z_stride + 8 * chunk);
+        }
+      }
+      commit_copies();
+      z += z_step;
+      asked -= layout.stripes * kTileRows;
+    };
+    int slot = 0;
+    if constexpr (Traits::kQueued) {
+      for (int e = lane; e < Traits::kQueueChunks; e += kWarpLanes)
+        queue[e] = make_uint4(0, 0, 0, 0);  // ranks behind r
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < kExpandStages - 1; ++k) request_z(k);
+    } else {
+      load_z(z, left);
+    }
 
     for (; left > 0; left -= layout.stripes * kTileRows, y += y_step) {
       const int rows = left < kTileRows ? static_cast<int>(left) : kTileRows;
@@ -142,14 +183,26 @@ __global__ void __launch_bounds__(kExpandThreads, Traits::kMinBlocks)
           if (in_row && Traits::kChunkRows * pass + own_row < rows) old[pass] = *reinterpret_cast<const uint4*>(from);
         }
       }
+      const uint4* const waiting = queue + slot * kTileRows * Traits::kRankChunks;
+      if constexpr (Traits::kQueued) {
+        wait_copies<kExpandStages - 2>();
+        __syncwarp();  // all lanes' copies of this tile have come, and all lanes have read the tile before
+        request_z(slot == 0 ? kExpandStages - 1 : slot - 1);
+        slot = slot == kExpandStages - 1 ? 0 : slot + 1;
+      }
       // From fragments to rows, 32 columns at a time.
 #pragma unroll
       for (int g = 0; g < Traits::kGroups; ++g) {
         float sum[4][4] = {};
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          const uint2 upper = ranks[step][0];
-          const uint2 lower = ranks[step][1];
+          uint2 upper = ranks[step][0];
+          uint2 lower = ranks[step][1];
+          if constexpr (Traits::kQueued) {
+            const int chunk = 2 * step + c / 2;
+            upper = reinterpret_cast<const uint2*>(waiting + queue_place<Traits>(i, chunk))[c % 2];
+            lower = reinterpret_cast<const uint2*>(waiting + queue_place<Traits>(i + 8, chunk))[c % 2];
+          }
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             multiply_16x8x16<T>(sum[j], upper.x, lower.x, upper.y, lower.y, b[g][step][j][0], b[g][step][j][1]);
@@ -162,7 +215,8 @@ __global__ void __launch_bounds__(kExpandThreads, Traits::kMinBlocks)
           if constexpr (Traits::kWide) {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-              float4* const to = reinterpret_cast<float4*>(tile_chunks) + wide_place(row, 8 * g + 2 * c + k, kRowChunks);
+              float4* const to =
+                  reinterpret_cast<float4*>(tile_chunks) + wide_place(row, 8 * g + 2 * c + k, kRowChunks);
               *to = make_float4(sum[2 * k][e], sum[2 * k][e + 1], sum[2 * k + 1][e], sum[2 * k + 1][e + 1]);
             }
           } else {
@@ -174,8 +228,10 @@ __global__ void __launch_bounds__(kExpandThreads, Traits::kMinBlocks)
         }
         __syncwarp();  // keeps the sums of one group alive at a time
       }
-      z += z_step;
-      load_z(z, left - layout.stripes * kTileRows);
+      if constexpr (!Traits::kQueued) {
+        z += z_step;
+        load_z(z, left - layout.stripes * kTileRows);
+      }
       T* to = y;
 #pragma unroll
       for (int pass = 0; pass < Traits::kPasses; ++pass, to += pass_step) {
@@ -243,10 +299,15 @@ __global__ void __launch_bounds__(kExpandThreads) expand_any_kernel(const __grid
   }
 }
 
-// Whether rows of y consist of whole 16-byte chunks and ranks come in aligned fours, up to 64 of them.
+// Whether rows of y consist of whole 16-byte chunks and ranks come in aligned fours (eights above 16), up to 64 of
+// them.
 inline bool fits_pieces(const ExpandParams& p) {
-  return p.m % 8 == 0 && p.r % 4 == 0 && p.r <= 64 && is_aligned(p.y, 16) && p.y_stride % 8 == 0 &&
-         is_aligned(p.z, 8) && p.z_stride % 4 == 0 && is_aligned(p.basis, 8) && is_aligned(p.bias, 16);
+  constexpr int64_t kShort = INT32_MAX / kTileRows;  // offsets within a tile are counted in 32 bits
+  if (p.y_stride > kShort || p.z_stride > kShort) return false;
+  const bool eights = p.r % 8 == 0 && is_aligned(p.z, 16) && p.z_stride % 8 == 0;
+  return p.m % 8 == 0 && p.r % 4 == 0 && p.r <= 64 && (p.r <= 16 || eights) && is_aligned(p.y, 16) &&
+         p.y_stride % 8 == 0 && is_aligned(p.z, 8) && p.z_stride % 4 == 0 && is_aligned(p.basis, 8) &&
+         is_aligned(p.bias, 16);
 }
 
 template <class Traits>
@@ -270,8 +331,7 @@ cudaError_t launch_expand_tiles(const ExpandParams& p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_expand_any(const ExpandParams& p, cudaStream_t stream) {
-  const int64_t units =
-      (p.m + kGroupColumns - 1) / kGroupColumns * ((p.tokens + kTileRows - 1) / kTileRows);
+  const int64_t units = (p.m + kGroupColumns - 1) / kGroupColumns * ((p.tokens + kTileRows - 1) / kTileRows);
   const int64_t blocks = (units + kExpandWarps - 1) / kExpandWarps;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   return launch(expand_any_kernel<T>, {dim3(static_cast<unsigned>(blocks)), kExpandThreads}, stream, p);

@@ -1,17 +1,16 @@
 // shrink in half precision, the kernel and its launch; shrink_bfloat16.cu and shrink_float16.cu instantiate it.
 //
-// Weights stand still and rows stream past. The columns are split into panels, one a block; the blocks of all panels share
-// a range of rows, which they go through together, a tile of rows a warp at a time. A block makes its panel's weights,
-// M + sigma E, when the first rows of a sample come, chunk by chunk between their products, and keeps them in shared
-// memory for the sample's other rows: noise is made once a sample and range, not once a tile.
+// Weights stand still and rows stream past. The columns are split into panels, one a block; the blocks of all panels
+// share a range of rows, which they go through together, a tile of rows a warp at a time. A block makes its panel's
+// weights, M + sigma E, when the first rows of a sample come, chunk by chunk between their products, and keeps them in
+// shared memory for the sample's other rows: noise is made once a sample and range, not once a tile.
 //
-// Each warp has a queue of stages of x in shared memory, its own: no block-wide barrier stands between the copies and the
-// products. Within 32 columns the order of k is permuted so that lane (i = lane / 4, c = lane % 4) owns columns
-// 8c .. 8c + 7 of rows i and i + 8, one 16-byte read a row. The copies are the bulk engine's, a row's 256 bytes each, where
-// there is one; else each lane's own.
+// Each warp has a queue of stages of x in shared memory, its own: no block-wide barrier stands between the copies and
+// the products. Within 32 columns the order of k is permuted so that lane (i = lane / 4, c = lane % 4) owns columns 8c
+// .. 8c + 7 of rows i and i + 8, one 16-byte read a row.
 //
-// The panels' sums of a row meet in the order of the panels: in distributed shared memory where the panels of a range are
-// a cluster, else in global memory, where a second kernel adds them up.
+// The panels' sums of a row meet in the order of the panels: in distributed shared memory where the panels of a range
+// are a cluster, else in global memory, where a second kernel adds them up.
 #pragma once
 
 #include "elements.cuh"
@@ -22,18 +21,13 @@
 
 namespace tfb::cuda {
 
-// 16-byte chunks of a stage: a row has 16. Four of nothing lie in the middle of a pair of rows, so that the two, which are
-// read together, lie in different banks.
+// 16-byte chunks of a stage: a row has 16. Four of nothing lie in the middle of a pair of rows, so that the two, which
+// are read together, lie in different banks.
 constexpr int kRowChunks = kStageColumns / 8;
 constexpr int kPairChunks = 2 * kRowChunks + 4;
 __device__ __forceinline__ int row_chunk(int row) { return row / 2 * kPairChunks + row % 2 * (kRowChunks + 4); }
-constexpr int kBarrierBytes = 256;  // of all warps' stages
-
-// Tiles of a warp between two meetings of the cluster: as many as the sums have room for beside two blocks' queues.
-constexpr int warp_tiles_of(int rank_tiles) { return rank_tiles == 1 ? 4 : rank_tiles == 2 ? 2 : 1; }
-
 // How x comes to shared memory: kPlain through registers, for rows that do not start and end on 16 bytes.
-enum class Feed { kBulk, kAsync, kPlain };
+enum class Feed { kAsync, kPlain };
 
 template <class T, int kRankTiles_, int kWarps_, Mode kMode_, Feed kFeed_>
 struct ShrinkTraits {
@@ -44,9 +38,6 @@ struct ShrinkTraits {
   static constexpr Feed kFeed = kFeed_;
   static constexpr int kThreads = kWarps * kWarpLanes;
   static constexpr int kRanks = kTileRanks * kRankTiles;
-  static constexpr int kWarpTiles = kMode == Mode::kWeight ? warp_tiles_of(kRankTiles) : 1;
-  static constexpr int kRoundTiles = kWarpTiles * kWarps;
-  static constexpr int kRoundRows = kTileRows * kRoundTiles;
   // flipout sums M x and E (s o x) apart.
   static constexpr int kPlanes = kMode == Mode::kFlipout ? 2 : 1;
   static constexpr int kStageChunks = kTileRows / 2 * kPairChunks;
@@ -54,14 +45,13 @@ struct ShrinkTraits {
   static constexpr int kWeightBytes = kPlanes * kRanks * 2;  // of one column
   // Floats between rows of the sums: the planes and, in token mode, |x|^2; even, and not a multiple of 32 banks.
   static constexpr int kSumPitch = kPlanes * kRanks + 2;
-  static constexpr int kSumBytes = kRoundRows * kSumPitch * 4;
-  static constexpr int kFixedBytes = kBarrierBytes + kQueueBytes + kSumBytes;  // shared memory but for the weights
+  static constexpr int kTileSumBytes = kTileRows * kSumPitch * 4;  // of one tile of rows
   // Where shared memory has room for several blocks, registers should have it too.
-  static constexpr int kMinBlocks =
-      kWarps == 4 ? (kRankTiles <= 2 && kMode == Mode::kWeight ? 4 : 3) : kRankTiles <= 3 ? 2 : 1;
+  static constexpr int kMinBlocks = kWarps == 4       ? (kRankTiles <= 2 && kMode == Mode::kWeight ? 4 : 3)
+                                    : kRankTiles <= 3 ? 2
+                                                      : 1;
   // Ranks whose noise a thread makes at a time: two chains overlap, where registers allow it.
   static constexpr int kWeightUnroll = kRankTiles == 8 ? 1 : 2;
-  static_assert(kBarrierBytes >= kWarps * kShrinkStages * 8);
   static_assert(kStageColumns == 4 * kWarpLanes, "a lane makes four columns of a rank");
   static_assert(kStageColumns == kSignsPerCounter, "one counter's signs cover a stage");
 };
@@ -72,6 +62,7 @@ struct ShrinkLayout {
   int32_t ranges;
   int32_t group_ranges;        // of each group, or 0 where ranges cross groups
   int32_t group_tiles, tiles;  // of 16 rows: in a group, in all groups
+  int32_t round_tiles;         // between two meetings of the cluster: as many as the sums have room for
   bool clustered;              // the panels of a range are a cluster
   bool mean_aligned, z_aligned;
 };
@@ -122,9 +113,7 @@ __device__ __forceinline__ void make_weights(const ShrinkParams& p, bool mean_al
 
 // Flips the signs of eight elements where the bits of `signs` are set, the lowest for the first.
 __device__ __forceinline__ uint4 flip(uint4 x, uint32_t signs) {
-  const auto mask = [signs](int pair) {
-    return (signs >> 2 * pair & 1u) << 15 | (signs >> (2 * pair + 1) & 1u) << 31;
-  };
+  const auto mask = [signs](int pair) { return (signs >> 2 * pair & 1u) << 15 | (signs >> (2 * pair + 1) & 1u) << 31; };
   return make_uint4(x.x ^ mask(0), x.y ^ mask(1), x.z ^ mask(2), x.w ^ mask(3));
 }
 
@@ -149,8 +138,7 @@ __device__ __forceinline__ int32_t range_start(const ShrinkLayout& layout, int32
   return group * layout.group_tiles + static_cast<int32_t>(part * layout.group_tiles / layout.group_ranges);
 }
 
-// A round of a block's work, between two meetings of the cluster: tiles of one group, up to kTiles of them.
-template <int kTiles>
+// A round of a block's work, between two meetings of the cluster: tiles of one group.
 struct Round {
   int32_t tile, group;
   int32_t count;  // of tiles; 0 behind the end
@@ -163,7 +151,7 @@ struct Round {
   __device__ __forceinline__ void count_tiles(const ShrinkLayout& layout, int32_t end) {
     int32_t left = (group + 1) * layout.group_tiles - tile;
     if (end - tile < left) left = end - tile;
-    count = left < kTiles ? left : kTiles;
+    count = left < layout.round_tiles ? left : layout.round_tiles;
   }
   __device__ __forceinline__ void advance(const ShrinkLayout& layout, int32_t end) {
     tile += count;
@@ -176,72 +164,60 @@ struct Round {
   }
 };
 
-// Copies stages of this warp's tiles into its queue: tiles warp, warp + kWarps, ... of a round, one round after the other.
-// The first of them takes its turn in every round, whether it exists or not, as it does in the kernel.
+// Copies stages of this warp's tiles into its queue: tiles warp, warp + kWarps, ... of a round, one round after the
+// other. The first of them takes its turn in every round, whether it exists or not, as it does in the kernel.
 template <class Traits>
 struct Feeder {
   using T = typename Traits::Element;
   const ShrinkParams& p;
   const ShrinkLayout& layout;
-  uint4* queue;
-  CopyBarrier* barriers;
+  uint4* const queue;  // of the warp
   const int64_t column0;
   const int columns;  // of the panel
   const int32_t end;
-  const int warp, lane;
-  Round<Traits::kRoundTiles> round;
+  Round round;
   int index;  // of the tile in its round
   int stage = 0;
-  const T* source = nullptr;  // of the tile's first row and the panel's first column
+  const T* source = nullptr;  // of this lane's first row (0 or 1) and chunk of the tile, and the panel's first column
   int rows = 0;               // of the tile, 0 without one
 
-  __device__ __forceinline__ Feeder(const ShrinkParams& p, const ShrinkLayout& layout, unsigned char* shared,
-                                    int64_t column0, int columns, int32_t first, int32_t end)
+  __device__ __forceinline__ Feeder(const ShrinkParams& p, const ShrinkLayout& layout, uint4* queue, int64_t column0,
+                                    int columns, int32_t first, int32_t end)
       : p(p),
         layout(layout),
+        queue(queue),
         column0(column0),
         columns(columns),
         end(end),
-        warp(threadIdx.x / kWarpLanes),
-        lane(threadIdx.x % kWarpLanes),
         round(layout, first, end),
-        index(warp) {
-    barriers = reinterpret_cast<CopyBarrier*>(shared) + warp * kShrinkStages;
-    queue = reinterpret_cast<uint4*>(shared + kBarrierBytes) + warp * kShrinkStages * Traits::kStageChunks;
+        index(threadIdx.x / kWarpLanes) {
     aim();
   }
 
   __device__ __forceinline__ void aim() {
+    const int lane = threadIdx.x % kWarpLanes;
     const int64_t row = round.row(layout, index);
     const int64_t left = p.rows_per_group - row;
     rows = index < round.count ? static_cast<int>(left < kTileRows ? left : kTileRows) : 0;
-    source = static_cast<const T*>(p.x) + (round.group * p.rows_per_group + row) * p.x_stride + column0;
+    source = static_cast<const T*>(p.x) + (round.group * p.rows_per_group + row + lane / kRowChunks) * p.x_stride +
+             column0 + 8 * (lane % kRowChunks);
   }
 
-  // Asks for the next stage, to lie in `slot`.
+  // Asks for the next stage, to lie in `slot`: 256 bytes of two rows at a time.
   __device__ __forceinline__ void request(int slot) {
-    if (rows > 0) {
-      const int column = stage * kStageColumns;
-      const int left = columns - column;  // at least 1
-      uint4* const target = queue + slot * Traits::kStageChunks;
-      if constexpr (Traits::kFeed == Feed::kBulk) {
-        const uint32_t bytes = 2 * (left < kStageColumns ? left : kStageColumns);
-        if (lane == 0) expect_bytes(barriers + slot, rows * bytes);
-        if (lane < rows) {
-          copy_bulk(target + row_chunk(lane), source + lane * p.x_stride + column, bytes, barriers + slot);
-        }
-      } else {
-        const int chunk = lane % kRowChunks;
-        const int parity = lane / kRowChunks;
-        const T* from = source + parity * p.x_stride + column + 8 * chunk;
-        uint4* to = target + row_chunk(parity) + chunk;
-        const int count = left - 8 * chunk;
+    const int lane = threadIdx.x % kWarpLanes;
+    const int left = columns - stage * kStageColumns;  // at least 1
+    const T* from = source + stage * kStageColumns;
+    uint4* const to = queue + slot * Traits::kStageChunks + row_chunk(lane / kRowChunks) + lane % kRowChunks;
+    const int64_t step = 2 * p.x_stride;
+    if (Traits::kFeed == Feed::kAsync && rows == kTileRows && left >= kStageColumns) {
 #pragma unroll
-        for (int row = 0; row < kTileRows; row += 2, from += 2 * p.x_stride, to += kPairChunks) {
-          if (row + parity >= rows || count <= 0) continue;
-          if constexpr (Traits::kFeed == Feed::kAsync) copy_async(to, from);
-          else *to = load_eight(from, count, false);
-        }
+      for (int pair = 0; pair < kTileRows / 2; ++pair, from += step) copy_async(to + pair * kPairChunks, from);
+    } else {
+      const int count = left - 8 * (lane % kRowChunks);
+      for (int pair = 0; 2 * pair + lane / kRowChunks < rows && count > 0; ++pair, from += step) {
+        if constexpr (Traits::kFeed == Feed::kAsync) copy_async(to + pair * kPairChunks, from);
+        else to[pair * kPairChunks] = load_eight(from, count, false);
       }
     }
     if constexpr (Traits::kFeed == Feed::kAsync) commit_copies();
@@ -250,7 +226,7 @@ struct Feeder {
       index += Traits::kWarps;
       if (index >= round.count) {
         round.advance(layout, end);
-        index = warp;
+        index = threadIdx.x / kWarpLanes;
       }
       aim();
     }
@@ -297,7 +273,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     shrink_kernel(const __grid_constant__ ShrinkParams p, const __grid_constant__ ShrinkLayout layout) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if constexpr (Traits::kFeed == Feed::kBulk) return;  // never launched: leave the rest out of the binary
+  if constexpr (Traits::kWarps > 4) return;  // for clusters, never launched: leave the rest out of the binary
 #endif
   using T = typename Traits::Element;
   constexpr int kRankTiles = Traits::kRankTiles;
@@ -307,8 +283,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int i = lane / 4;
   const int c = lane % 4;
   unsigned char* const shared = dynamic_shared();
-  float* const sums = reinterpret_cast<float*>(shared + kBarrierBytes + Traits::kQueueBytes);
-  T* const weights = reinterpret_cast<T*>(shared + Traits::kFixedBytes);
+  uint4* const queue = reinterpret_cast<uint4*>(shared) + warp * kShrinkStages * Traits::kStageChunks;
+  float* const sums = reinterpret_cast<float*>(shared + Traits::kQueueBytes);
+  T* const weights = reinterpret_cast<T*>(shared + Traits::kQueueBytes + layout.round_tiles * Traits::kTileSumBytes);
 
   const auto panel = static_cast<int>(blockIdx.x % layout.panels);
   const auto range = static_cast<int32_t>(blockIdx.x / layout.panels);
@@ -319,23 +296,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int columns = rest <= 0 ? 0 : rest < layout.panel_columns ? static_cast<int>(rest) : layout.panel_columns;
   const int stages = (columns + kStageColumns - 1) / kStageColumns;
 
-  Feeder<Traits> feeder(p, layout, shared, column0, columns, first, end);
-  if constexpr (Traits::kFeed == Feed::kBulk) {
-    if (lane == 0) {
-#pragma unroll
-      for (int slot = 0; slot < kShrinkStages; ++slot) start_barrier(feeder.barriers + slot);
-    }
-    __syncthreads();
-  }
+  Feeder<Traits> feeder(p, layout, queue, column0, columns, first, end);
   if (stages > 0) {
 #pragma unroll
     for (int slot = 0; slot < kShrinkStages; ++slot) feeder.request(slot);
   }
 
   int slot = 0;
-  uint32_t phases = 0;  // a bit for each slot: the parity of the copy that comes next
   int32_t group = -1;
-  for (Round<Traits::kRoundTiles> now(layout, first, end); now.count > 0; now.advance(layout, end)) {
+  for (Round now(layout, first, end); now.count > 0; now.advance(layout, end)) {
     const bool fresh = now.group != group;
     group = now.group;
     const int64_t token0 = group * p.rows_per_group;
@@ -368,10 +337,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
                                weights);
         }
         if constexpr (Traits::kFeed == Feed::kAsync) wait_copies<kShrinkStages - 1>();
-        if (Traits::kFeed == Feed::kBulk && busy) {
-          wait_bulk(feeder.barriers + slot, phases >> slot & 1u);
-          phases ^= 1u << slot;
-        }
         __syncwarp();
         if (busy) {
           uint32_t signs[2][kStagePieces];
@@ -388,7 +353,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
               }
             }
           }
-          const uint4* const from = feeder.queue + slot * Traits::kStageChunks + row_chunk(i) + c;
+          const uint4* const from = queue + slot * Traits::kStageChunks + row_chunk(i) + c;
           // Behind the last column the queue holds what lay there before.
           const int left = columns - stage * kStageColumns - 8 * c;
 #pragma unroll
@@ -462,7 +427,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       store_pair<Traits>(p, layout, sample, token0 + row0 + row, row0 + row, 2 * (e % kPairs),
                          [&](int member, int place) { return load_peer(sums + row * kPitch + place, member); });
     }
-    cluster_arrive();
+    cluster_arrive_reads();
   }
   if (layout.clustered && end > first) cluster_wait();  // no block leaves while another reads its sums
 }
@@ -490,6 +455,14 @@ inline int64_t panel_columns(int64_t n) {
   return ((n + panels - 1) / panels + kStageColumns - 1) / kStageColumns * kStageColumns;
 }
 
+// Tiles of a warp in a round: as many as leave room for two blocks on a multiprocessor of compute capability 9.0, up to
+// four; at least one.
+inline int warp_tiles(int64_t fixed_bytes, int64_t sum_bytes) {
+  constexpr int64_t kHalf = 112 * 1024;
+  const int64_t fit = (kHalf - fixed_bytes) / sum_bytes;
+  return fit < 1 ? 1 : fit > 4 ? 4 : static_cast<int>(fit);
+}
+
 template <class Traits>
 cudaError_t launch_tiles(const ShrinkParams& p, const Machine& machine, cudaStream_t stream) {
   ShrinkLayout layout{};
@@ -503,8 +476,10 @@ cudaError_t launch_tiles(const ShrinkParams& p, const Machine& machine, cudaStre
   layout.tiles = static_cast<int32_t>(group_tiles * p.groups);
   layout.mean_aligned = means_aligned(p, p.mean_format == Format::kFloat32 ? 16 : 8);
   layout.z_aligned = results_aligned(p, 4);
+  const int64_t fixed = Traits::kQueueBytes + columns * Traits::kWeightBytes;
+  layout.round_tiles = Traits::kWarps * warp_tiles(fixed, Traits::kWarps * Traits::kTileSumBytes);
   LaunchShape shape{dim3(1), Traits::kThreads};
-  shape.shared = Traits::kFixedBytes + static_cast<size_t>(columns) * Traits::kWeightBytes;
+  shape.shared = static_cast<size_t>(fixed + layout.round_tiles * Traits::kTileSumBytes);
   shape.cluster = layout.clustered ? layout.panels : 1;
   int resident = 0;
   cudaError_t status = resident_clusters(shrink_kernel<Traits>, shape, resident);
@@ -512,10 +487,12 @@ cudaError_t launch_tiles(const ShrinkParams& p, const Machine& machine, cudaStre
   if (resident == 0) return cudaErrorLaunchOutOfResources;
   const int32_t ranges = layout.clustered ? resident : (resident + layout.panels - 1) / layout.panels;
   layout.ranges = ranges < layout.tiles ? ranges : layout.tiles;
-  // Ranges that stay within a sample make its noise once; that is worth leaving a few clusters idle.
-  if (p.groups <= layout.ranges) {
-    layout.group_ranges = layout.ranges / static_cast<int32_t>(p.groups);
-    layout.ranges = layout.group_ranges * static_cast<int32_t>(p.groups);
+  // Ranges that stay within a sample make its noise once. That is worth a few idle clusters, not many.
+  const auto groups = static_cast<int32_t>(p.groups < layout.ranges ? p.groups : layout.ranges + 1);
+  const int32_t even = layout.ranges / groups * groups;
+  if (8 * even >= 7 * layout.ranges) {
+    layout.group_ranges = even / groups;
+    layout.ranges = even;
   }
   shape.grid = dim3(static_cast<unsigned>(layout.ranges * layout.panels));
   status = launch(shrink_kernel<Traits>, shape, stream, p, layout);
@@ -526,56 +503,68 @@ cudaError_t launch_tiles(const ShrinkParams& p, const Machine& machine, cudaStre
   return launch(reduce_kernel<Traits>, {dim3(static_cast<unsigned>(blocks)), Traits::kThreads}, stream, p, layout);
 }
 
-// Rank tiles and warps of a block. More warps share the weights of a block that has a multiprocessor to itself.
+// Rank tiles and warps of a block: where its weights leave a multiprocessor to one block, it has more warps to share
+// them.
 struct Choice {
   int tiles, warps;
 };
-constexpr Choice kBulkChoices[] = {{1, 8}, {2, 8}, {3, 8}, {4, 12}, {8, 8}};
-constexpr Choice kAsyncChoices[] = {{1, 4}, {2, 4}, {4, 4}};
-constexpr Choice kPlainChoices[] = {{2, 4}};  // the rare feed
-constexpr Choice kModeChoices[] = {{2, 4}};   // flipout and token, whatever the feed
+constexpr Choice kClusterChoices[] = {{1, 8}, {2, 8}, {3, 8}, {4, 12}, {8, 8}};
+constexpr Choice kPortableChoices[] = {{1, 4}, {2, 4}, {4, 4}};
+constexpr Choice kRareChoices[] = {{2, 4}};  // rows off 16 bytes, flipout and token
 
-// The first with room for all the tiles, else the last that the device's shared memory holds; no tiles if it holds none.
+// The first with room for all the tiles, else the last that the device's shared memory holds; no tiles if it holds
+// none.
 template <int kCount>
-Choice choose(const Choice (&choices)[kCount], const ShrinkParams& p, const Machine& machine, int planes) {
+Choice choose(const Choice (&choices)[kCount], const ShrinkParams& p, const Machine& machine) {
   Choice best{0, 0};
+  const int planes = p.mode == Mode::kFlipout ? 2 : 1;
   for (const Choice& choice : choices) {
     const int64_t ranks = choice.tiles * kTileRanks;
-    const int warp_tiles = p.mode == Mode::kWeight ? warp_tiles_of(choice.tiles) : 1;
-    const int64_t sums = choice.warps * warp_tiles * kTileRows * (planes * ranks + 2) * 4;
+    const int64_t sums = choice.warps * kTileRows * (planes * ranks + 2) * 4;
     const int64_t queue = choice.warps * kShrinkStages * kTileRows / 2 * kPairChunks * 16;
     const int64_t weights = panel_columns(p.n) * planes * ranks * 2;
-    if (kBarrierBytes + queue + sums + weights > machine.shared_bytes) continue;
+    if (queue + sums + weights > machine.shared_bytes) continue;
     if (choice.tiles > best.tiles) best = choice;
     if (choice.tiles >= p.tile_count) break;
   }
   return best;
 }
 
+template <class T, Feed kFeed>
+cudaError_t launch_rare(const ShrinkParams& p, const Machine& machine, cudaStream_t stream) {
+  if (p.mode == Mode::kFlipout) return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kFlipout, kFeed>>(p, machine, stream);
+  if (p.mode == Mode::kToken) return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kToken, kFeed>>(p, machine, stream);
+  return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kWeight, kFeed>>(p, machine, stream);
+}
+
+template <class T, int kRankTiles, int kWarps>
+cudaError_t launch_common(const ShrinkParams& p, const Machine& machine, cudaStream_t stream) {
+  return launch_tiles<ShrinkTraits<T, kRankTiles, kWarps, Mode::kWeight, Feed::kAsync>>(p, machine, stream);
+}
+
 template <class T>
-cudaError_t launch_pass(const ShrinkParams& p, const Machine& machine, Feed feed, const Choice& choice,
+cudaError_t launch_pass(const ShrinkParams& p, const Machine& machine, bool aligned, const Choice& choice,
                         cudaStream_t stream) {
-  const auto is = [&choice](int tiles, int warps) { return choice.tiles == tiles && choice.warps == warps; };
-  if (p.mode == Mode::kFlipout) {
-    if (feed == Feed::kPlain) return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kFlipout, Feed::kPlain>>(p, machine, stream);
-    return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kFlipout, Feed::kAsync>>(p, machine, stream);
+  if (!aligned) return launch_rare<T, Feed::kPlain>(p, machine, stream);
+  if (p.mode != Mode::kWeight) return launch_rare<T, Feed::kAsync>(p, machine, stream);
+  switch (100 * choice.tiles + choice.warps) {
+    case 104:
+      return launch_common<T, 1, 4>(p, machine, stream);
+    case 204:
+      return launch_common<T, 2, 4>(p, machine, stream);
+    case 404:
+      return launch_common<T, 4, 4>(p, machine, stream);
+    case 108:
+      return launch_common<T, 1, 8>(p, machine, stream);
+    case 208:
+      return launch_common<T, 2, 8>(p, machine, stream);
+    case 308:
+      return launch_common<T, 3, 8>(p, machine, stream);
+    case 412:
+      return launch_common<T, 4, 12>(p, machine, stream);
+    default:
+      return launch_common<T, 8, 8>(p, machine, stream);
   }
-  if (p.mode == Mode::kToken) {
-    if (feed == Feed::kPlain) return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kToken, Feed::kPlain>>(p, machine, stream);
-    return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kToken, Feed::kAsync>>(p, machine, stream);
-  }
-  constexpr Mode kWeight = Mode::kWeight;
-  if (feed == Feed::kPlain) return launch_tiles<ShrinkTraits<T, 2, 4, kWeight, Feed::kPlain>>(p, machine, stream);
-  if (feed == Feed::kAsync) {
-    if (is(1, 4)) return launch_tiles<ShrinkTraits<T, 1, 4, kWeight, Feed::kAsync>>(p, machine, stream);
-    if (is(2, 4)) return launch_tiles<ShrinkTraits<T, 2, 4, kWeight, Feed::kAsync>>(p, machine, stream);
-    return launch_tiles<ShrinkTraits<T, 4, 4, kWeight, Feed::kAsync>>(p, machine, stream);
-  }
-  if (is(1, 8)) return launch_tiles<ShrinkTraits<T, 1, 8, kWeight, Feed::kBulk>>(p, machine, stream);
-  if (is(2, 8)) return launch_tiles<ShrinkTraits<T, 2, 8, kWeight, Feed::kBulk>>(p, machine, stream);
-  if (is(3, 8)) return launch_tiles<ShrinkTraits<T, 3, 8, kWeight, Feed::kBulk>>(p, machine, stream);
-  if (is(4, 12)) return launch_tiles<ShrinkTraits<T, 4, 12, kWeight, Feed::kBulk>>(p, machine, stream);
-  return launch_tiles<ShrinkTraits<T, 8, 8, kWeight, Feed::kBulk>>(p, machine, stream);
 }
 
 template <class T>
@@ -583,19 +572,16 @@ cudaError_t launch_shrink_half(const ShrinkParams& params, cudaStream_t stream) 
   Machine machine;
   cudaError_t status = current_machine(machine);
   const bool aligned = is_aligned(params.x, 16) && params.x_stride % 8 == 0 && params.n % 8 == 0;
-  const Feed feed = !aligned ? Feed::kPlain : machine.clusters ? Feed::kBulk : Feed::kAsync;
   ShrinkParams pass = params;
   for (int first = 0; first < params.tile_count && status == cudaSuccess; first += pass.tile_count) {
     pass.tile_count = params.tile_count - first;
-    const int planes = params.mode == Mode::kFlipout ? 2 : 1;
-    const Choice choice = params.mode != Mode::kWeight ? choose(kModeChoices, pass, machine, planes)
-                          : feed == Feed::kBulk        ? choose(kBulkChoices, pass, machine, planes)
-                          : feed == Feed::kAsync       ? choose(kAsyncChoices, pass, machine, planes)
-                                                       : choose(kPlainChoices, pass, machine, planes);
+    const Choice choice = !aligned || params.mode != Mode::kWeight ? choose(kRareChoices, pass, machine)
+                          : machine.clusters                       ? choose(kClusterChoices, pass, machine)
+                                                                   : choose(kPortableChoices, pass, machine);
     if (choice.tiles == 0) return cudaErrorLaunchOutOfResources;
     if (pass.tile_count > choice.tiles) pass.tile_count = choice.tiles;
     for (int k = 0; k < pass.tile_count; ++k) pass.tiles[k] = params.tiles[first + k];
-    status = launch_pass<T>(pass, machine, feed, choice, stream);
+    status = launch_pass<T>(pass, machine, aligned, choice, stream);
   }
   return status;
 }

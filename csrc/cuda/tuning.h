@@ -10,17 +10,18 @@ constexpr int kWarpLanes = 32;
 constexpr int kTileRows = 16;
 constexpr int kTileRanks = 8;
 
-// shrink takes x in stages of 128 columns: 256 bytes of a row at a time keep the memory's pages busy (64 reached half of
-// the copy bandwidth on an H200), a lane with a Philox counter each cover a rank's 128 columns, and so do flipout's signs
-// from one counter. Two stages in the queues of 12 to 16 warps hold over 48 KiB a multiprocessor in flight; the latency of an
-// H200 asks for 32.
+// shrink takes x in stages of 128 columns: 256 bytes of a row at a time keep the memory's pages busy (64 reached half
+// of the copy bandwidth on an H200), a lane with a Philox counter each cover a rank's 128 columns, and so do flipout's
+// signs from one counter. Two stages in the queues of 12 to 16 warps hold over 48 KiB a multiprocessor in flight; the
+// latency of an H200 asks for 32.
 constexpr int kPieceColumns = 32;
 constexpr int kStagePieces = 4;
 constexpr int kStageColumns = kStagePieces * kPieceColumns;
 constexpr int kShrinkStages = 2;
 // The columns are split into panels, one a block: their weights stay in shared memory while rows stream past. How many
-// depends on n alone: the order of a row's sum, and so its last bit, must not depend on the batch or on the layers beside.
-constexpr int64_t kPanelMinColumns = 1024;  // below, one panel
+// depends on n alone: the order of a row's sum, and so its last bit, must not depend on the batch or on the layers
+// beside.
+constexpr int64_t kPanelMinColumns = 1024;   // below, one panel
 constexpr int64_t kPanelManyColumns = 7168;  // above, 16 (the most blocks of a cluster), else 8
 constexpr int shrink_panels(int64_t n) { return n < kPanelMinColumns ? 1 : n <= kPanelManyColumns ? 8 : 16; }
 constexpr int kMaxPassTiles = 8;
@@ -47,6 +48,7 @@ constexpr int64_t kFewSharedBytes = 32 * 1024;  // of z: (rows, ranks) float32
 // expand: a warp owns 16 rows x 128 columns of y at a time (64 columns above rank 16, whose basis would not fit its
 // registers), so that it writes 256 bytes of a row at once; all warps of the device move down the rows side by side.
 constexpr int kExpandWarps = 4;
+constexpr int kExpandStages = 4;  // tiles of z in a warp's queue, three of them ahead
 constexpr int kExpandFloatThreads = 128;
 constexpr int kExpandFloatTokens = 8;
 constexpr int kExpandFloatRank = 8;

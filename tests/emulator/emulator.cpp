@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
-#include <map>
 #include <memory>
 #include <vector>
 
@@ -33,18 +32,9 @@ struct Warp {
 struct Copy {
   void* target;
   const void* source;
-  int bytes;
-};
-
-// A barrier of the bulk copy engine: phases that have ended, and what the present one expects and has been asked for.
-struct BulkPhase {
-  uint64_t ended = 0;
-  uint32_t expected = 0;
-  std::vector<Copy> copies;
 };
 
 struct Block {
-  std::map<void*, BulkPhase> bulk;
   std::vector<unsigned char> shared;
   Barrier barrier;
   std::vector<Warp> warps;
@@ -96,11 +86,7 @@ void leave(Barrier& barrier) {
   barrier.release_if_complete();
 }
 
-void complete(const Copy& copy) {
-  unsigned char bytes[16] = {};
-  if (copy.bytes > 0) std::memcpy(bytes, copy.source, copy.bytes);
-  std::memcpy(copy.target, bytes, 16);
-}
+void complete(const Copy& copy) { std::memcpy(copy.target, copy.source, 16); }
 
 void enter() {
   (*body)();
@@ -161,13 +147,8 @@ void run_cohort(const std::vector<dim3>& blocks, dim3 grid, unsigned threads, si
   }
   for (auto& fiber : all) {
     if (!fiber->done) fail("deadlock: threads wait for others that have left or wait elsewhere");
-    for (auto& [barrier, phase] : fiber->block->bulk) {
-      if (!phase.copies.empty()) fail("a block left with bulk copies under way");
-    }
     for (auto& group : fiber->groups) {
-      for (const Copy& copy : group) {
-        if (copy.bytes > 0) fail("a thread left with copies under way");
-      }
+      if (!group.empty()) fail("a thread left with copies under way");
     }
   }
 }
@@ -206,9 +187,12 @@ void collective(void* operand, const std::function<void(void* (&)[32])>& compute
   wait(warp.barrier);
 }
 
-void copy_async(void* target, const void* source, int bytes) {
+void copy_async(void* target, const void* source) {
+  if ((reinterpret_cast<uintptr_t>(target) | reinterpret_cast<uintptr_t>(source)) % 16 != 0) {
+    fail("an asynchronous copy does not lie on 16 bytes");
+  }
   std::memset(target, 0xFF, 16);
-  current->groups.back().push_back({target, source, bytes});
+  current->groups.back().push_back({target, source});
 }
 
 void commit_copies() { current->groups.emplace_back(); }
@@ -219,29 +203,6 @@ void wait_copies(int pending) {
     for (const Copy& copy : current->groups.front()) complete(copy);
     current->groups.pop_front();
   }
-}
-
-void start_barrier(void* barrier) { current->block->bulk[barrier] = {}; }
-
-void expect_bytes(void* barrier, uint32_t bytes) { current->block->bulk.at(barrier).expected += bytes; }
-
-void copy_bulk(void* target, const void* source, uint32_t bytes, void* barrier) {
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  if (bytes % 16 != 0 || !aligned(target) || !aligned(source)) fail("a bulk copy is not in pieces of 16 bytes");
-  std::memset(target, 0xFF, bytes);
-  current->block->bulk.at(barrier).copies.push_back({target, source, static_cast<int>(bytes)});
-}
-
-void wait_bulk(void* barrier, uint32_t parity) {
-  BulkPhase& phase = current->block->bulk.at(barrier);
-  if (phase.ended % 2 != parity) return;
-  uint32_t bytes = 0;
-  for (const Copy& copy : phase.copies) {
-    std::memcpy(copy.target, copy.source, copy.bytes);
-    bytes += copy.bytes;
-  }
-  if (bytes == 0 || bytes != phase.expected) fail("a barrier waits for other bytes than were asked for");
-  phase = {phase.ended + 1, 0, {}};
 }
 
 cudaError_t run(const std::function<void()>& kernel, dim3 grid, unsigned threads, size_t shared, int cluster,
@@ -271,7 +232,7 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount              ? 3
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? 3
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
                                                                   : 1;
   return cudaSuccess;

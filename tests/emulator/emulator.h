@@ -53,13 +53,9 @@ void cohort_wait();
 // lane has left the kernel).
 void collective(void* operand, const std::function<void(void* (&)[32])>& compute);
 
-void copy_async(void* target, const void* source, int bytes);
+void copy_async(void* target, const void* source);
 void commit_copies();
 void wait_copies(int pending);
-void start_barrier(void* barrier);
-void expect_bytes(void* barrier, uint32_t bytes);
-void copy_bulk(void* target, const void* source, uint32_t bytes, void* barrier);
-void wait_bulk(void* barrier, uint32_t parity);
 
 cudaError_t run(const std::function<void()>& kernel, dim3 grid, unsigned threads, size_t shared, int cluster,
                 bool cooperative);
@@ -118,23 +114,12 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 namespace tfb::cuda {
 
 inline unsigned char* dynamic_shared() { return ::emulator::shared_memory(); }
-inline void copy_async(void* shared, const void* global, int bytes) { ::emulator::copy_async(shared, global, bytes); }
-inline void copy_async(void* shared, const void* global) { ::emulator::copy_async(shared, global, 16); }
+inline void copy_async(void* shared, const void* global) { ::emulator::copy_async(shared, global); }
 inline void commit_copies() { ::emulator::commit_copies(); }
 template <int kPending>
 void wait_copies() {
   ::emulator::wait_copies(kPending);
 }
-
-struct alignas(8) CopyBarrier {
-  uint64_t state;
-};
-inline void start_barrier(CopyBarrier* barrier) { ::emulator::start_barrier(barrier); }
-inline void expect_bytes(CopyBarrier* barrier, uint32_t bytes) { ::emulator::expect_bytes(barrier, bytes); }
-inline void copy_bulk(void* shared, const void* global, uint32_t bytes, CopyBarrier* barrier) {
-  ::emulator::copy_bulk(shared, global, bytes, barrier);
-}
-inline void wait_bulk(CopyBarrier* barrier, uint32_t parity) { ::emulator::wait_bulk(barrier, parity); }
 
 template <class T>
 float element(uint32_t pair, int which) {
@@ -174,6 +159,7 @@ void multiply_16x8x16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint
 }
 
 inline void cluster_arrive() { ::emulator::cohort_arrive(); }
+inline void cluster_arrive_reads() { ::emulator::cohort_arrive(); }
 inline void cluster_wait() { ::emulator::cohort_wait(); }
 inline float2 load_peer(const float* local, uint32_t rank) {
   const auto offset = reinterpret_cast<const unsigned char*>(local) - ::emulator::shared_memory();

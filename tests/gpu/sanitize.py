@@ -20,8 +20,9 @@ NOISE_SHAPES = ((1, 1), (3, 5), (8, 1030), (17, 129), (65, 31))
 # Samples, rows a sample, in features, rank.
 SHRINK_SHAPES = (
     (1, 1, 1, 1), (2, 7, 33, 3), (3, 17, 130, 8), (2, 65, 257, 17), (1, 129, 96, 65), (2, 64, 512, 64),
-    (3, 5, 1032, 16), (2, 0, 64, 8),
+    (3, 5, 1032, 16), (2, 150, 1160, 24), (2, 0, 64, 8),
 )  # fmt: skip
+MODES = ("weight", "flipout", "token")
 # Rows, out features, rank.
 EXPAND_SHAPES = (
     (1, 1, 1), (7, 33, 3), (17, 130, 8), (65, 257, 17), (129, 96, 65), (64, 512, 64), (33, 1032, 16), (0, 64, 8),
@@ -58,23 +59,57 @@ def run_noise(device: torch.device) -> int:
     return 2 * len(NOISE_SHAPES)
 
 
+def draws(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """sigma, samples and seed of ``size`` groups."""
+    samples = torch.arange(size, dtype=torch.int32) + 4
+    return torch.linspace(0.1, 0.5, size), samples, torch.tensor([SEED - 2**64], dtype=torch.int64)
+
+
 def run_shrink(device: torch.device, dtype: torch.dtype) -> int:
     done = 0
     for size, rows, n, r in SHRINK_SHAPES:
         x, mean = torch.randn(size * rows, n).to(dtype), torch.randn(r, n)
-        sigma = torch.linspace(0.1, 0.5, size)
-        samples = torch.arange(size, dtype=torch.int32) + 4
-        seed = torch.tensor([SEED - 2**64], dtype=torch.int64)
-        weight = mean.abs().double() + 6 * float(sigma.max())
-        magnitude = x.double().abs() @ weight.T
-        noise = NOISE_TOLERANCE * float(sigma.max()) * float(x.double().abs().sum(1).max()) if len(x) else 0.0
-        for wide, columns in layouts(x):
-            for m in (mean, mean.to(dtype)):
-                wanted = ops.shrink(x, m, sigma, samples, seed, LAYER)
-                rest = m.to(device), sigma.to(device), samples.to(device), seed.to(device)
-                out = ops.shrink(wide.to(device)[:, columns], *rest, LAYER)
-                require_close(f"shrink {dtype} S={size} G={rows} n={n} r={r}", out, wanted, magnitude, noise)
-                done += 1
+        given = draws(size)
+        sigma = float(given[0].max())
+        magnitude = x.double().abs() @ (mean.abs().double() + 6 * sigma).T
+        noise = NOISE_TOLERANCE * sigma * float(x.double().abs().sum(1).max()) if len(x) else 0.0
+        moved = [t.to(device) for t in given]
+        for index, (wide, columns) in enumerate(layouts(x)):
+            for mode in MODES:
+                m = mean if index == 0 else mean.to(dtype)
+                wanted = ops.shrink(x, m, *given, LAYER, mode)
+                for portable in (False, True):
+                    ops.use_portable_kernels(portable)
+                    out = ops.shrink(wide.to(device)[:, columns], m.to(device), *moved, LAYER, mode)
+                    what = f"shrink {dtype} {mode} S={size} G={rows} n={n} r={r} portable={portable}"
+                    require_close(what, out, wanted, magnitude, noise)
+                    done += 1
+    ops.use_portable_kernels(False)
+    return done
+
+
+def run_update(device: torch.device, dtype: torch.dtype) -> int:
+    """Few rows: the launch that waits for its whole grid."""
+    done = 0
+    for size, rows in ((1, 1), (5, 3), (3, 16), (3, 20)):
+        x = torch.randn(size * rows, 1160).to(dtype)
+        means = [torch.randn(8, 1160), torch.randn(5, 1160)]
+        bases = [torch.randn(130, 8), torch.randn(64, 5)]
+        biases = [None, torch.randn(64).to(dtype)]
+        given = draws(size)
+        for mode in MODES:
+            rest = [1.5, 0.5], *given, [LAYER, 7], mode
+            wanted = ops.update_group(x, means, bases, biases, *rest)
+            on_device = [[None if t is None else t.to(device) for t in part] for part in (means, bases, biases)]
+            moved = [t.to(device) if isinstance(t, Tensor) else t for t in rest]
+            found = ops.update_group(x.to(device), *on_device, *moved)
+            weight = means[0].abs().double() + 6 * float(given[0].max())
+            z = x.double().abs() @ weight.T
+            magnitude = 4 + 1.5 * z @ bases[0].double().abs().T
+            noise = 1.5 * NOISE_TOLERANCE * float(given[0].max()) * float(x.double().abs().sum(1).max()) * 40
+            for out, right in zip(found, wanted, strict=True):
+                require_close(f"update_group {dtype} {mode} S={size} G={rows}", out, right, magnitude, noise)
+            done += 1
     return done
 
 
@@ -94,6 +129,11 @@ def run_expand(device: torch.device, dtype: torch.dtype) -> int:
                 if not outside.isnan().all():
                     raise SystemExit(f"expand_ {dtype} T={rows} m={m} r={r}: wrote outside its rows' columns")
                 done += 1
+        for bias in (None, torch.randn(m).to(dtype)):
+            wanted = ops.expand(z, basis, SCALING, bias)
+            out = ops.expand(z.to(device), basis.to(device), SCALING, None if bias is None else bias.to(device))
+            require_close(f"expand {dtype} T={rows} m={m} r={r}", out, wanted, magnitude + 4)
+            done += 1
     return done
 
 
@@ -102,7 +142,7 @@ def main() -> None:
     torch.manual_seed(0)
     calls = run_noise(device)
     for dtype in TYPES:
-        calls += run_shrink(device, dtype) + run_expand(device, dtype)
+        calls += run_shrink(device, dtype) + run_expand(device, dtype) + run_update(device, dtype)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"{calls} calls on {device} agree with the CPU")

@@ -105,6 +105,46 @@ def test_the_same_bits_250_times(dtype: torch.dtype) -> None:
         assert torch.equal(ops.expand_(torch.ones(350, 1000, dtype=dtype, device=CUDA), again, basis, 0.5), expanded)
 
 
+@pytest.mark.parametrize("n", [4096, 14336])
+@pytest.mark.parametrize("r", [8, 64])
+def test_portable_kernels_give_the_same_bits(n: int, r: int) -> None:
+    """Clusters and global memory add the panels' sums in the same order."""
+    arguments = inputs(r, n, 6, 200, torch.bfloat16)
+    try:
+        ops.use_portable_kernels(True)
+        if torch.cuda.get_device_capability() >= (9, 0):
+            assert ops.build_info()["cuda_kernels"] == "portable"
+        portable = ops.shrink(**arguments, layer=LAYER)
+    finally:
+        ops.use_portable_kernels(False)
+    assert torch.equal(ops.shrink(**arguments, layer=LAYER), portable)
+
+
+def test_few_rows_in_a_graph_and_250_times() -> None:
+    arguments = inputs(8, 4096, 10, 1, torch.bfloat16)
+    mean = arguments.pop("mean")
+    bases = [torch.randn(m, 8, generator=torch.Generator().manual_seed(m)).to(CUDA) for m in (4096, 1024)]
+
+    def step() -> list[Tensor]:
+        return ops.update_group(
+            arguments["x"], [mean, mean], bases, [None, None], [1.0, 2.0], arguments["sigma"], arguments["samples"],
+            arguments["seed"], [LAYER, LAYER + 1],
+        )  # fmt: skip
+
+    first = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(250):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
+    arguments["seed"].fill_(77)
+    graph.replay()
+    assert not torch.equal(captured[0], first[0])
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
 def test_runs_on_the_current_stream() -> None:
     arguments = inputs(8, 4096, 4, 64, torch.bfloat16)
     expected = ops.shrink(**arguments, layer=LAYER)

@@ -1,0 +1,214 @@
+"""The CUDA kernels on the CPU: compiled against tests/emulator, they must give what the CPU's own operators give.
+
+The emulator runs a kernel's threads as fibers. It sees reads before an asynchronous copy has landed, threads that wait for
+others that never come, and wrong places in fragments, shared memory or clusters; it does not see races within a warp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tfb_ext import ops
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+import build
+
+SEED = 2**40 + 12345
+HALVES = [torch.bfloat16, torch.float16]
+MODES = ["weight", "flipout", "token"]
+
+pytestmark = pytest.mark.skipif(
+    build.cuda_include() is None or shutil.which("g++") is None,
+    reason="nvcc's headers or g++ are not on this machine, so the CUDA kernels cannot be compiled for the CPU",
+)
+
+
+class Emulated:
+    """``torch.ops.tfb_emulated``, with the switch for portable kernels."""
+
+    def __init__(self, library: Path) -> None:
+        torch.ops.load_library(str(library))
+        self.ops: Any = torch.ops.tfb_emulated
+        self._library = ctypes.CDLL(str(library))
+
+    def portable(self, wanted: bool) -> None:
+        self._library.tfb_emulated_force_portable(ctypes.c_bool(wanted))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    return Emulated(build.build(tmp_path_factory.mktemp("emulated")))
+
+
+@pytest.fixture(params=["clusters", "portable"])
+def emulated(built: Emulated, request: pytest.FixtureRequest) -> Iterator[Any]:
+    built.portable(request.param == "portable")
+    yield built.ops
+    built.portable(False)
+
+
+class Case:
+    """Layers of some ranks that share x, S groups of G rows; the draws are the CPU's and the emulated kernels' alike."""
+
+    def __init__(self, groups: int, rows: int, n: int, ranks: tuple[int, ...], dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(groups * 1009 + rows * 31 + n)
+        self.x = torch.randn(groups * rows, n, generator=generator).to(dtype)
+        self.means = [torch.randn(r, n, generator=generator) for r in ranks]
+        self.sigma = 0.1 + torch.rand(groups, generator=generator)
+        self.samples = torch.randperm(4 * groups, generator=generator)[:groups].to(torch.int32)
+        self.seed = torch.tensor([SEED])
+        self.layers = [0xC0FFEE + k for k in range(len(ranks))]
+
+    def draws(self, mode: str) -> tuple[Any, ...]:
+        return self.means, self.sigma, self.samples, self.seed, self.layers, mode, True
+
+    def terms(self) -> Tensor:
+        """Squares of the terms of a row's sums, largest row."""
+        largest = max(float(m.double().square().max()) for m in self.means) + 36 * float(self.sigma.max()) ** 2
+        return self.x.double().square().sum(1).max() * largest
+
+
+def assert_close(out: Tensor, wanted: Tensor, terms: Tensor, length: int) -> None:
+    """Two ways to round the same sum: two units of the type each, and float32 sums of ``length`` terms in another order."""
+    scale = math.sqrt(float(terms))
+    slack = scale * (4 * torch.finfo(out.dtype).eps + 2 * torch.finfo(torch.float32).eps * math.sqrt(length) + 1e-6)
+    assert out.isfinite().all()
+    assert (out.double() - wanted.double()).abs().max() <= slack
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("groups", "rows", "n", "ranks"),
+    [
+        (1, 1, 1, (1,)),
+        (2, 5, 64, (3,)),
+        (3, 17, 130, (8,)),
+        (2, 33, 1032, (8, 8, 8)),
+        (3, 330, 1100, (8,)),
+        (7, 50, 1040, (24, 4)),
+        (5, 100, 8200, (8,)),
+        (1, 260, 1288, (33,)),
+        (9, 20, 1288, (64, 16)),
+        (2, 20, 1033, (70,)),
+    ],
+)
+def test_shrink(emulated: Any, groups: int, rows: int, n: int, ranks: tuple[int, ...], mode: str) -> None:
+    for dtype in HALVES:
+        case = Case(groups, rows, n, ranks, dtype)
+        found = emulated.shrink_group(case.x, *case.draws(mode))
+        for z, wanted in zip(found, ops.shrink_group(case.x, *case.draws(mode)), strict=True):
+            assert_close(z, wanted, case.terms(), n)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shrink_float32(emulated: Any, mode: str) -> None:
+    for groups, rows, n, ranks in ((1, 1, 1, (1,)), (3, 17, 300, (8, 3)), (2, 9, 1031, (17,))):
+        case = Case(groups, rows, n, ranks, torch.float32)
+        found = emulated.shrink_group(case.x, *case.draws(mode))
+        for z, wanted in zip(found, ops.shrink_group(case.x, *case.draws(mode)), strict=True):
+            assert_close(z, wanted, case.terms(), n)
+
+
+def test_bits_depend_on_neither_company_nor_tiles(built: Emulated) -> None:
+    """A row alone, its sample alone, its layer alone, clusters or global memory: the same bits."""
+    case = Case(3, 40, 1160, (8, 16, 8), torch.bfloat16)
+    means, sigma, samples, seed, layers, mode, antithetic = case.draws("weight")
+    together = built.ops.shrink_group(case.x, *case.draws("weight"))
+    built.portable(True)
+    for a, b in zip(built.ops.shrink_group(case.x, *case.draws("weight")), together, strict=True):
+        assert torch.equal(a, b)
+    built.portable(False)
+    for mean, layer, z in zip(means, layers, together, strict=True):
+        assert torch.equal(built.ops.shrink(case.x, mean, sigma, samples, seed, layer, mode, antithetic), z)
+        alone = built.ops.shrink(case.x[40:80], mean, sigma[1:2], samples[1:2], seed, layer, mode, antithetic)
+        assert torch.equal(alone, z[40:80])
+        one = built.ops.shrink(case.x[47:48], mean, sigma[1:2], samples[1:2], seed, layer, mode, antithetic)
+        assert torch.equal(one, z[47:48])
+
+
+@pytest.mark.parametrize("start", [0, 1, 8])
+def test_strided_rows_touch_nothing_else(emulated: Any, start: int) -> None:
+    case = Case(2, 21, 1032, (8,), torch.bfloat16)
+    (expected,) = emulated.shrink_group(case.x, *case.draws("weight"))
+    wide = torch.full((42, 1032 + 16), float("nan"), dtype=torch.bfloat16)
+    wide[:, start : start + 1032] = case.x
+    (found,) = emulated.shrink_group(wide[:, start : start + 1032], *case.draws("weight"))
+    # Off 16 bytes another kernel serves; the order of its sums is the same.
+    assert torch.equal(found, expected)
+    basis = torch.randn(264, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y = torch.full((42, 264 + 16), float("nan"), dtype=torch.bfloat16)
+    y[:, start : start + 264] = 1.0
+    emulated.expand_(y[:, start : start + 264], expected, basis, 2.0)
+    assert torch.equal(y[:, start : start + 264], emulated.expand(expected, basis, 2.0, torch.ones(264).bfloat16()))
+    assert y[:, :start].isnan().all() and y[:, start + 264 :].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "m", "r"),
+    [(1, 1, 1), (5, 7, 3), (64, 128, 8), (37, 264, 12), (200, 1032, 16), (300, 520, 40), (33, 520, 64), (50, 136, 24),
+     (17, 130, 8), (40, 72, 136), (700, 64, 8), (9, 2056, 32)],
+)  # fmt: skip
+def test_expand(emulated: Any, tokens: int, m: int, r: int) -> None:
+    generator = torch.Generator().manual_seed(tokens + m)
+    for dtype in (*HALVES, torch.float32):
+        z = torch.randn(tokens, r, generator=generator).to(dtype)
+        basis = torch.randn(m, r, generator=generator)
+        bias = torch.randn(m, generator=generator).to(dtype)
+        y = torch.randn(tokens, m, generator=generator).to(dtype)
+        added = y.clone()
+        emulated.expand_(added, z, basis, 1.5)
+        pairs = [
+            (added, y.double()),
+            (emulated.expand(z, basis, 1.5), torch.zeros(m, dtype=torch.float64)),
+            (emulated.expand(z, basis, 1.5, bias), bias.double()),
+        ]
+        for out, start in pairs:
+            update = 1.5 * z.double() @ basis.to(dtype).double().T
+            terms = (1.5**2 * z.double().square() @ basis.double().square().T + start.square()).max()
+            assert_close(out, start + update, terms, r)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("groups", "rows"), [(1, 1), (10, 1), (5, 8), (3, 16), (4, 20)])
+def test_update_group(emulated: Any, groups: int, rows: int, mode: str) -> None:
+    for dtype in HALVES:
+        case = Case(groups, rows, 1100, (8, 3, 17), dtype)
+        generator = torch.Generator().manual_seed(5)
+        widths = (264, 7, 130)
+        bases = [torch.randn(m, len(mean), generator=generator) for m, mean in zip(widths, case.means, strict=True)]
+        biases = [None, torch.randn(7, generator=generator).to(dtype), torch.randn(130, generator=generator).to(dtype)]
+        means, *draws = case.draws(mode)
+        found = emulated.update_group(case.x, means, bases, biases, [1.5, 2.0, 0.5], *draws)
+        z = ops.shrink_group(case.x.float(), *case.draws(mode))
+        for y, low, basis, bias, scaling in zip(found, z, bases, biases, (1.5, 2.0, 0.5), strict=True):
+            exact = (0 if bias is None else bias.double()) + scaling * low.double() @ basis.double().T
+            terms = scaling**2 * case.terms() * basis.double().square().sum(1).max()
+            assert_close(y, exact, terms, 1100)
+
+
+def test_linear(emulated: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 20, 72, generator=generator).bfloat16()
+    weight = torch.randn(136, 72, generator=generator).bfloat16()
+    z, basis = torch.randn(40, 8, generator=generator).bfloat16(), torch.randn(136, 8, generator=generator)
+    for bias in (None, torch.randn(136, generator=generator).bfloat16()):
+        exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        exact = exact + (1.5 * z.double() @ basis.bfloat16().double().T).view(2, 20, 136)
+        terms = x.double().square().sum(-1).max() * weight.double().square().max() + exact.square().max()
+        assert_close(emulated.linear(x, weight, bias, z, basis, 1.5), exact, terms, 80)
+
+
+def test_no_rows(emulated: Any) -> None:
+    case = Case(2, 0, 64, (8, 3), torch.bfloat16)
+    assert [z.shape for z in emulated.shrink_group(case.x, *case.draws("weight"))] == [(0, 8), (0, 3)]
+    assert emulated.expand(torch.empty(0, 8), torch.ones(16, 8), 1.0).shape == (0, 16)

@@ -1,0 +1,380 @@
+"""The direct way through a layer: taken where it may be, equal to the slot's, shared by layers with one input, put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+import zoo
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import tfb_ext
+from tfb_ext import layers, ops, reference
+
+SAMPLES, SIGMA = 4, 0.3
+
+
+def bayesian(name: str = "llama", device: str = "cpu", **options: Any) -> Any:
+    dtype = options.pop("dtype", torch.float32)
+    return tfb_ext.bayesianize(zoo.peft_model(name, dtype=dtype).to(device), sigma=SIGMA, **options)
+
+
+def predict(adapter: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    with adapter.predictive(SAMPLES, keep_samples=True, **options) as view:
+        adapter.model(**batch)
+    assert view.sample_outputs is not None
+    return view.sample_outputs
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """How often each operator is called by the layers."""
+    calls: dict[str, int] = {}
+
+    class Counting:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            calls[name] = calls.get(name, 0) + 1
+            return getattr(ops, name)
+
+    real = layers.ops
+    layers.ops = Counting()  # type: ignore[assignment]
+    try:
+        yield calls
+    finally:
+        layers.ops = real
+
+
+# Layers that share an input -------------------------------------------------------------------------------------------
+
+
+def test_groups_are_the_layers_that_share_an_input() -> None:
+    adapter = bayesian("llama")
+    block = "model.layers.2."
+    assert (f"{block}self_attn.q_proj", f"{block}self_attn.k_proj", f"{block}self_attn.v_proj") in adapter.shared_inputs
+    assert (f"{block}mlp.gate_proj", f"{block}mlp.up_proj") in adapter.shared_inputs
+    assert len(adapter.shared_inputs) == 2 * zoo.BLOCKS
+    # Phi-3 has one layer for q, k and v; GPT-2's c_attn and c_fc have inputs of their own.
+    assert bayesian("phi3").shared_inputs == bayesian("gpt2").shared_inputs == ()
+    bert = bayesian("bert").shared_inputs
+    assert bert[0] == ("bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.0.attention.self.value")
+
+
+@pytest.mark.parametrize("mode", ["weight", "flipout", "token"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "bert"])
+def test_grouped_layers_equal_ungrouped_ones(name: str, mode: str) -> None:
+    adapter = bayesian(name, mode=mode)
+    batch = zoo.batch_for(name)
+    with counted() as calls:
+        together = predict(adapter, batch)
+    for variant in adapter._variants:
+        variant.group = ()
+    with counted() as alone_calls:
+        alone = predict(adapter, batch)
+    assert torch.equal(together, alone)
+    assert calls["linear"] == alone_calls["linear"] == alone_calls["shrink_group"] == len(adapter.layers)
+    assert calls["shrink_group"] < alone_calls["shrink_group"]
+
+
+def test_an_input_that_was_changed_in_between_is_read_again() -> None:
+    """The group was found by one look; a model that writes into its input later must not get the old result."""
+    adapter = bayesian("llama", depth=1)
+    attention = adapter.anatomy.blocks[-1].self_attn
+    batch = zoo.batch_for("llama")
+    before = predict(adapter, batch)
+
+    def double(module: Any, args: tuple[Any, ...]) -> None:
+        args[0].mul_(2.0)
+
+    hook = attention.v_proj.register_forward_pre_hook(double)
+    changed = predict(adapter, batch)
+    for variant in adapter._variants:
+        variant.group = ()
+    assert torch.equal(changed, predict(adapter, batch))
+    hook.remove()
+    assert not torch.allclose(changed, before, atol=1e-3)
+
+
+def test_looking_for_groups_changes_nothing() -> None:
+    model = zoo.peft_model("llama", lora_dropout=0.5).train()
+    model.base_model.model.model.layers[1].eval()
+    modes = [m.training for m in model.modules()]
+    state = torch.random.get_rng_state()
+    adapter = tfb_ext.bayesianize(model, sigma=SIGMA)
+    assert adapter.shared_inputs
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_model_that_cannot_be_looked_at_has_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.peft_model("llama")
+    base = model.get_base_model()
+    monkeypatch.setattr(base, "get_input_embeddings", lambda: None)
+    adapter = tfb_ext.bayesianize(model, sigma=SIGMA)
+    assert adapter.shared_inputs == ()
+    batch = zoo.batch_for("llama")
+    keep = batch["attention_mask"].bool()
+    assert torch.allclose(predict(adapter, batch)[:, keep], predict(bayesian("llama"), batch)[:, keep], atol=1e-6)
+
+
+# The direct way and the slot ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", zoo.DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("depth", ["all", 1])
+def test_direct_equals_the_slot(depth: Any, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = bayesian("qwen2", device, dtype=dtype, depth=depth)  # whose q, k and v have a bias
+    batch = zoo.batch_for("qwen2", device=device)
+    keep = batch["attention_mask"].bool()
+    with counted() as calls:
+        direct = predict(adapter, batch)[:, keep]
+    monkeypatch.setattr(layers.TFBVariant, "install", lambda self, module: False)
+    with counted() as slot_calls:
+        slot = predict(adapter, batch)[:, keep]
+    assert "linear" in calls and "expand_" not in calls
+    assert "linear" not in slot_calls and slot_calls["expand_"] == len(adapter.random_layers)
+    tolerance = 2e-5 if dtype == torch.float32 else 0.15
+    assert torch.allclose(direct, slot, atol=tolerance)
+    assert (direct[0] - direct[1]).abs().max() > 0.3  # the samples differ by more than that
+
+
+def test_blocks_below_take_the_direct_way_as_the_mean() -> None:
+    adapter = bayesian("llama", depth=1)
+    with counted() as calls:
+        predict(adapter, zoo.batch_for("llama"))
+    assert calls["linear"] == len(adapter.layers) > len(adapter.random_layers)
+    assert "expand_" not in calls
+
+
+def test_float32_adapters_do_not_widen_the_activations() -> None:
+    """Under a bfloat16 base PEFT would push every input through float32; no operation of ours and of the blocks does."""
+    model = zoo.peft_model("llama", dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    adapter = tfb_ext.bayesianize(model, sigma=SIGMA, depth=2)
+    seen: list[torch.dtype] = []
+    real = ops.shrink_group
+
+    def note(x: Tensor, *rest: Any) -> list[Tensor]:
+        seen.append(x.dtype)
+        return real(x, *rest)
+
+    hooks = [m.register_forward_hook(lambda _, args, out: seen.append(out.dtype)) for m in adapter._modules.values()]
+    layers.ops.shrink_group = note  # type: ignore[assignment]
+    try:
+        predict(adapter, zoo.batch_for("llama"))
+    finally:
+        layers.ops.shrink_group = real
+        for hook in hooks:
+            hook.remove()
+    assert set(seen) == {torch.bfloat16}
+
+
+def slot_cases() -> dict[str, Callable[[Any], Any]]:
+    """What sends calls of ``q_proj`` in the last block to PEFT's forward; each returns its undo."""
+
+    def base_hook(adapter: Any) -> Any:
+        base = adapter.anatomy.blocks[-1].self_attn.q_proj.base_layer
+        return base.register_forward_hook(lambda _, args, out: out * 1.0).remove
+
+    def base_pre_hook(adapter: Any) -> Any:
+        base = adapter.anatomy.blocks[-1].self_attn.q_proj.base_layer
+        return base.register_forward_pre_hook(lambda _, args: None).remove
+
+    def own_forward(adapter: Any) -> Any:
+        base = adapter.anatomy.blocks[-1].self_attn.q_proj.base_layer
+        original = base.forward
+        base.forward = lambda x: original(x)
+        return lambda: base.__dict__.pop("forward")
+
+    return {"base_hook": base_hook, "base_pre_hook": base_pre_hook, "own_forward": own_forward}
+
+
+@pytest.mark.parametrize("case", list(slot_cases()))
+def test_what_must_see_the_base_layer_sees_it(case: str) -> None:
+    adapter = bayesian("llama")
+    batch = zoo.batch_for("llama")
+    keep = batch["attention_mask"].bool()
+    expected = predict(adapter, batch)[:, keep]
+    undo = slot_cases()[case](adapter)
+    with counted() as calls:
+        found = predict(adapter, batch)[:, keep]
+    undo()
+    assert calls["expand_"] == 1
+    assert torch.allclose(found, expected, atol=2e-5)
+
+
+def test_hooks_on_the_layer_itself_run() -> None:
+    adapter = bayesian("llama")
+    batch, seen = zoo.batch_for("llama"), []
+    layer = adapter._modules[adapter.layers[0]]
+    hook = layer.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    predict(adapter, batch)
+    hook.remove()
+    rows, tokens = batch["input_ids"].shape
+    assert seen == [(SAMPLES * rows, tokens, 32)]
+
+
+def test_autocast_goes_through_the_slot() -> None:
+    adapter = bayesian("llama")
+    with counted() as calls, torch.autocast("cpu", torch.bfloat16):
+        predict(adapter, zoo.batch_for("llama"))
+    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
+
+
+def test_bias_of_lora_goes_through_the_slot() -> None:
+    adapter = tfb_ext.bayesianize(zoo.peft_model("llama", lora_bias=True), sigma=SIGMA)
+    with counted() as calls:
+        predict(adapter, zoo.batch_for("llama"))
+    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
+
+
+class Int8Like(nn.Linear):
+    """Stands for a quantised layer: a subclass of ``nn.Linear`` with arithmetic of its own."""
+
+
+def test_only_plain_linear_bases_are_replaced() -> None:
+    adapter = bayesian("llama")
+    for module in adapter._modules.values():
+        module.base_layer.__class__ = Int8Like
+    with counted() as calls:
+        predict(adapter, zoo.batch_for("llama"))
+    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
+
+
+def test_conv1d_goes_through_the_slot() -> None:
+    adapter = bayesian("gpt2")
+    with counted() as calls:
+        predict(adapter, zoo.batch_for("gpt2"))
+    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
+
+
+def test_disable_adapter_inside_is_the_base_model() -> None:
+    adapter = bayesian("llama")
+    batch = zoo.batch_for("llama")
+    with adapter.model.disable_adapter(), torch.no_grad():
+        base = torch.log_softmax(adapter.model(**batch).logits, dim=-1)
+    with adapter.predictive(SAMPLES), adapter.model.disable_adapter():
+        found = adapter.model(**batch).logits
+    keep = batch["attention_mask"].bool()
+    assert torch.allclose(found[keep], base[keep], atol=1e-5)
+
+
+def test_forwards_are_put_back() -> None:
+    adapter = bayesian("llama", depth=2)
+    with adapter.predictive(SAMPLES):
+        taken = [name for name, m in adapter.model.named_modules() if "forward" in m.__dict__]
+        assert len(taken) == len(adapter.layers)
+    assert not any("forward" in m.__dict__ for m in adapter.model.modules())
+    with pytest.raises(RuntimeError, match="planned"), adapter.predictive(SAMPLES):
+        raise RuntimeError("planned")
+    assert not any("forward" in m.__dict__ for m in adapter.model.modules())
+    assert adapter._state.shared is None
+
+
+def test_a_forward_of_someone_elses_stays() -> None:
+    adapter = bayesian("llama")
+    layer = adapter._modules[adapter.layers[0]]
+    original = layer.forward
+    layer.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    mine = layer.forward
+    batch = zoo.batch_for("llama")
+    found = predict(adapter, batch)
+    assert layer.forward is mine
+    keep = batch["attention_mask"].bool()
+    assert torch.allclose(found[:, keep], predict(bayesian("llama"), batch)[:, keep], atol=2e-5)
+
+
+# Modes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["flipout", "token"])
+def test_modes_reach_the_layers(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model with the operators against the model with their definitions in plain torch."""
+    adapter = bayesian("llama", mode=mode, depth=3)
+    batch = zoo.batch_for("llama")
+    keep = batch["attention_mask"].bool()
+    found = predict(adapter, batch)[:, keep]
+    monkeypatch.setattr(layers, "ops", reference)
+    assert torch.allclose(found, predict(adapter, batch)[:, keep], atol=1e-4)
+    adapter.mode = "weight"
+    assert (found - predict(adapter, batch)[:, keep]).abs().max() > 0.1
+    assert "mode" not in repr(adapter)
+
+
+@pytest.mark.parametrize("mode", ["flipout", "token"])
+def test_modes_are_saved_and_refused_where_they_do_not_fit(mode: str, tmp_path: Any) -> None:
+    adapter = bayesian("llama", mode=mode)
+    assert f"mode='{mode}'" in repr(adapter)
+    adapter.save_pretrained(tmp_path)
+    loaded = tfb_ext.load(zoo.peft_model("llama").get_base_model(), tmp_path)
+    assert loaded.mode == mode
+    with pytest.raises(ValueError, match=f"samples of mode '{mode}' are no weights"):
+        adapter.sample_weights(adapter.layers[0], 0)
+    ids = zoo.batch_for("llama", 1)["input_ids"]
+    with (
+        pytest.raises(tfb_ext.errors.SamplingError, match=f"mode '{mode}' numbers its noise by the tokens of one call"),
+        adapter.predictive(SAMPLES),
+    ):
+        adapter.model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    with pytest.raises(ValueError, match="mode is 'rows', expected one of 'weight', 'flipout', 'token'"):
+        adapter.mode = "rows"
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("depth", ["all", 1])
+def test_one_graph_decodes_and_serves_every_seed(depth: Any) -> None:
+    """A whole decoding step captured: no host sync, no new memory, and sigma, samples and seed are read by the kernels."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(
+        tf.LlamaForCausalLM(config).to("cuda", torch.bfloat16),
+        LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"),
+    ).eval()
+    zoo.randomise(model, 0.05)
+    adapter = tfb_ext.bayesianize(model, sigma=0.05, depth=depth)
+    prompt = torch.randint(0, 512, (1, 12), device="cuda")
+    cache = tf.StaticCache(config=config, max_cache_len=16)
+    name = "cache" if "cache" in tf.LlamaForCausalLM.forward.__code__.co_varnames else "past_key_values"
+    arguments = {name: cache, "use_cache": True, "logits_to_keep": 1}
+    ids = prompt[:, :1].clone()
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(12)
+
+    with adapter.predictive(SAMPLES) as view:
+        model(input_ids=prompt, **arguments)
+        for _ in range(2):
+            model(input_ids=ids, **arguments)
+        rewind()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(input_ids=ids, **arguments).logits
+        sigma, samples, seed = view.batch.tensors(ids.device)
+        results = []
+        for number in (0, 1, 2):
+            seed.fill_(number)
+            samples.copy_(torch.arange(SAMPLES) + 10 * number)
+            rewind()
+            graph.replay()
+            replayed = captured.clone()
+            rewind()
+            assert torch.allclose(model(input_ids=ids, **arguments).logits, replayed, atol=1e-3)
+            results.append(replayed)
+    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
