@@ -4,7 +4,7 @@
 #
 #   tests/run_gpu.sh [FOLDER]     logs, junit.xml and summary.json go to FOLDER (default build/gpu)
 #
-# Exits with 0 only if everything ran and passed.
+# Exits with 0 only if everything ran and passed. SANITIZER_LIMIT: seconds each sanitizer may take (default 240).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
@@ -31,7 +31,7 @@ step() { # step NAME COMMAND...: run it, keep its output and its exit status, sh
     return "$code"
 }
 sanitize() { # sanitize TOOL: torch's caching allocator would hide accesses between allocations, so it is off
-    step "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 \
+    step "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${SANITIZER_LIMIT:-240}" \
         compute-sanitizer --tool "$1" --error-exitcode 9 python tests/gpu/sanitize.py
 }
 
