@@ -132,19 +132,13 @@ class TFBVariant(LoraVariant):
     def __init__(self, state: SamplingState, posterior: LayerPosterior, adapter: str, block: int) -> None:
         self.state = state
         self.adapter = adapter
+        self.basis_buffer = f"tfb_basis_{adapter}"
+        self.mean_buffer = f"tfb_mean_{adapter}"
         self.name = posterior.name
         self.layer = posterior.layer
         self.rank = posterior.rank
         self.block = block
         self.group: tuple[tuple[TFBVariant, Any], ...] = ()
-
-    @property
-    def basis_buffer(self) -> str:
-        return f"tfb_basis_{self.adapter}"
-
-    @property
-    def mean_buffer(self) -> str:
-        return f"tfb_mean_{self.adapter}"
 
     def attach(self, module: Any, posterior: LayerPosterior) -> None:
         """Put the posterior beside the adapter's weights (buffers that no checkpoint holds) and take the slot."""
@@ -191,17 +185,20 @@ class TFBVariant(LoraVariant):
 
     def is_direct(self, module: Any, x: Tensor) -> bool:
         """Whether this call may replace PEFT's: the adapter alone is on, and base and input are as they seem."""
-        base, state = module.base_layer, self.state
+        # Straight from the dictionaries here and below: nn.Module's attribute access would be a third of a layer's cost.
+        state, base = self.state, module._modules["base_layer"]
+        weight = base._parameters.get("weight")
         active = module._active_adapter
         return (
             state.batch is not None
             # A random layer below the fan is an error, which the slot notes.
             and (state.fanned or self.block < state.first)
+            and weight is not None
             and not module._disable_adapters
             and not module.merged_adapters
             and (active == self.adapter or active == [self.adapter])
-            and x.dtype == base.weight.dtype
-            and x.device == base.weight.device
+            and x.dtype == weight.dtype
+            and x.device == weight.device
             # Hooks see the base layer's own output; an own forward is accelerate's, which brings the weights in.
             and not base._forward_hooks
             and not base._forward_pre_hooks
@@ -211,18 +208,17 @@ class TFBVariant(LoraVariant):
 
     def direct(self, module: Any, x: Tensor) -> Tensor:
         """The layer's output, update first. ``x`` (..., n) -> (..., m)."""
-        state = self.state
-        shared = state.shared
+        shared = self.state.shared
         if shared is None or shared.x is not x or shared.version != _version(x) or self.name not in shared.parts:
-            shared = state.shared = self.share(module, x)
+            shared = self.state.shared = self.share(module, x)
         part = shared.parts.pop(self.name)
         if not shared.parts:
-            state.shared = None
-        base = module.base_layer
+            self.state.shared = None
+        base = module._modules["base_layer"]._parameters
         if shared.written:
-            return part.addmm_(shared.rows, base.weight.t()).view(*x.shape[:-1], -1)
-        basis = getattr(module, self.basis_buffer)
-        return ops.linear(x, base.weight, base.bias, part, basis, module.scaling[self.adapter])
+            return part.addmm_(shared.rows, base["weight"].t()).view(*x.shape[:-1], -1)
+        basis = module._buffers[self.basis_buffer]
+        return ops.linear(x, base["weight"], base["bias"], part, basis, module.scaling[self.adapter])
 
     def share(self, module: Any, x: Tensor) -> SharedInput:
         """Read ``x`` once for this layer and those of its group that can follow."""
@@ -234,15 +230,15 @@ class TFBVariant(LoraVariant):
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
         sigma, samples, seed = batch.tensors(x.device)
-        means = [getattr(m, v.mean_buffer) for v, m in together]
+        means = [m._buffers[v.mean_buffer] for v, m in together]
         layers = [v.layer for v, _ in together]
         written = x.is_cuda and rows.shape[0] <= batch.few_rows
         if written:
             parts = ops.update_group(
                 rows,
                 means,
-                [getattr(m, v.basis_buffer) for v, m in together],
-                [m.base_layer.bias for _, m in together],
+                [m._buffers[v.basis_buffer] for v, m in together],
+                [m._modules["base_layer"]._parameters["bias"] for _, m in together],
                 [m.scaling[v.adapter] for v, m in together],
                 sigma,
                 samples,

@@ -89,7 +89,7 @@ def noise(
     Raises:
         ValueError: an argument is out of its range.
     """
-    return torch.ops.tfb_ext.noise(r, n, _signed(seed), layer, sample, torch.device(device), antithetic)
+    return torch.ops.tfb_ext.noise.default(r, n, _signed(seed), layer, sample, torch.device(device), antithetic)
 
 
 def shrink(
@@ -128,7 +128,7 @@ def shrink(
         ValueError: a shape, stride, device, layer or mode does not fit.
         TypeError: a tensor has another type than listed.
     """
-    return torch.ops.tfb_ext.shrink(x, mean, sigma, samples, seed, layer, mode, antithetic)
+    return torch.ops.tfb_ext.shrink.default(x, mean, sigma, samples, seed, layer, mode, antithetic)
 
 
 def shrink_group(
@@ -152,7 +152,7 @@ def shrink_group(
     Returns:
         One z (T, r) for each layer, bit for bit that of :func:`shrink`.
     """
-    return torch.ops.tfb_ext.shrink_group(x, means, sigma, samples, seed, layers, mode, antithetic)
+    return torch.ops.tfb_ext.shrink_group.default(x, means, sigma, samples, seed, layers, mode, antithetic)
 
 
 def expand_(y: Tensor, z: Tensor, basis: Tensor, scaling: float) -> Tensor:
@@ -170,7 +170,7 @@ def expand_(y: Tensor, z: Tensor, basis: Tensor, scaling: float) -> Tensor:
         ValueError: a shape, stride or device does not fit.
         TypeError: a tensor has another type than listed.
     """
-    torch.ops.tfb_ext.expand_(y, z, basis, scaling)
+    torch.ops.tfb_ext.expand_.default(y, z, basis, scaling)
     return y
 
 
@@ -189,7 +189,7 @@ def expand(z: Tensor, basis: Tensor, scaling: float, bias: Tensor | None = None)
         ValueError: a shape, stride or device does not fit.
         TypeError: a tensor has another type than listed.
     """
-    return torch.ops.tfb_ext.expand(z, basis, scaling, bias)
+    return torch.ops.tfb_ext.expand.default(z, basis, scaling, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, basis: Tensor, scaling: float) -> Tensor:
@@ -213,7 +213,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, basis: Ten
         ValueError: a shape, stride or device does not fit.
         TypeError: a tensor has another type than listed.
     """
-    return torch.ops.tfb_ext.linear(x, weight, bias, z, basis, scaling)
+    return torch.ops.tfb_ext.linear.default(x, weight, bias, z, basis, scaling)
 
 
 def update_group(
@@ -244,7 +244,7 @@ def update_group(
     Returns:
         One (T, m) of x's type for each layer: ``bias + scaling * z @ basis.T``.
     """
-    return torch.ops.tfb_ext.update_group(
+    return torch.ops.tfb_ext.update_group.default(
         x, means, bases, biases, scalings, sigma, samples, seed, layers, mode, antithetic
     )
 
