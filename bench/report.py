@@ -1,0 +1,229 @@
+"""The README's table of speed and the plots, out of ``bench/results/*.json``.
+
+python -m bench.report            writes both (needs matplotlib)
+python -m bench.report --check    says whether the README's table is that of the results; writes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .record import ROOT
+from .test_kernels import IN_FEATURES, OUT_FEATURES, RANKS, TOKENS
+
+START, END = "<!-- results:speed -->", "<!-- /results:speed -->"
+
+Rows = dict[str, dict[str, Any]]
+
+# What a row is called and what it is measured against; a case whose ratio is baseline / value is "faster".
+FORWARDS = (
+    ("**ten samples**, bfloat16 adapter", "prefill_all_linear_bf16"),
+    ("**ten samples**, float32 adapter (as PEFT saves it)", "prefill_all_linear_fp32"),
+    ("ten samples, the base model's head given a contiguous input too", "prefill_all_linear_equal_heads"),
+    ("ten samples, portable kernels (compute capability 8.0)", "portable_all_linear"),
+    ("ten samples, q, v and head alone", "prefill_qv_head"),
+    ("ten samples, rank 64", "prefill_rank64"),
+    ("PEFT's deterministic LoRA, bfloat16 adapter", "peft_all_linear_bf16"),
+    ("PEFT's deterministic LoRA, float32 adapter", "peft_all_linear_fp32"),
+    ("**ten samples, upper quarter of the blocks random**", "prefill_quarter"),
+    ("**ten samples, upper eighth of the blocks random**", "prefill_eighth"),
+    ("decoding a token, ten samples, all blocks, in a graph", "decode_all"),
+    ("decoding a token, ten samples, upper quarter, in a graph", "decode_quarter"),
+)
+SEQUENTIAL = (
+    ("8 rows x 128 tokens, bfloat16 adapter, flipout", "sequential_prefill_bf16"),
+    ("8 rows x 128 tokens, float32 adapter, flipout", "sequential_prefill_fp32"),
+    ("8 rows x 128 tokens, bfloat16 adapter, weights drawn", "sequential_weights_bf16"),
+    ("one row of 64 tokens, flipout", "sequential_short"),
+    ("decoding a token, ours in a graph", "sequential_decode"),
+)
+
+
+def load(file: Path) -> list[dict[str, Any]]:
+    return [row["extra_info"] for row in json.loads(file.read_text())["benchmarks"]]
+
+
+def by_case(rows: list[dict[str, Any]]) -> Rows:
+    return {row["case"]: row for row in rows}
+
+
+def ratio(row: dict[str, Any], digits: int = 2) -> str:
+    low, high = row["spread"]
+    return f"{row['ratio']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 20 else f"{value:.1f} ms"
+
+
+def worst(rows: list[dict[str, Any]], case: str, **where: Any) -> float:
+    """The least ratio of a case at the shapes that the project holds itself to."""
+    features = {"n": IN_FEATURES, "m": OUT_FEATURES}
+    found = [
+        row["ratio"]
+        for row in rows
+        if row["case"] == case
+        and all(row[key] in known for key, known in features.items() if key in row)
+        and all(row[key] == value for key, value in where.items())
+    ]
+    return min(found)
+
+
+def section(models: Rows, kernels: list[dict[str, Any]], summary: Rows) -> str:
+    """The README's text between the markers."""
+    all_linear = models["prefill_all_linear_bf16"]
+    memory = models["memory_s64"]
+    lines = [
+        f"Llama-3.1-8B shape with random weights, bfloat16, r = 8 on all seven linear layers, 8 rows x 128 tokens, ten samples: "
+        f"80 rows; one {all_linear['device']}, torch {all_linear['torch'].split('+')[0]}. Each ratio is the median of rounds that "
+        "alternate with their own baseline, with the least and the greatest round "
+        "([`bench/results/summary.json`](bench/results/summary.json), [`models.json`](bench/results/models.json)).",
+        "",
+        "| | time | against | its time | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for label, case in FORWARDS:
+        row = models[case]
+        value, base = milliseconds(row["value"]), milliseconds(row["baseline"])
+        lines.append(f"| {label} | {value} | {row['of'].split(', its head')[0]} | {base} | {ratio(row)} |")
+    lines += [
+        "",
+        "Why below 1: torch multiplies the sliced rows that a head gets for the last position alone one row at a time; our fan "
+        "lays them out first, which is worth 18 ms here. The third row gives the base model the same: what the samples cost is "
+        f"{100 * (models['prefill_all_linear_equal_heads']['ratio'] - 1):.0f} %.",
+        "",
+        "| ten samples against ten sequential sampled passes in plain torch | ours | theirs | times faster |",
+        "|---|---|---|---|",
+    ]
+    for label, case in SEQUENTIAL:
+        row = models[case]
+        lines.append(f"| {label} | {milliseconds(row['value'])} | {milliseconds(row['baseline'])} | {ratio(row, 1)} |")
+    lines += [
+        "",
+        f"Peak memory of 64 samples x 8 rows is {memory['value']:.1f} GiB, the base forward's on the same 512 rows "
+        f"{memory['baseline']:.1f} GiB (weights included). On two CPU cores the sampled projection is "
+        f"{summary['cpu_materialised']['ratio']:.1f} times faster than drawing the weights in torch (S = 10, n = 4096, T = 320) and "
+        f"takes {summary['cpu_noise']['ratio']:.2f} of the same product without noise.",
+        "",
+        "![cost against samples, depth, rank and tokens, memory against samples](bench/results/speed.svg)",
+        "",
+        "The kernels alone, as a share of a copy of as many bytes "
+        "([`kernels.json`](bench/results/kernels.json); the worst of "
+        f"n = {', '.join(map(str, IN_FEATURES))} and of m = {', '.join(map(str, OUT_FEATURES))}):",
+        "",
+        "| | " + " | ".join(f"r = {r}" for r in RANKS) + " |",
+        "|---|" + "---|" * len(RANKS),
+    ]
+    for label, case in (
+        ("shrink, noise included", "shrink_bandwidth"),
+        ("expand, writing", "expand_write_bandwidth"),
+        ("expand, accumulating", "expand_add_bandwidth"),
+    ):
+        for tokens in TOKENS:
+            given = tokens if case != "shrink_bandwidth" else tokens // 10 * 10
+            cells = [f"{100 * worst(kernels, case, r=r, tokens=given):.0f} %" for r in RANKS]
+            lines.append(f"| {label}, T = {given} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Up to rank 16 expand runs at memory speed; shrink, and both at ranks 32 and 64, do not yet. "
+        "[`bench/NOTES.md`](bench/NOTES.md) has what binds them, version by version.",
+    ]
+    return "\n".join(lines)
+
+
+def replace_section(readme: str, text: str) -> str:
+    before, rest = readme.split(START)
+    after = rest.split(END)[1]
+    return f"{before}{START}\n{text}\n{END}{after}"
+
+
+# Plots --------------------------------------------------------------------------------------------------------------
+
+
+def series(models: Rows, prefix: str, given: dict[int, str]) -> list[tuple[int, dict[str, Any]]]:
+    """``(number, row)`` of the cases named ``prefix_number`` and of those in ``given``, ascending."""
+    found = {int(case.removeprefix(prefix)): row for case, row in models.items() if case.startswith(prefix)}
+    found |= {number: models[case] for number, case in given.items()}
+    return sorted(found.items())
+
+
+def draw(models: Rows, rows: list[dict[str, Any]], file: Path) -> None:
+    """Time against samples, depth, rank and tokens; memory against samples."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "tfb_ext"  # the same file for the same results
+    figure = Figure(figsize=(11, 6.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots(2, 3)
+
+    def lines(axis: Any, points: list[tuple[int, dict[str, Any]]], of: str, *, share: bool = False) -> None:
+        numbers = [number for number, _ in points]
+        for key, label, style in (("value", "tfb_ext", "o-"), ("baseline", of, "s--")):
+            axis.plot(numbers, [row[key] / (row["baseline"] if share else 1) for _, row in points], style, label=label)
+        axis.legend(frameon=False)
+
+    samples = series(models, "sweep_samples_", {10: "prefill_all_linear_bf16"})
+    memory = models["memory_s64"]
+    samples.append((64, memory | {"value": memory["value_ms"], "baseline": memory["baseline_ms"]}))
+    lines(axes[0, 0], samples, "base model, as many rows")
+    axes[0, 0].set(xlabel="samples of 8 rows x 128 tokens", ylabel="ms", title="Time against samples")
+
+    lines(axes[0, 1], series(models, "sweep_depth_", {}), "base model, 8 rows", share=True)
+    axes[0, 1].set(xlabel="random blocks of 32", ylabel="base forwards of 8 rows", title="Ten samples against depth")
+
+    ranks = [(8, models["prefill_all_linear_bf16"]), (16, models["prefill_rank16"]), (64, models["prefill_rank64"])]
+    lines(axes[0, 2], ranks, "base model, 80 rows", share=True)
+    axes[0, 2].set(xlabel="rank", ylabel="base forwards of 80 rows", title="Ten samples against rank", ylim=(0, 1.2))
+
+    tokens = series(models, "sweep_tokens_", {128: "prefill_all_linear_bf16"})
+    lines(axes[1, 0], tokens, "base model, 80 rows")
+    axes[1, 0].set(xlabel="tokens a row", ylabel="ms", title="Ten samples against tokens")
+
+    held = [(n, {"value": row["peak_gib"], "baseline": row["baseline_peak_gib"]}) for n, row in samples]
+    lines(axes[1, 1], held, "base model, as many rows")
+    axes[1, 1].set(xlabel="samples of 8 rows x 128 tokens", ylabel="GiB", title="Peak memory, weights included")
+    axes[1, 1].set_ylim(0)
+
+    kernels = [("shrink_bandwidth", "shrink"), ("expand_write_bandwidth", "expand, writing")]
+    kernels.append(("expand_add_bandwidth", "expand, accumulating"))
+    for (case, label), style in zip(kernels, ("o-", "s--", "^:"), strict=True):
+        shares = [worst(rows, case, r=r, tokens=TOKENS[-1]) for r in RANKS]
+        axes[1, 2].plot(range(len(RANKS)), [100 * share for share in shares], style, label=label)
+    axes[1, 2].legend(frameon=False)
+    axes[1, 2].set_xticks(range(len(RANKS)), RANKS)
+    axes[1, 2].set(
+        xlabel="rank", ylabel="% of a copy of as many bytes", title=f"Kernels at T = {TOKENS[-1]}", ylim=(0, 105)
+    )
+
+    figure.suptitle(f"Llama-3.1-8B shape, bfloat16, all seven linear layers, {models['memory_s64']['device']}")
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    kernels = load(options.results / "kernels.json")
+    models = by_case(load(options.results / "models.json"))
+    summary = json.loads((options.results / "summary.json").read_text())
+    before = options.readme.read_text()
+    after = replace_section(before, section(models, kernels, summary))
+    if options.check:
+        if before != after:
+            print(f"{options.readme}: its table is not that of {options.results}; run python -m bench.report")
+        return int(before != after)
+    draw(models, kernels, options.results / "speed.svg")
+    options.readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
