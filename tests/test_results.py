@@ -1,0 +1,38 @@
+"""The figures that the project shows are those of its measurements."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import report, summary
+from bench.record import ROOT
+
+RESULTS = ROOT / "bench" / "results"
+
+
+def test_readme_shows_the_results() -> None:
+    kernels = report.load(RESULTS / "kernels.json")
+    models = report.by_case(report.load(RESULTS / "models.json"))
+    text = report.section(models, kernels, json.loads((RESULTS / "summary.json").read_text()))
+    readme = (ROOT / "README.md").read_text()
+    assert report.replace_section(readme, text) == readme, "run python -m bench.report"
+
+
+def test_summary_is_that_of_the_results() -> None:
+    made = summary.summarise([RESULTS / f"{name}.json" for name in ("models", "kernels", "kernels_cpu")])
+    assert made == json.loads((RESULTS / "summary.json").read_text())
+
+
+def test_every_row_says_where_it_is_from() -> None:
+    for name in ("models", "kernels", "kernels_cpu"):
+        for row in report.load(RESULTS / f"{name}.json"):
+            assert row["device"] and len(row["commit"]) == 40 and row["torch"], row["case"]
+
+
+def test_plots_come_from_the_results(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    models = report.by_case(report.load(RESULTS / "models.json"))
+    report.draw(models, report.load(RESULTS / "kernels.json"), tmp_path / "speed.svg")
+    assert (tmp_path / "speed.svg").read_text().count("<path") > 100
