@@ -169,9 +169,7 @@ def _examples(
 ) -> list[Example]:
     chosen = (items or task.read())[part][: getattr(sizes, part)]
     texts = cut_texts([item.text for item in chosen], task.cut, tokenizer)
-    return [
-        Example(text + item.question, task.choices, item.label) for text, item in zip(texts, chosen, strict=True)
-    ]
+    return [Example(text + item.question, task.choices, item.label) for text, item in zip(texts, chosen, strict=True)]
 
 
 def cut_texts(texts: Sequence[str], tokens: int | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -219,9 +217,7 @@ def _topics(train: Asset, test: Asset, words: dict[str, str], question: str) -> 
     parts = _by_buckets(read(test), {"test": range(100)})
     seen = {item.text for item in parts["test"]}
     fresh = (item for item in read(train) if item.text not in seen)
-    return parts | _by_buckets(
-        fresh, {"anchor": range(0, 15), "validation": range(15, 25), "train": range(25, 100)}
-    )
+    return parts | _by_buckets(fresh, {"anchor": range(0, 15), "validation": range(15, 25), "train": range(25, 100)})
 
 
 @cache

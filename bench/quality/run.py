@@ -154,9 +154,7 @@ class Worker:
         parts, group = self.parts(unit.dataset), self.study.members
         trained, cost = measured(
             self.device,
-            lambda: train.train_bank(
-                self.base, unit.targets, group, self.study.recipe, parts.train, parts.validation
-            ),
+            lambda: train.train_bank(self.base, unit.targets, group, self.study.recipe, parts.train, parts.validation),
         )
         facts = {"peak_gib": cost.peak_gib, **self.environment}
         train.save(trained, group, self.study.recipe, self.folder.bank(unit.bank), facts)
@@ -184,9 +182,8 @@ class Worker:
             "rows": unit_run.rows,
             "searches": unit_run.searches,
             "spread": unit_run.spread,
-            "training": {
-                name: bank[name][member] for name in ("validation_nll", "training_loss")
-            } | {name: bank[name] for name in ("checked", "seconds", "graph", "recipe")},
+            "training": {name: bank[name][member] for name in ("validation_nll", "training_loss")}
+            | {name: bank[name] for name in ("checked", "seconds", "graph", "recipe")},
             **self.environment,
         }
         methods.save(self.folder.arrays(unit), unit_run.kept)
@@ -232,9 +229,7 @@ class UnitRun:
         if self.unit.laplace:
             from . import laplace
 
-            found, cost = measured(
-                self.device, lambda: laplace.predict(self.model, self.parts.train, joined)
-            )
+            found, cost = measured(self.device, lambda: laplace.predict(self.model, self.parts.train, joined))
             self.add(found.probabilities, cost, "laplace", found.samples, sigma=found.prior_precision)
 
     def bayesian(self) -> None:
@@ -250,9 +245,7 @@ class UnitRun:
     def search(self, adapter: BayesianAdapter, search: Search) -> None:
         adapter.depth, adapter.mode, adapter.antithetic = search.depth, search.mode, search.recipe == "auto"
         samples = self.study.search_samples
-        found = tfb_ext.search_sigma(
-            adapter, self.parts.anchor, recipe=search.recipe, samples=samples, progress=False
-        )
+        found = tfb_ext.search_sigma(adapter, self.parts.anchor, recipe=search.recipe, samples=samples, progress=False)
         self.searches.append({"mode": search.mode, "asked_depth": search.depth, **found.to_dict()})
         for draw in search.draws:
             adapter.antithetic = draw.antithetic

@@ -156,7 +156,7 @@ class Trainer:
             if layer.g is not None:
                 total[layer.blob] += squares[id(layer.g)]
         scale = (self.bank.recipe.clip / (total.sqrt() + 1e-6)).clamp(max=1)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        for gradient in gradients:
             whole = gradient.shape[0] == size
             gradient.mul_((scale if whole else scale[self.blob[0].blob])[:, None, None])
 
