@@ -617,3 +617,218 @@ def test_refuses_a_minimum_without_labels_and_empty_anchors() -> None:
         look(adapter, small_sets.encoded(4), objective="minimum")
     with pytest.raises(ValueError, match="data set is empty"):
         look(adapter, small_sets.encoded(4).select([]))
+
+
+# Roots, the authors' code, the smallest near the minimum --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crossing", [3e-5, 1e-3, 0.0123, 0.05, 0.3, 3.0])
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+def test_root_ends_just_inside_the_tolerance_of_a_smooth_curve(crossing: float, power: float) -> None:
+    curve = Curve(lambda s: 0.003 * (s / crossing) ** power)
+    sigma, (low, high), _, tried = run(curve, method="root", widen=True, bracket=(0.01, 0.16), steps=12)
+    assert one(tried, sigma).satisfied and 0.85 <= (sigma / crossing) ** power <= 1 and low == sigma <= high
+    if power == 2.0 and crossing >= 1e-3:
+        assert len(curve.calls) <= 3  # the first guess goes by the square law
+
+
+@pytest.mark.parametrize("crossing", [0.004, 0.03, 0.3])
+def test_root_on_a_curve_with_steps_is_no_worse_than_bisection(crossing: float) -> None:
+    curve = Curve(flips=lambda s: 0.004 if s <= crossing else 0.05)
+    sigma, (low, high), stop, tried = run(
+        curve, metric="flips", tolerance=0.01, method="root", widen=True, bracket=(0.01, 0.16), steps=12
+    )
+    assert sigma <= crossing < high and high / low <= 1.05 and "factor" in stop and len(curve.calls) <= 12
+    assert one(tried, sigma).satisfied
+
+
+def test_root_says_when_it_ends_on_a_bound_or_out_of_steps() -> None:
+    options: dict[str, Any] = {"method": "root", "bracket": (0.01, 0.16), "steps": 12}
+    sigma, _, stop, _ = run(Curve(), widen=True, **options)
+    assert sigma == LARGEST and "largest sigma allowed" in stop
+    sigma, _, stop, tried = run(Curve(lambda s: 1.0), widen=True, **options)
+    assert sigma == SMALLEST and "no sigma down to" in stop and not one(tried, sigma).satisfied
+    sigma, _, stop, _ = run(Curve(), **options)
+    assert sigma == 0.16 and "largest sigma allowed (0.16)" in stop
+    steep = Curve(lambda s: 1.0 if s > 0.02 else 0.0)
+    sigma, _, stop, _ = run(steep, **{**options, "steps": 2})
+    assert stop == "2 steps"
+
+
+@pytest.mark.parametrize("crossing", [0.0021, 0.0055, 0.0101, 0.0142])
+def test_official_takes_the_smallest_midpoint_that_violates(crossing: float) -> None:
+    """Its change is divided by the number of anchors once more."""
+    curve = Curve(lambda s: 1000 * rising(crossing)(s))
+    sigma, _, stop, tried = run(curve, method="official", per_item=True)
+    assert crossing < sigma <= crossing + 0.014 / 2**4 and "smallest sigma that violates" in stop
+    assert sigma == min(e.sigma for e in tried.evaluations if not e.satisfied) and len(tried.evaluations) == 5
+    assert [e.sigma for e in tried.evaluations][:1] == [0.008]
+
+
+def test_official_without_a_violation_is_the_upper_bound() -> None:
+    sigma, _, stop, tried = run(Curve(), method="official", per_item=True)
+    assert sigma == 0.015 and "none of which violates" in stop and all(e.satisfied for e in tried.evaluations)
+
+
+def test_official_end_to_end() -> None:
+    adapter, anchors = overconfident(factor=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a violating choice is what it is
+        result = look(adapter, anchors, recipe="official", tolerance=1e-5)
+    assert (result.mode, result.antithetic, adapter.mode, adapter.antithetic) == ("flipout", False, "flipout", False)
+    assert result.labelled and result.baseline.accuracy == 1.0  # its own answers, though there are labels
+    ratios = {e.sigma: abs(e.nll - result.baseline.nll) / result.baseline.nll / 30 for e in result.evaluations}
+    for e in result.evaluations:
+        assert e.satisfied == (ratios[e.sigma] <= 1e-5)
+    assert result.sigma == min([s for s, r in ratios.items() if r > 1e-5] or [0.015])
+    top = result.band[1] - result.baseline.nll
+    assert top == pytest.approx(1e-5 * 30 * result.baseline.nll)
+
+
+def test_one_standard_error_takes_a_smaller_sigma_that_is_as_good() -> None:
+    """Two anchors in three gain, one loses: near the lowest the difference is within its error, farther down it is not."""
+    curve = Curve(lambda s: math.log(s / 0.08) ** 2 / 20 - 0.5)
+    noise = torch.linspace(-1, 1, curve.size, dtype=torch.float64)
+    smooth = curve.nll
+    curve.nll = lambda s: smooth(s) + noise * (s - 0.08) * 30  # type: ignore[assignment, return-value]
+    options: dict[str, Any] = {"method": "grid", "widen": True, "bracket": (0.02, 0.16), "steps": 8}
+    lowest, _, _, _ = run(curve, objective="minimum", **options)
+    sigma, _, stop, tried = run(curve, objective="one-se", **options)
+    assert sigma < lowest and "the smallest within a standard error" in stop
+    gap, error = tried.gap(one(tried, sigma), one(tried, lowest))
+    assert 0 < gap <= error
+    below = [e for e in tried.evaluations if e.sigma < sigma]
+    assert below and all(g > e for g, e in (tried.gap(b, one(tried, lowest)) for b in below))
+
+
+# How sure, metrics of one's own, early stops --------------------------------------------------------------------------
+
+
+def test_confidence_and_interval_come_from_resampled_anchors() -> None:
+    """A change of known mean and spread: the share of resamples below the tolerance is the normal distribution's."""
+    curve = Curve()
+    change = torch.randn(curve.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    change = (change - change.mean()) / change.std()
+    curve.nll = lambda s: 0.003 * (s / 0.01) + 0.03 * (s / 0.01) * change  # type: ignore[assignment, return-value]
+    _, _, _, tried = run(curve, method="grid", bracket=(0.005, 0.02), steps=9, bound="one-sided")
+    at = {round(e.sigma, 6): e for e in tried.evaluations}
+    assert at[0.005].confidence > 0.99 and at[0.02].confidence > 0.9 and not at[0.02].satisfied
+    edge = min(tried.evaluations, key=lambda e: abs(e.sigma - 0.01))
+    assert edge.confidence == pytest.approx(0.5, abs=0.06)
+    assert edge.standard_error == pytest.approx(0.03 / math.sqrt(1000), rel=0.1)
+    low, high = tried.rule.interval(0, tried.evaluations)
+    # The mean's relative standard error is 10 / sqrt(1000) = 0.32: it crosses at 0.01 / (1 +- 1.64 * 0.32).
+    assert 0.0055 < low < 0.0075 and high == pytest.approx(0.02, rel=0.15)
+
+
+def test_metric_of_ones_own() -> None:
+    adapter, anchors = overconfident()
+    labels = anchors.labels_tensor()
+
+    def brier(probabilities: Tensor, targets: Tensor) -> Tensor:
+        assert probabilities.shape == (30, 3) and targets.shape == (30,)
+        return (probabilities - torch.nn.functional.one_hot(targets, 3)).square().sum(-1)
+
+    def gap(probabilities: Tensor, targets: Tensor) -> Tensor:  # of a whole set: no number for each item
+        return (probabilities.max(-1).values.mean() - (probabilities.argmax(-1) == targets).float().mean()).abs()
+
+    own = look(adapter, anchors, metric=brier, tolerance=0.02, method="root", apply=False)
+    ours = look(adapter, anchors, metric="brier", tolerance=0.02, method="root", apply=False)
+    assert own.metric == "brier" and own.sigma == pytest.approx(ours.sigma, rel=1e-3)
+    assert own.baseline.value == pytest.approx(ours.baseline.value, abs=1e-6)
+    found = look(adapter, anchors, metric=gap, tolerance=0.1, method="root", apply=False)
+    prediction = tfb_ext.predict(adapter, anchors, SAMPLES, sigma=found.sigma)
+    chosen = found.chosen
+    assert chosen is not None and chosen.value == pytest.approx(float(gap(prediction.probabilities, labels)), abs=1e-5)
+    assert 0 < chosen.standard_error < 1
+    with pytest.raises(ValueError, match=r"metric <lambda> returned a tensor of shape \(3,\) for 30 anchors"):
+        look(adapter, anchors, metric=lambda p, t: torch.zeros(3))
+    with pytest.raises(ValueError, match="returned NaN or infinity"):
+        look(adapter, anchors, metric=lambda p, t: torch.tensor(math.nan))
+
+
+def test_early_stop_sees_fewer_anchors_and_comes_to_the_same_verdicts() -> None:
+    adapter, anchors = overconfident(200)
+    options: dict[str, Any] = {"metric": "nll", "tolerance": 0.05, "method": "bisect", "batch_size": 10}
+    options |= {"bracket": (0.002, 0.2), "steps": 3, "bound": "two-sided"}
+    whole = look(adapter, anchors, apply=False, **options)
+    early = look(adapter, anchors, apply=False, early_stop=0.95, **options)
+    assert all(e.items == 200 for e in whole.evaluations) and early.early_stop == 0.95
+    seen = {e.sigma: e.items for e in early.evaluations}
+    assert min(seen.values()) <= 100 and early.tokens < 0.9 * whole.tokens
+    by_sigma = {e.sigma: e for e in whole.evaluations}
+    for e in early.evaluations:
+        if e.sigma in by_sigma and e.items < 200:
+            assert e.satisfied == by_sigma[e.sigma].satisfied
+    assert early.sigma == pytest.approx(whole.sigma, rel=0.3)
+
+
+def test_early_stop_of_the_lowest_nll_drops_what_is_clearly_higher() -> None:
+    adapter, anchors = overconfident(200)
+    early = look(adapter, anchors, apply=False, early_stop=0.95, batch_size=10, bracket=(0.02, 2.0), steps=4)
+    whole = look(adapter, anchors, apply=False, batch_size=10, bracket=(0.02, 2.0), steps=4)
+    assert early.sigma == whole.sigma and early.chosen is not None and early.chosen.items == 200
+    assert min(e.items for e in early.evaluations) < 200
+
+
+@pytest.mark.parametrize("level", [0.9, 0.99])
+def test_early_stop_is_right_as_often_as_it_says(level: float) -> None:
+    """Many sets of anchors whose change lies near the tolerance, in random order, looked at every 20."""
+    generator = torch.Generator().manual_seed(3)
+    rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.01)).rule
+    size, wrong, stopped = rule.size, 0, 0
+    for _ in range(300):
+        mean = 0.01 + 0.01 * float(torch.randn((), generator=generator))
+        change = mean + 0.1 * torch.randn(size, generator=generator, dtype=torch.float64)
+        full = torch.zeros(size, 5, dtype=torch.float64)
+        full[:, 0] = 1 + change
+        for seen in range(20, size, 20):
+            values = torch.full((size, 5), math.nan, dtype=torch.float64)
+            values[:seen] = full[:seen]
+            if rule.settled(values, level, size // 20):
+                stopped += 1
+                wrong += (change[:seen].mean() <= 0.01) != (change.mean() <= 0.01)
+                break
+    assert stopped > 100 and wrong <= (1 - level) * stopped + 3 * math.sqrt((1 - level) * stopped)
+
+
+# Several depths -------------------------------------------------------------------------------------------------------
+
+
+def test_depths_share_one_trunk_and_the_cheapest_of_equals_is_taken() -> None:
+    adapter, anchors = overconfident()
+    blocks = adapter.anatomy.blocks
+    rows = [small_sets.rows_through(b.input_layernorm) for b in blocks]
+    result = look(adapter, anchors, depth=["all", 0.5, 1], batch_size=30)
+    counts = [sum(r) for r in rows]
+    tried = {d.depth: d for d in result.depths}
+    assert list(tried) == ["all", 2, 1] and adapter.depth == result.depth
+    assert counts[0] == counts[1] and counts[2] > counts[1] and counts[3] > counts[2]
+    assert [d.forwards for d in result.depths] == [4.0, 2.5, 1.75]
+    best = min(result.depths, key=lambda d: d.score)
+    assert best.behind == (0.0, 0.0) and all(d.score == d.nll for d in result.depths)
+    equal = [d for d in result.depths if d.behind[0] <= d.behind[1] or d is best]
+    assert result.depth == equal[-1].depth
+    alone = look(adapter, anchors, depth=result.depth, bracket=result.bracket, steps=2, apply=False)
+    together = {e.sigma: e for e in result.evaluations}
+    assert any(e.sigma in together for e in alone.evaluations)
+    for e in alone.evaluations:
+        if e.sigma in together:
+            assert e.nll == pytest.approx(together[e.sigma].nll, abs=1e-6)
+    assert "<- chosen" in str(result).splitlines()[-3 + list(tried).index(result.depth)]
+
+
+def test_depths_with_a_tolerance_are_compared_by_the_entropy_they_buy() -> None:
+    adapter, anchors = overconfident()
+    result = look(adapter, anchors, depth=[2, 1], metric="flips", tolerance=0.2)
+    assert all(d.score == -d.entropy for d in result.depths)
+    assert all(d.flips <= 0.2 for d in result.depths)
+
+
+def test_refuses_no_depths_and_bad_confidences() -> None:
+    adapter, anchors = overconfident(4)
+    with pytest.raises(ValueError, match="depth is an empty list"):
+        look(adapter, anchors, depth=[])
+    for value in (1.0, 0.2, 99, True):
+        with pytest.raises(ValueError, match=f"early_stop is {value!r}, expected a confidence"):
+            look(adapter, anchors, early_stop=value)

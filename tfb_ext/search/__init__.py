@@ -210,7 +210,8 @@ class _AtDepth:
     def evaluate(self, sigmas: Sequence[float]) -> list[Evaluation]:
         """Evaluate the sigmas not tried yet, all in one fused batch; returns all of them in the order asked."""
         new = [s for s in dict.fromkeys(sigmas) if self.at(s) is None]
-        self.run.run(self.first, new, None if self.early_stop is None else self._settled)
+        if new:
+            self.run.run(self.first, new, None if self.early_stop is None else self._settled)
         self.evaluations += [self.rule.evaluation(self.first, s, self.depth) for s in new]
         return [e for e in map(self.at, sigmas) if e is not None]
 

@@ -155,7 +155,7 @@ def _aim(below: tuple[float, float] | None, above: tuple[float, float] | None, s
         sigma, used = known
         # From one point: by the square law, at most to an eighth or eight times; and at least a step.
         step = math.sqrt(ROOT_AIM / used) if used > 0 else 8.0
-        step = min(max(step, 1.2), 8.0) if below else max(min(step, 1 / 1.2), 1 / 8)
+        step = min(max(step, 1.02), 8.0) if below else max(min(step, 1 / 1.02), 1 / 8)
         return sigma * step
     (low, used_low), (high, used_high) = below, above
     if used_low <= 0 or not math.isfinite(used_high) or sides[-2:] in ([True, True], [False, False]):
