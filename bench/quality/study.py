@@ -1,0 +1,191 @@
+"""What the study consists of: which adapters are trained, and what is predicted with each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from .bank import KINDS, Member, Recipe, members
+from .data import Sizes
+
+Depth = str | float
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One call of ``predict``; every number in ``prefixes`` is a row of the study, made of the call's first samples.
+
+    Sample k is the same adapter in every call, so the first four samples of ten are exactly what a call for four gives.
+    """
+
+    samples: int
+    antithetic: bool
+    prefixes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Search:
+    """One sigma: how it is searched, and the predictions made with it."""
+
+    recipe: str
+    depth: Depth
+    mode: str
+    draws: tuple[Draw, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """All predictions of one adapter, the piece of work that is done or not done.
+
+    Attributes:
+        stop: ``overfitted`` (the end of its training) or ``early`` (its epoch of the lowest validation NLL).
+        searches: the sigmas; empty for adapters that are only a baseline.
+        laplace: whether a Laplace approximation is fitted to it.
+        spread: whether the Monte-Carlo error of antithetic and independent samples is measured on it.
+    """
+
+    dataset: str
+    targets: str
+    stop: str
+    member: Member
+    searches: tuple[Search, ...]
+    laplace: bool
+    spread: bool
+
+    @property
+    def bank(self) -> str:
+        return f"{self.dataset}-{self.targets}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.bank}-{self.stop}-{self.member.kind}-{self.member.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The whole study; the default is the one that is reported.
+
+    Attributes:
+        datasets: in the order of importance; ``late`` ones come after everything of the others.
+        depths: random blocks, beside ``"head"``, which adapters on the head get too.
+        numbers: sample counts of the base setting.
+        search_samples: posterior samples at each sigma of a search.
+        spread: samples and test items of the measurement of the Monte-Carlo error.
+        tiny: a random model of a few blocks instead of SmolLM2, to try the machinery.
+    """
+
+    datasets: tuple[str, ...] = ("headlines", "r8", "newsgroups")
+    late: tuple[str, ...] = ("logiqa",)
+    targets: tuple[str, ...] = ("qv", "qv_head", "all_linear")
+    kinds: tuple[str, ...] = KINDS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sizes: Sizes = field(default_factory=Sizes)
+    recipe: Recipe = field(default_factory=Recipe)
+    recipes: tuple[str, ...] = ("auto", "paper", "official")
+    depths: tuple[Depth, ...] = ("all", 0.5, 0.25, 0.125)
+    samples: int = 10
+    few: int = 4
+    numbers: tuple[int, ...] = (1, 3, 4, 5, 10, 30)
+    search_samples: int = 10
+    spread: tuple[int, int] = (100, 200)
+    laplace: bool = True
+    tiny: bool = False
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return members(self.kinds, self.seeds)
+
+    def units(self) -> list[Unit]:
+        """Every unit, the most important first."""
+        first, *others = self.targets
+        order = [
+            *self._of(self.datasets, first, "overfitted", self.kinds),
+            *self._of(self.datasets, first, "early", self.kinds),
+            *(unit for targets in others for unit in self._of(self.datasets, targets, "overfitted", ("mle",))),
+            *self._of(self.late, first, "overfitted", self.kinds),
+            *(unit for targets in others for unit in self._of(self.datasets, targets, "early", ("mle",))),
+            *self._of(self.late, first, "early", self.kinds),
+            *(unit for targets in others for unit in self._of(self.datasets, targets, "overfitted", KINDS[1:])),
+        ]
+        return [unit for unit in order if unit.member.kind in self.kinds]
+
+    def _of(self, datasets: tuple[str, ...], targets: str, stop: str, kinds: tuple[str, ...]) -> Iterator[Unit]:
+        for dataset in datasets:
+            for kind in kinds:
+                for seed in self.seeds:
+                    yield self._unit(dataset, targets, stop, Member(kind, seed))
+
+    def _unit(self, dataset: str, targets: str, stop: str, member: Member) -> Unit:
+        plain = member.kind == "mle"
+        main = targets == self.targets[0]
+        unit = Unit(
+            dataset=dataset,
+            targets=targets,
+            stop=stop,
+            member=member,
+            searches=(),
+            laplace=self.laplace and plain and main,
+            spread=plain and main and stop == "overfitted",
+        )
+        if member.kind == "dropout":
+            return unit
+        if not plain:
+            return replace(unit, searches=tuple(self._recipes() if stop == "overfitted" else self._auto()))
+        if stop == "early":
+            return replace(unit, searches=tuple(self._recipes() + self._depths(self._all(targets)[1:])))
+        if main:
+            return replace(unit, searches=tuple(self._everything(self._all(targets))))
+        return replace(unit, searches=tuple(self._recipes() + self._depths(self._all(targets)[1:], self.recipes)))
+
+    def _all(self, targets: str) -> tuple[Depth, ...]:
+        return (*self.depths, "head") if "head" in targets else self.depths
+
+    def _auto(self) -> list[Search]:
+        return [Search("auto", self.depths[0], "weight", (Draw(self.samples, True, (self.few, self.samples)),))]
+
+    def _others(self, depth: Depth) -> list[Search]:
+        """The published recipes as published: independent samples, the authors' code by flipout."""
+        draws = (Draw(self.samples, False, (self.samples,)),)
+        published = [r for r in self.recipes if r != "auto"]
+        return [Search(r, depth, "flipout" if r == "official" else "weight", draws) for r in published]
+
+    def _recipes(self) -> list[Search]:
+        return self._auto() + self._others(self.depths[0])
+
+    def _depths(self, depths: tuple[Depth, ...], recipes: tuple[str, ...] = ("auto",)) -> list[Search]:
+        """N few and N samples, antithetic and independent, at each depth."""
+        few = (self.few, self.samples)
+        draws = (Draw(self.samples, True, few), Draw(self.samples, False, few))
+        searches = [Search("auto", depth, "weight", draws) for depth in depths]
+        if len(recipes) > 1:
+            searches += [search for depth in depths for search in self._others(depth)]
+        return searches
+
+    def _everything(self, depths: tuple[Depth, ...]) -> list[Search]:
+        """Every factor varied around the base setting (auto, all blocks, N samples, antithetic, weight)."""
+        most = max(self.numbers)
+        base = tuple(Draw(most, antithetic, self.numbers) for antithetic in (True, False))
+        flipout = (Draw(self.samples, True, (self.samples,)), Draw(self.samples, False, (self.samples,)))
+        return [
+            Search("auto", depths[0], "weight", base),
+            Search("auto", depths[0], "flipout", flipout),
+            *self._others(depths[0]),
+            *self._depths(depths[1:], self.recipes),
+        ]
+
+
+SMALL = Study(
+    datasets=("headlines",),
+    late=(),
+    targets=("qv", "qv_head"),
+    seeds=(0, 1),
+    sizes=Sizes(train=16, validation=8, anchor=12, test=24, stranger=8),
+    recipe=Recipe(epochs=2, batch_size=4, lr=1e-2),
+    depths=("all", 0.5),
+    samples=4,
+    few=2,
+    numbers=(1, 2, 4),
+    search_samples=2,
+    spread=(8, 8),
+    tiny=True,
+)
