@@ -629,7 +629,7 @@ def test_root_ends_just_inside_the_tolerance_of_a_smooth_curve(crossing: float, 
     sigma, (low, high), _, tried = run(curve, method="root", widen=True, bracket=(0.01, 0.16), steps=12)
     assert one(tried, sigma).satisfied and 0.85 <= (sigma / crossing) ** power <= 1 and low == sigma <= high
     if power == 2.0 and crossing >= 1e-3:
-        assert len(curve.calls) <= 3  # the first guess goes by the square law
+        assert len(curve.calls) <= 4  # the first guess goes by the square law
 
 
 @pytest.mark.parametrize("crossing", [0.004, 0.03, 0.3])
