@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import small_sets
 import torch
 import transformers as tf
 import zoo
@@ -246,23 +247,53 @@ def test_trunk_recorded_and_replayed_equals_none(name: str, depth: int) -> None:
             with adapter.predictive(SAMPLES, sigma=sigma):
                 expected = adapter.model(**batch).logits
             calls.clear()
-            recording = key not in trunk.hidden
+            recording = (trunk.firsts[0], key) not in trunk.hidden
             with adapter.fanned(Predictive(adapter.batch(SAMPLES, sigma), trunk=trunk, key=key)):
                 logits = adapter.model(**batch).logits
             assert len(calls) == (1 if recording else 0)
             assert torch.equal(logits[keep], expected[keep])
     hook.remove()
     assert trunk.bytes() == sum(4 * t.numel() for t in trunk.hidden.values()) > 0
-    assert set(trunk.hidden) == {7, 8}
+    assert {key for _, key in trunk.hidden} == {7, 8}
     assert not any("forward" in block.__dict__ for block in adapter.anatomy.blocks)
 
 
-def test_trunk_of_another_depth_is_refused() -> None:
-    adapter = bayesian("llama")
-    view = Predictive(adapter.batch(2), trunk=adapter.trunk(depth=1), key=0)
-    with pytest.raises(ValueError, match="first random block 3, this pass starts at 2"):
-        with adapter.fanned(view, depth=2):
-            pass
+def test_one_trunk_serves_several_depths() -> None:
+    """What a pass keeps on its way up serves every higher first block; a lower one runs what lies between."""
+    adapter = bayesian("llama-head")
+    batch = zoo.batch_for("llama-head", 3)
+    keep = batch["attention_mask"].bool()
+    ran = [small_sets.rows_through(b.input_layernorm) for b in adapter.anatomy.blocks]
+
+    def call(first: int, trunk: Any) -> Tensor:
+        for rows in ran:
+            rows.clear()
+        with adapter.fanned_at(first, Predictive(adapter.batch(SAMPLES, 0.3), trunk=trunk, key=0)):
+            return adapter.model(**batch).logits[keep]
+
+    alone = {first: call(first, None) for first in (1, 2, 3, 4)}
+    trunk = adapter.trunk(3, 2, 1, "head")
+    assert trunk.firsts == (1, 2, 3, 4)
+    assert torch.equal(call(2, trunk), alone[2]) and [b for b, _ in trunk.hidden] == [1, 2]
+    assert [len(rows) for rows in ran] == [1, 1, 1, 1]
+    assert torch.equal(call(3, trunk), alone[3]) and [len(rows) for rows in ran] == [0, 0, 1, 1]
+    assert ran[2] == [3] and ran[3] == [3 * SAMPLES]
+    assert torch.equal(call(1, trunk), alone[1]) and [len(rows) for rows in ran] == [0, 1, 1, 1]
+    assert torch.equal(call(4, trunk), alone[4]) and [len(rows) for rows in ran] == [0, 0, 0, 1]
+    for first in (1, 2, 3, 4):
+        assert torch.equal(call(first, trunk), alone[first]) and [len(rows) for rows in ran] == [0] * first + [1] * (
+            4 - first
+        )
+
+
+def test_a_trunk_keeps_within_its_limit() -> None:
+    adapter = bayesian("llama", depth=1)
+    trunk = adapter.trunk(limit=1.0)
+    batch = zoo.inputs()
+    for _ in range(2):
+        with adapter.fanned(Predictive(adapter.batch(SAMPLES, 0.3), trunk=trunk, key=0)):
+            assert adapter.model(**batch).logits.isfinite().all()
+    assert not trunk.hidden and trunk.bytes() == 0
 
 
 def test_only_the_upper_blocks_carry_the_samples() -> None:
@@ -714,7 +745,7 @@ def test_an_exception_leaves_nothing_behind(name: str, place: str, monkeypatch: 
             adapter.model(**batch)
         del module.forward
         assert torch.equal(adapter.model(**batch).logits[keep], expected[keep])
-        assert set(trunk.hidden) == {0}
+        assert {key for _, key in trunk.hidden} == {0}
         if place != "trunk":  # which a replay does not run
             module.forward = forward
             with pytest.raises(Broken):
@@ -722,7 +753,7 @@ def test_an_exception_leaves_nothing_behind(name: str, place: str, monkeypatch: 
             del module.forward
         recorded.key = 1  # a batch not kept yet: its lower blocks must run again
         assert torch.equal(adapter.model(**batch).logits[keep], expected[keep])
-        assert torch.equal(trunk.hidden[0], trunk.hidden[1])
+        assert torch.equal(trunk.hidden[trunk.firsts[0], 0], trunk.hidden[trunk.firsts[0], 1])
     assert footprint(adapter) == clean
 
 

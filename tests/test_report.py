@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import base64
+import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 
 from tfb_ext.metrics import evaluate
 from tfb_ext.report import Table, html_report, reliability, reliability_diagram, search_trace
-from tfb_ext.search import Evaluation, SigmaSearch
+from tfb_ext.search import DepthResult, Evaluation, SigmaSearch
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 
@@ -82,13 +84,21 @@ class TestReliabilityDiagram:
             reliability_diagram({}, tmp_path / "a.png")
 
 
+def evaluated(
+    sigma: float, value: float, error: float = 0.0, nll: float | None = None, flips: float = 0.0
+) -> Evaluation:
+    return Evaluation(sigma, value, error, True, 1.0, value if nll is None else nll, 0.8, flips, 0.3, 0.5, 200, "all")
+
+
 def make_search(**changes: Any) -> SigmaSearch:
     tried = [(0.01, 0.86), (0.02, 0.7), (0.04, 0.9), (0.08, 1.4)]
     fields: dict[str, Any] = {
         "sigma": 0.02,
         "satisfied": True,
-        "evaluations": tuple(Evaluation(s, v, 0.02, True, v, 0.8, 0.0) for s, v in tried),
-        "baseline": Evaluation(0.0, 0.9, 0.0, True, 0.9, 0.8, 0.0),
+        "confidence": 0.9,
+        "interval": (math.nan, math.nan),
+        "evaluations": tuple(evaluated(s, v, 0.02) for s, v in tried),
+        "baseline": evaluated(0.0, 0.9),
         "recipe": "auto",
         "metric": "nll",
         "tolerance": 0.1,
@@ -101,7 +111,10 @@ def make_search(**changes: Any) -> SigmaSearch:
         "samples": 10,
         "antithetic": True,
         "seed": 0,
+        "mode": "weight",
         "depth": "all",
+        "depths": (),
+        "early_stop": None,
         "anchors": 200,
         "labelled": True,
         "seconds": 1.0,
@@ -137,11 +150,19 @@ class TestSearchTrace:
         assert green(objective="minimum") == 0
 
     def test_one_evaluation_and_an_unknown_error_are_drawn(self, tmp_path: Path) -> None:
-        lone = Evaluation(0.02, 0.01, float("nan"), True, 0.9, 0.8, 0.01)
-        start = Evaluation(0.0, 0.0, float("nan"), True, 0.9, 0.8, 0.0)
+        lone = evaluated(0.02, 0.01, math.nan, nll=0.9, flips=0.01)
+        start = evaluated(0.0, 0.0, math.nan, nll=0.9)
         search = make_search(metric="flips", tolerance=0.01, evaluations=(lone,), baseline=start)
         search_trace(search, tmp_path / "a.png")
         assert 0 < red_column(tmp_path / "a.png") < 1
+
+    def test_depths_get_a_panel_of_their_own(self, tmp_path: Path) -> None:
+        found = DepthResult("all", 0.02, True, (0.01, 0.04), "", 0.7, 0.8, 0.1, 0.5, 0.7, (0.0, 0.0), 10.0)
+        other = replace(found, depth=4, sigma=0.1, score=0.75, behind=(0.05, 0.02), forwards=2.1)
+        search_trace(make_search(depths=(found, other), interval=(0.015, 0.03)), tmp_path / "two.png")
+        search_trace(make_search(), tmp_path / "one.png")
+        one, two = read_png(tmp_path / "one.png"), read_png(tmp_path / "two.png")
+        assert two.shape[1] > 1.4 * one.shape[1]
 
     def test_method_of_the_search_draws_it(self, tmp_path: Path) -> None:
         make_search().plot(tmp_path / "a.png")

@@ -245,15 +245,33 @@ def test_out_of_memory_halves_the_samples_and_goes_on(depth: int | str, keep: bo
         assert below == ([4, 4, 4] if keep else [4, 4, 4, 4])
 
 
-def test_out_of_memory_at_one_sample_says_what_to_do() -> None:
+@pytest.mark.parametrize("depth", ["all", 2])
+def test_out_of_memory_at_one_sample_halves_the_batch(depth: int | str) -> None:
+    adapter = bayesian(depth=depth)
+    data = small_sets.encoded(11)
+    plenty = sampled(Scorer(adapter, data, batch_size=4))
+    average = [
+        Scorer(adapter, data, batch_size=4).average(b, adapter.batch(SAMPLES))
+        for b in Scorer(adapter, data, batch_size=4).batches
+    ]
+    memory = SmallMemory(adapter.anatomy.blocks[3], most=2)
+    scorer = Scorer(adapter, data, batch_size=4, keep_trunk=True)
+    assert torch.allclose(sampled(scorer), plenty, atol=1e-5)
+    assert memory.tried[:5] == [20, 8, 4, 2, 2]  # samples first, then rows
+    memory.tried.clear()
+    for batch, expected in zip(scorer.batches, average, strict=True):
+        assert torch.allclose(scorer.average(batch, adapter.batch(SAMPLES)), expected, atol=1e-5)
+    assert set(memory.tried) == {1, 2}  # what was found not to fit is not tried again
+
+
+def test_out_of_memory_at_one_row_says_what_to_do() -> None:
     adapter = bayesian()
-    memory = SmallMemory(adapter.anatomy.blocks[3], most=3)
+    memory = SmallMemory(adapter.anatomy.blocks[3], most=0)
     scorer = Scorer(adapter, small_sets.encoded(8), batch_size=4)
-    with pytest.raises(
-        torch.OutOfMemoryError, match="one sample of a batch of 4 rows does not fit.*smaller batch_size"
-    ):
+    with pytest.raises(torch.OutOfMemoryError, match="one sample of one row of .* tokens does not fit.*smaller type"):
         scorer.samples(scorer.batches[0], adapter.batch(SAMPLES))
-    assert memory.tried == [20, 8, 4]
+    assert memory.tried == [20, 8, 4, 2, 1]
+    memory.most = 1000
     with adapter.predictive(1):  # nothing was left behind that a later context stumbles over
         assert adapter.model(**zoo.inputs(2)).logits.isfinite().all()
 

@@ -200,11 +200,12 @@ class BayesianAdapter:
     @contextmanager
     def fanned(self, view: Predictive, depth: Depth | None = None) -> Iterator[Predictive]:
         """The context behind :meth:`predictive`, for callers that hold several sigmas in one batch or keep a trunk."""
-        first = self._first if depth is None else self.first_random_block(depth)
-        if view.trunk is not None and view.trunk.first != first:
-            raise ValueError(
-                f"the trunk was kept for first random block {view.trunk.first}, this pass starts at {first}"
-            )
+        with self.fanned_at(self._first if depth is None else self.first_random_block(depth), view):
+            yield view
+
+    @contextmanager
+    def fanned_at(self, first: int, view: Predictive) -> Iterator[Predictive]:
+        """The same by the index of the first random block; with that of the head no block is random, only a head may be."""
         with self._exclusive(first), Fan(self.anatomy, self._state, first, view, self._check_call).open():
             yield view
 
@@ -238,8 +239,12 @@ class BayesianAdapter:
         samples: int | Sequence[int],
         sigma: float | Sequence[float] | None = None,
         antithetic: bool | None = None,
+        mode: str | None = None,
     ) -> SampleBatch:
-        """Row groups for ``samples``; with several sigmas one group of samples after another, the same noise in each."""
+        """Row groups for ``samples``; with several sigmas one group of samples after another, the same noise in each.
+
+        ``antithetic`` and ``mode`` are the adapter's own where they are not given.
+        """
         numbers = check_samples(samples)
         if sigma is None and self.sigma is None:
             raise ValueError(
@@ -254,11 +259,12 @@ class BayesianAdapter:
         checked = [check_sigma(s) for s in scales]
         mirrored = self.antithetic if antithetic is None else antithetic
         scales = [s for s in checked for _ in numbers]
-        return SampleBatch(tuple(scales), numbers * len(checked), self.seed, mirrored, self.mode)
+        return SampleBatch(tuple(scales), numbers * len(checked), self.seed, mirrored, check_mode(mode or self.mode))
 
-    def trunk(self, depth: Depth | None = None, device: torch.device | None = None) -> Trunk:
-        """An empty store for the hidden states at the first random block."""
-        return Trunk(self._first if depth is None else self.first_random_block(depth), device)
+    def trunk(self, *depths: Depth, device: torch.device | None = None, limit: float = math.inf) -> Trunk:
+        """An empty store for the hidden states at the first random block of each depth; of the adapter's own without any."""
+        firsts = {self.first_random_block(d) for d in depths or (self.depth,)}
+        return Trunk(tuple(sorted(firsts - {0})), device, limit)
 
     @contextmanager
     def _exclusive(self, first: int) -> Iterator[None]:

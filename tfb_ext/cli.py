@@ -130,14 +130,33 @@ def search(
     data: DataOption,
     base: BaseOption = None,
     recipe: Annotated[
-        str, typer.Option(help="auto: looks at the anchors; paper: NLL within 0.3 %, five bisections.")
+        str,
+        typer.Option(
+            help="auto: looks at the anchors; paper: NLL within 0.3 %, five bisections; official: the authors' code."
+        ),
     ] = "auto",
-    metric: Annotated[str | None, typer.Option(help="nll, accuracy or flips, instead of the recipe's.")] = None,
+    metric: Annotated[str | None, typer.Option(help="nll, brier, accuracy or flips, instead of the recipe's.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Fraction: 0.003 is 0.3 %.")] = None,
-    objective: Annotated[str | None, typer.Option(help="tolerance or minimum.")] = None,
-    method: Annotated[str | None, typer.Option(help="bisect or grid.")] = None,
+    bound: Annotated[str | None, typer.Option(help="two-sided (any change counts) or one-sided (only harm).")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="tolerance, minimum (lowest NLL) or one-se (smallest sigma near it).")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="bisect, grid, root or official.")] = None,
+    bracket: Annotated[str | None, typer.Option(help="Where to look first: LOW,HIGH such as 0.001,0.1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Bisection steps, grid points, most steps of root.")] = None,
     samples: SamplesOption = 10,
-    depth: DepthOption = None,
+    depth: Annotated[
+        str | None,
+        typer.Option(
+            help="Random blocks from the top: a number, a fraction, 'all', 'head'; several with commas to choose from."
+        ),
+    ] = None,
+    early_stop: Annotated[
+        float | None, typer.Option(help="Stop a sigma once its verdict is settled at this confidence, such as 0.99.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Keep results in this file as they come, and go on from it if it is there.")
+    ] = None,
     seed: SeedOption = None,
     split: SplitOption = "train",
     prompt: PromptOption = None,
@@ -161,18 +180,31 @@ def search(
     from .search import search_sigma
 
     examples = _examples(data, split, prompt, label, choices, limit)
-    loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, None, examples)
-    found = search_sigma(
-        bayesian,
-        _encode(examples, loaded),
-        recipe=recipe,
-        metric=metric,  # type: ignore[arg-type]
-        tolerance=tolerance,
-        objective=objective,  # type: ignore[arg-type]
-        method=method,  # type: ignore[arg-type]
-        samples=samples,
-        batch_size=batch_size,
-    )
+    loaded, bayesian = _load(adapter, base, device, dtype, None, seed, None, examples)
+    try:
+        found = search_sigma(
+            bayesian,
+            _encode(examples, loaded),
+            recipe=recipe,
+            metric=metric,  # type: ignore[arg-type]
+            tolerance=tolerance,
+            bound=bound,  # type: ignore[arg-type]
+            objective=objective,  # type: ignore[arg-type]
+            method=method,  # type: ignore[arg-type]
+            bracket=_bracket(bracket),
+            steps=steps,
+            samples=samples,
+            depth=None if depth is None else [parse_depth(d) for d in depth.split(",")],
+            batch_size=batch_size,
+            early_stop=early_stop,
+            checkpoint=checkpoint,
+        )
+    except KeyboardInterrupt:
+        way = "nothing was kept (--checkpoint FILE keeps it)"
+        if checkpoint is not None and checkpoint.exists():
+            way = f"{checkpoint} holds what was done; the same command goes on from there"
+        _screen().print(f"interrupted: {way}", highlight=False, soft_wrap=True)
+        raise SystemExit(130) from None
     if plot is not None:
         found.plot(plot)
     if trace is not None:
@@ -387,6 +419,16 @@ def parse_depth(text: str) -> int | float | str:
         raise typer.BadParameter(
             f"{text!r}, expected a number of blocks, a fraction such as 0.5, 'all' or 'head'", param_hint="--depth"
         ) from None
+
+
+def _bracket(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}, expected LOW,HIGH such as 0.001,0.1", param_hint="--bracket") from None
+    return low, high
 
 
 def _examples(

@@ -130,10 +130,8 @@ class Encoded:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         return {**batch, "index": torch.tensor(indices, dtype=torch.int64)}
 
-    def batches(
-        self, batch_size: int, device: str | torch.device = "cpu", *, left: bool = True
-    ) -> Iterator[dict[str, Tensor]]:
-        """Every item once, ``batch_size`` at a time (fewer in the last), see ``collate``.
+    def groups(self, batch_size: int) -> list[list[int]]:
+        """Indices of the items of each batch: every item once, ``batch_size`` at a time (fewer in the last).
 
         Items of similar length share a batch, which wastes little on padding; the longest come first, so that a batch
         size that memory does not allow fails at once.
@@ -141,8 +139,14 @@ class Encoded:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
         order = sorted(range(len(self)), key=lambda i: -len(self.token_ids[i]))
-        for start in range(0, len(order), batch_size):
-            yield self.collate(order[start : start + batch_size], device, left=left)
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def batches(
+        self, batch_size: int, device: str | torch.device = "cpu", *, left: bool = True
+    ) -> Iterator[dict[str, Tensor]]:
+        """The ``groups`` as padded batches, see ``collate``."""
+        for group in self.groups(batch_size):
+            yield self.collate(group, device, left=left)
 
 
 def encode(

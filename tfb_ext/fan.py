@@ -8,7 +8,7 @@ a hook on the output head folds the rows back into B rows of ``log mean_s softma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -119,17 +119,42 @@ def _kind(model: Any, head_name: str) -> Kind:
 
 @dataclass
 class Trunk:
-    """Hidden states at the first random block, kept per batch so that later samples and sigmas skip the blocks below.
+    """Hidden states at the inputs of some blocks, kept per batch, so that later samples and sigmas skip the blocks below.
 
     Attributes:
-        first: the first random block they belong to.
-        device: where they are kept; ``None`` keeps them where they were made.
+        firsts: blocks whose input is kept, ascending; the number of blocks stands for the head.
+        device: where they are kept; ``None`` keeps them where they were made. Host memory is pinned for a GPU's copies.
+        limit: bytes; what goes beyond is not kept, and is computed again.
+        hidden: by (block, key of the batch).
     """
 
-    first: int
+    firsts: tuple[int, ...]
     device: torch.device | None = None
-    hidden: dict[int, Tensor] = field(default_factory=dict)
+    limit: float = math.inf
+    hidden: dict[tuple[int, Hashable], Tensor] = field(default_factory=dict)
     returns_tuple: bool = False
+
+    def keep(self, block: int, key: Hashable, hidden: Tensor) -> None:
+        """Keep the input of ``block`` for the batch ``key``, if it is asked for, new and within the limit."""
+        if block not in self.firsts or (block, key) in self.hidden:
+            return
+        if self.bytes() + hidden.numel() * hidden.element_size() > self.limit:
+            return
+        if self.device is None or self.device == hidden.device:
+            self.hidden[block, key] = hidden
+            return
+        pinned = hidden.is_cuda and self.device.type == "cpu"
+        room = torch.empty(hidden.shape, dtype=hidden.dtype, device=self.device, pin_memory=pinned)
+        # Both ways go through one stream, so that nothing need wait for a copy before the copy that reads it.
+        self.hidden[block, key] = room.copy_(hidden, non_blocking=True)
+
+    def nearest(self, first: int, key: Hashable) -> int | None:
+        """The highest block not above ``first`` whose input is kept for this batch."""
+        return max((b for b in self.firsts if b <= first and (b, key) in self.hidden), default=None)
+
+    def forget(self, key: Hashable) -> None:
+        for block in self.firsts:
+            self.hidden.pop((block, key), None)
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.hidden.values())
@@ -154,7 +179,7 @@ class Predictive:
     columns: Tensor | None = None
     keep_samples: bool = False
     trunk: Trunk | None = None
-    key: int | None = None
+    key: Hashable | None = None
     folded: Tensor | None = None
     sample_outputs: Tensor | None = None
 
@@ -174,6 +199,7 @@ class Fan:
         self.repeated: list[tuple[Tensor, Tensor]] = []
         self.pending: Tensor | None = None
         self.bypassed: list[nn.Module] = []
+        self.resumed: int | None = None
         text: Any = anatomy.model.config.get_text_config()
         # Classification heads of the same configuration are not capped by their models.
         capped = anatomy.head_name not in CLASSIFIER_HEADS
@@ -193,8 +219,12 @@ class Fan:
             hooks.append(
                 anatomy.blocks[index].register_forward_pre_hook(partial(self.before_block, index), with_kwargs=True)
             )
-        if 0 < self.first < len(anatomy.blocks) and self.view.trunk is not None:
-            hooks.append(anatomy.blocks[self.first - 1].register_forward_hook(self.after_trunk))
+        if self.first > 0 and self.view.trunk is not None:
+            hooks.append(anatomy.blocks[0].register_forward_hook(self.after_lowest))
+            for index in self.view.trunk.firsts:
+                if index < self.first:
+                    hook = partial(self.before_trunk_block, index)
+                    hooks.append(anatomy.blocks[index].register_forward_pre_hook(hook, with_kwargs=True))
         state.batch, state.first, state.fanned = self.view.batch, self.first, False
         if self.soft_cap is not None:
             # The model caps after its head, on probabilities by then; the fold caps each sample's logits instead.
@@ -275,12 +305,7 @@ class Fan:
                 f"the first random block got hidden states of shape {tuple(hidden.shape)} for a batch of {self.rows} rows; "
                 "this architecture does not keep rows first, so the fan cannot serve it: use adapter.sampling(...)"
             )
-        if view.trunk is not None and view.key is not None and self.first > 0:
-            kept = view.trunk.hidden.get(view.key)
-            if kept is not None:
-                hidden = kept.to(hidden.device, non_blocking=True)
-            else:
-                view.trunk.hidden[view.key] = hidden.to(view.trunk.device or hidden.device)
+        hidden = self.kept_or(self.first, hidden)
         self.state.fanned = True
         return repeat_rows(hidden, len(view.batch))
 
@@ -304,17 +329,37 @@ class Fan:
 
     # The trunk ------------------------------------------------------------------------------------------------------
 
-    def after_trunk(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.view.trunk is not None:
+    def after_lowest(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.view.trunk is not None and not self.bypassed:
             self.view.trunk.returns_tuple = isinstance(output, tuple)
 
-    def bypass_blocks(self) -> None:
-        """Turn the blocks below into the identity for this forward if their result is kept."""
+    def before_trunk_block(
+        self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self.kept_or(index, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.kept_or(index, kwargs["hidden_states"])}
+
+    def kept_or(self, index: int, hidden: Tensor) -> Tensor:
+        """What the trunk holds for the input of block ``index``, if this pass resumes there; else keep ``hidden`` for later."""
         view = self.view
-        if view.trunk is None or view.key is None or view.key not in view.trunk.hidden:
+        if view.trunk is None or view.key is None or index == 0:
+            return hidden
+        if index == self.resumed:
+            return view.trunk.hidden[index, view.key].to(hidden.device, non_blocking=True)
+        if self.resumed is None or index > self.resumed:
+            view.trunk.keep(index, view.key, hidden)
+        return hidden
+
+    def bypass_blocks(self) -> None:
+        """Turn the blocks below the highest input that is kept into the identity for this forward."""
+        view = self.view
+        self.resumed = None
+        if view.trunk is None or view.key is None:
             return
+        self.resumed = view.trunk.nearest(self.first, view.key)
         identity = _identity_tuple if view.trunk.returns_tuple else _identity
-        for block in list(self.anatomy.blocks)[: self.first]:
+        for block in list(self.anatomy.blocks)[: self.resumed or 0]:
             if "forward" in block.__dict__:  # accelerate's offloading hooks: their forward brings weights in and out
                 continue
             block.forward = identity

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, RED, GREEN = "#2f6db3", "#d64545", "#2d8a5f"
-AXIS_NAMES = {"nll": "NLL (nats)", "accuracy": "accuracy", "flips": "changed predictions"}
+AXIS_NAMES = {"nll": "NLL (nats)", "accuracy": "accuracy", "flips": "changed predictions", "brier": "Brier score"}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -115,7 +115,8 @@ def search_trace(search: SigmaSearch, path: str | Path) -> None:
     """Draw the metric of a search against sigma (log scale) as a PNG file.
 
     Shown are every sigma tried with the standard error of its change from the mean adapter, the mean adapter's own
-    value, the band of values within the tolerance (where the objective is a tolerance) and the sigma chosen.
+    value, the band of values within the tolerance (where the objective is a tolerance), the sigma chosen and where 90 % of
+    resampled anchors choose it. A search over depths has a second panel: what each found against what its predictions cost.
 
     Raises:
         ValueError: the search tried no sigma.
@@ -123,8 +124,8 @@ def search_trace(search: SigmaSearch, path: str | Path) -> None:
     tried = search.evaluations
     if not tried:
         raise ValueError("search: it has no evaluations; expected at least one")
-    figure = _figure(7.2, 4.4)
-    axes = figure.add_subplot()
+    figure = _figure(11.2 if search.depths else 7.2, 4.4)
+    axes = figure.add_subplot(1, 2 if search.depths else 1, 1)
     _plain(axes)
     axes.set_xscale("log")
     axes.errorbar(
@@ -142,21 +143,44 @@ def search_trace(search: SigmaSearch, path: str | Path) -> None:
     start = search.baseline.value
     low, high = axes.get_ylim()
     low, high = min(low, start), max(high, start)
-    minimum = search.objective == "minimum"
-    if not minimum:
+    if search.objective == "tolerance":
         bottom, top = search.band
         low, high = min(low, bottom) if isfinite(bottom) else low, max(high, top) if isfinite(top) else high
         axes.axhspan(max(bottom, low), min(top, high), color=GREEN, alpha=0.16, lw=0, label="within the tolerance")
     axes.axhline(start, color=MUTED, lw=1, ls="--", label="mean adapter (sigma = 0)")
+    least, most = search.interval
+    if isfinite(least) and most > least:
+        axes.axvspan(least, most, color=RED, alpha=0.08, lw=0, label="90 % of resampled anchors choose here")
     axes.axvline(search.sigma, color=RED, lw=1.4, label=f"chosen: sigma = {search.sigma:.3g}")
     axes.set_ylim(low, high)
     axes.set_xlabel("posterior scale sigma")
-    axes.set_ylabel(f"{AXIS_NAMES[search.metric]} on {search.anchors} anchors")
-    bound = "" if search.metric == "flips" else f", {search.bound}"
-    rule = "lowest NLL" if minimum else f"{search.metric}, {search.tolerance:.2%} tolerance{bound}"
-    axes.set_title(f"Search for sigma: {rule}", fontsize=11, color=INK)
+    axes.set_ylabel(f"{AXIS_NAMES.get(search.metric, search.metric)} on {search.anchors} anchors")
+    where = f", depth {search.depth}" if search.depths else ""
+    rule = f"{search.metric} within {search.tolerance:.2%}, {search.bound}"
+    rule = {"minimum": "lowest NLL", "one-se": "smallest near the lowest NLL"}.get(search.objective, rule)
+    axes.set_title(f"Search for sigma{where}: {rule}", fontsize=11, color=INK)
     axes.legend(frameon=False, fontsize=9)
+    if search.depths:
+        _draw_depths(figure.add_subplot(1, 2, 2), search)
     _write(figure, path)
+
+
+def _draw_depths(axes: Axes, search: SigmaSearch) -> None:
+    """What each depth's sigma gives against what its predictions cost, behind the best with a standard error."""
+    _plain(axes)
+    best = min(d.score for d in search.depths)
+    for found in search.depths:
+        colour = RED if found.depth == search.depth else BLUE if found.satisfied else MUTED
+        axes.errorbar(
+            found.forwards, best + found.behind[0], found.behind[1], color=colour, marker="o", ms=5, capsize=3, lw=1
+        )
+        axes.annotate(
+            f" {found.depth}\n sigma {found.sigma:.3g}", (found.forwards, best + found.behind[0]), fontsize=8, color=INK
+        )
+    tolerance = search.objective == "tolerance"
+    axes.set_xlabel(f"cost of a prediction with {search.samples} samples, forwards of the plain model")
+    axes.set_ylabel("minus entropy (nats)" if tolerance else "NLL (nats)")
+    axes.set_title("Depths, and how far each is behind the best", fontsize=11, color=INK)
 
 
 def html_report(

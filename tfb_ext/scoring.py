@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,20 +31,37 @@ class Batch:
     """One batch on the model's device.
 
     Attributes:
-        key: its number, under which a trunk is kept.
+        key: its number in the data set, under which a trunk is kept; halves of it add to that.
         inputs: the model's arguments.
         labels: (B,) or (B, T) int64, or ``None``; ``-100`` is not counted.
-        index: (B,) positions of the rows in the data set.
+        index: (B,) positions of the rows in the data set (in this rank's own, for batches that are handed in one by one).
         columns: label tokens (C,), or ``None`` for the whole head.
         shifted: whether the logits at a position are about the next one (language models with (B, T) labels).
     """
 
-    key: int
+    key: Hashable
     inputs: dict[str, Any]
     labels: Tensor | None
     index: Tensor
     columns: Tensor | None
     shifted: bool
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The upper and the lower half of the rows, of at least two."""
+        rows = len(self.index)
+
+        def part(number: int, at: slice) -> Batch:
+            inputs = {
+                n: v[at] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for n, v in self.inputs.items()
+            }
+            labels = None if self.labels is None else self.labels[at]
+            return replace(self, key=(self.key, number), inputs=inputs, labels=labels, index=self.index[at])
+
+        return part(0, slice(rows // 2)), part(1, slice(rows // 2, rows))
+
+
+class _DoesNotFitError(Exception):
+    """One sample of a batch does not fit into memory."""
 
 
 class Scorer:
@@ -54,7 +73,10 @@ class Scorer:
             ``labels``): token labels (B, T) for language models, class labels (B,) for classification heads.
         depth: random blocks; ``None`` is the adapter's own.
         batch_size: rows of a batch before the fan.
-        keep_trunk: keep the hidden states at the first random block for later calls of :meth:`samples`.
+        keep_trunk: keep the hidden states at the first random block for later calls; a sequence of depths keeps those of each.
+        shuffle: batches in a random order (always the same), instead of the longest first.
+        shard: (rank, world size): run every ``world size``-th batch only, from ``rank`` on.
+        may_be_empty: whether no batch at all is no error.
     """
 
     def __init__(
@@ -64,7 +86,10 @@ class Scorer:
         *,
         depth: Depth | None = None,
         batch_size: int | None = None,
-        keep_trunk: bool = False,
+        keep_trunk: bool | Sequence[Depth] = False,
+        shuffle: bool = False,
+        shard: tuple[int, int] = (0, 1),
+        may_be_empty: bool = False,
     ) -> None:
         self.adapter = adapter
         self.model = adapter.anatomy.model
@@ -84,17 +109,21 @@ class Scorer:
             raise ValueError(f"batch_size is {batch_size!r}, expected a count of rows, at least 1")
         self.batch_size = batch_size or (64 if cuda else 8)
         self.rows = max(ROWS_CUDA if cuda else ROWS_CPU, self.batch_size)
-        self.keep_trunk = keep_trunk
+        self.keep_trunk = bool(keep_trunk)
+        depths: Sequence[Depth] = keep_trunk if isinstance(keep_trunk, Sequence) else (self.depth,)
+        self._trunk_blocks = tuple(sorted({adapter.first_random_block(d) for d in depths} - {0}))
+        self._halves: dict[Hashable, tuple[Batch, Batch]] = {}
         self._accepts = set(inspect.signature(self.model.forward).parameters)
-        self.batches = list(self._prepare(data))
-        if not self.batches:
+        self.batches = list(self._prepare(data, shuffle, shard))
+        if not self.batches and not may_be_empty:
             raise ValueError("the data set is empty, expected at least one example")
         self.tokens = sum(int(_mask(b).sum()) for b in self.batches)
         self.size = sum(len(b.index) for b in self.batches)
         self.tokens_run = 0
         self._trunk: Trunk | None = None
 
-    def _prepare(self, data: Data) -> Iterator[Batch]:
+    def _prepare(self, data: Data, shuffle: bool, shard: tuple[int, int]) -> Iterator[Batch]:
+        rank, world = shard
         if isinstance(data, Encoded):
             head = data.choice_ids is None
             self._check_head(data)
@@ -102,8 +131,13 @@ class Scorer:
             labels = data.labels_tensor() if data.labelled else None
             # Encoders read their first position, so padding goes to the right of it.
             left = not head or self.adapter.anatomy.head_name != "classifier"
-            for key, made in enumerate(data.batches(self.batch_size, self.device, left=left)):
-                index = made.pop("index").cpu()
+            groups = data.groups(self.batch_size)
+            order = list(range(len(groups)))
+            if shuffle:
+                order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
+            for key in order[rank::world]:
+                made = data.collate(groups[key], self.device, left=left)
+                index = made.pop("index")
                 inputs: dict[str, Any] = {n: v for n, v in made.items() if n in self._accepts}
                 if not head and "logits_to_keep" in self._accepts:
                     inputs["logits_to_keep"] = 1
@@ -112,6 +146,8 @@ class Scorer:
             return
         start = 0
         for key, raw in enumerate(data):
+            if key % world != rank:
+                continue
             if not isinstance(raw, Mapping) or not isinstance(raw.get("input_ids"), Tensor):
                 raise ValueError(
                     f"batch {key} is a {type(raw).__name__}, expected a mapping with tensors input_ids, attention_mask and "
@@ -152,86 +188,125 @@ class Scorer:
         return all(batch.labels is not None for batch in self.batches)
 
     def mean(self, batch: Batch) -> Tensor:
-        """Log probabilities (items, C) of the mean adapter."""
-        with torch.no_grad():
-            self.adapter._check_call()  # dropout, or another adapter, would be no mean of this one
-            logits = self.model(**batch.inputs).logits
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if batch.columns is not None:
-            logits = logits.index_select(-1, batch.columns)
-        return self.items(torch.log_softmax(logits, dim=-1), batch)
+        """Log probabilities (items, C) of the mean adapter, PEFT's own arithmetic."""
 
-    def samples(self, batch: Batch, samples: SampleBatch) -> Tensor:
-        """Log probabilities (S, items, C) of every sample group; only for heads and label sets of up to 1024 classes."""
-        parts = [
-            self.items(view.sample_outputs, batch, stacked=True) for view in self._passes(batch, samples, keep=True)
-        ]
-        return torch.cat(parts)
+        def run(batch: Batch) -> Tensor:
+            with torch.no_grad():
+                self.adapter._check_call()  # dropout, or another adapter, would be no mean of this one
+                try:
+                    logits = self.model(**batch.inputs).logits
+                except torch.OutOfMemoryError:
+                    raise _DoesNotFitError from None
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            if batch.columns is not None:
+                logits = logits.index_select(-1, batch.columns)
+            return self.items(torch.log_softmax(logits, dim=-1), batch)
 
-    def average(self, batch: Batch, samples: SampleBatch) -> Tensor:
+        return self._whole_or_halves(batch, run, dim=0)
+
+    def samples(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
+        """Log probabilities (S, items, C) of every sample group; only for heads and label sets of up to 1024 classes.
+
+        ``first``: the first random block, by default the scorer's own.
+        """
+
+        def run(batch: Batch) -> Tensor:
+            passes = self._passes(batch, samples, first, keep=True)
+            return torch.cat([self.items(view.sample_outputs, batch, stacked=True) for view in passes])
+
+        return self._whole_or_halves(batch, run, dim=1)
+
+    def average(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
         """Log of the mean probability (items, C) over all sample groups, without keeping any of them."""
-        total: Tensor | None = None
-        for view in self._passes(batch, samples, keep=False):
-            assert view.folded is not None
-            part = view.folded[0] + torch.log(torch.tensor(float(len(view.batch))))
-            total = part if total is None else torch.logaddexp(total, part)
-        assert total is not None
-        return self.items(total - torch.log(torch.tensor(float(len(samples)))), batch)
 
-    def _passes(self, batch: Batch, samples: SampleBatch, keep: bool) -> Iterator[Predictive]:
+        def run(batch: Batch) -> Tensor:
+            total: Tensor | None = None
+            for view in self._passes(batch, samples, first, keep=False):
+                assert view.folded is not None
+                part = view.folded[0] + math.log(len(view.batch))
+                total = part if total is None else torch.logaddexp(total, part)
+            assert total is not None
+            return self.items(total - math.log(len(samples)), batch)
+
+        return self._whole_or_halves(batch, run, dim=0)
+
+    def _whole_or_halves(self, batch: Batch, run: Callable[[Batch], Tensor], dim: int) -> Tensor:
+        """``run(batch)``; where a batch does not fit into memory, its halves one after the other, now and ever after."""
+        if batch.key not in self._halves:
+            try:
+                return run(batch)
+            except _DoesNotFitError:
+                pass
+            # Outside the handler: while it runs, the exception holds on to every tensor of the failed forward.
+            rows = len(batch.index)
+            if rows == 1:
+                length = batch.inputs["input_ids"].shape[1]
+                raise torch.OutOfMemoryError(
+                    f"one sample of one row of {length} tokens does not fit into memory; free some, shorten the rows, or load "
+                    "the model in a smaller type"
+                )
+            self.rows = max(1, min(self.rows, rows // 2))
+            if self._trunk is not None:
+                self._trunk.forget(batch.key)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._halves[batch.key] = batch.halves()
+        return torch.cat([self._whole_or_halves(half, run, dim) for half in self._halves[batch.key]], dim=dim)
+
+    def _passes(self, batch: Batch, samples: SampleBatch, first: int | None, keep: bool) -> Iterator[Predictive]:
         """Forwards over chunks of the sample groups; out of memory halves the chunk and goes on with the same samples."""
+        first = self.first if first is None else first
         rows = len(batch.index)
         chunk = max(1, min(len(samples), self.rows // max(rows, 1)))
-        trunk = self._trunk_for(chunk < len(samples))
+        trunk = self._trunk_for(first, chunk < len(samples))
         tokens = int(_mask(batch).sum())
         start = 0
         while start < len(samples):
             part = samples.part(start, min(start + chunk, len(samples)))
             view = Predictive(part, columns=batch.columns, keep_samples=keep, trunk=trunk, key=batch.key)
-            if not self._fits(view, batch):
-                # Outside the handler: while it runs, the exception holds on to every tensor of the failed forward.
+            if not self._fits(view, batch, first):
                 if chunk == 1:
-                    raise torch.OutOfMemoryError(
-                        f"one sample of a batch of {rows} rows does not fit into memory; pass a smaller batch_size"
-                    )
-                chunk //= 2
+                    raise _DoesNotFitError
+                chunk = min(chunk, len(part)) // 2 or 1
                 self.rows = chunk * rows
-                trunk = self._trunk_for(True)
-                torch.cuda.empty_cache()
+                trunk = self._trunk_for(first, True)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
                 continue
             self.tokens_run += tokens * len(part)
             start += len(part)
             yield view
         if not self.keep_trunk and trunk is not None:
-            trunk.hidden.pop(batch.key, None)
+            trunk.forget(batch.key)
 
-    def _fits(self, view: Predictive, batch: Batch) -> bool:
+    def _fits(self, view: Predictive, batch: Batch, first: int) -> bool:
         try:
-            with self.adapter.fanned(view, self.depth):
+            with self.adapter.fanned_at(first, view):
                 self.model(**batch.inputs)
         except torch.OutOfMemoryError:
             return False
         return True
 
-    def _trunk_for(self, several_passes: bool) -> Trunk | None:
-        if self.first == 0 or not (self.keep_trunk or several_passes):
+    def _trunk_for(self, first: int, several_passes: bool) -> Trunk | None:
+        if not self._trunk_blocks or first == 0 or not (self.keep_trunk or several_passes):
             return None
         if self._trunk is None:
-            self._trunk = self.adapter.trunk(self.depth, self._trunk_device())
+            device, limit = self._trunk_room()
+            self._trunk = Trunk(self._trunk_blocks, device, limit)
         return self._trunk
 
-    def _trunk_device(self) -> torch.device | None:
-        """Host memory where the whole trunk would take more than a quarter of the free device memory."""
-        if self.device.type != "cuda":
-            return None
+    def _trunk_room(self) -> tuple[torch.device | None, float]:
+        """Where the hidden states go and how many bytes of them: where the whole trunk would take more than a quarter of
+        the device's free memory, to host memory, up to half of what is free there."""
+        page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_AVPHYS_PAGES")
+        host = page * pages / 2
+        if self.device.type != "cuda" or not self.keep_trunk:
+            return None, host if self.device.type == "cpu" else math.inf
         width = self.model.config.get_text_config().hidden_size
-        size = (
-            sum(b.inputs["input_ids"].numel() for b in self.batches)
-            * width
-            * next(self.model.parameters()).element_size()
-        )
+        tokens = sum(b.inputs["input_ids"].numel() for b in self.batches)
+        size = tokens * width * next(self.model.parameters()).element_size() * len(self._trunk_blocks)
         free, _ = torch.cuda.mem_get_info(self.device)
-        return torch.device("cpu") if self.keep_trunk and size > free / 4 else None
+        return (torch.device("cpu"), host) if size > free / 4 else (None, math.inf)
 
     def items(self, values: Tensor | None, batch: Batch, stacked: bool = False) -> Tensor:
         """The positions that carry a prediction: (B, C) or (B, T, C) -> (items, C), with a sample axis first if ``stacked``."""

@@ -1,0 +1,288 @@
+"""The anchors: run at any sigmas and depths, on one process or several, and remembered item by item."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..adapter import BayesianAdapter
+from ..layers import MEAN, SampleBatch
+from ..scoring import MANY_CLASSES, Batch, Scorer, head_outputs, item_labels
+from .ranks import Ranks
+from .records import FIELDS, Records, read_records
+
+Settled = Callable[[Sequence[float]], set[float]]
+
+
+class Anchors:
+    """A data set under the mean adapter and at any sigmas.
+
+    Args:
+        adapter: the Bayesian adapter.
+        scorer: with this rank's share of the anchors.
+        ranks: the processes that share them.
+        sharded: every rank brought its own anchors; otherwise all hold the same set and run a part of it.
+        numbers, antithetic, mode: of the samples.
+        pseudo: targets are the mean adapter's answers even where there are labels.
+        keep_probabilities: for a metric of the caller's own.
+        checkpoint: file to go on from and to write to.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no anchors.
+        ConfigError: the checkpoint is of another search.
+    """
+
+    def __init__(
+        self,
+        adapter: BayesianAdapter,
+        scorer: Scorer,
+        ranks: Ranks,
+        *,
+        sharded: bool,
+        numbers: tuple[int, ...],
+        antithetic: bool,
+        mode: str,
+        pseudo: bool,
+        metric: str | None,
+        checkpoint: Path | None,
+        progress: bool,
+    ) -> None:
+        self.adapter = adapter
+        self.scorer = scorer
+        self.ranks = ranks
+        self.numbers = numbers
+        self.antithetic = antithetic
+        self.mode = mode
+        self.keep_probabilities = metric is not None
+        self.checkpoint = checkpoint
+        columns = next((b.columns for b in scorer.batches if b.columns is not None), None)
+        own = 0 if not scorer.batches else head_outputs(adapter) if columns is None else len(columns)
+        facts = ranks.every([scorer.labelled, own, len(scorer.batches)])
+        self.labelled = all(row[0] for row in facts)
+        self.classes = int(max(row[1] for row in facts))
+        self.rounds = int(max(row[2] for row in facts))  # batches of the rank that has most
+        self.positions, self.size = self._lay_out(sharded)
+        if self.size == 0:
+            raise ValueError(
+                "the anchors hold no label to score (all are -100), expected at least one"
+                if scorer.batches
+                else "the data set is empty, expected at least one example"
+            )
+        self.local = sum(len(p) for p in self.positions)
+        self.bar = tqdm(total=self.local, desc="search sigma", unit="anchor", disable=not progress or ranks.rank != 0)
+        key = {
+            "adapter": adapter.fingerprint(),
+            "anchors": self._digest(),
+            "items": self.size,
+            "targets": "labels" if self.labelled and not pseudo else "the mean adapter's answers",
+            "samples": list(numbers),
+            "seed": adapter.seed,
+            "antithetic": antithetic,
+            "mode": mode,
+            "metric": metric,
+        }
+        self.use_labels = self.labelled and not pseudo
+        known = read_records(checkpoint, key) if checkpoint is not None and ranks.rank == 0 else None
+        known = ranks.from_first(known)
+        self.records = self._baseline(key) if known is None else known
+
+    # Who has which anchors --------------------------------------------------------------------------------------------
+
+    def _lay_out(self, sharded: bool) -> tuple[list[Tensor], int]:
+        """Positions of each of this rank's batches' items among all items, and how many those are."""
+        batches = self.scorer.batches
+        if batches and batches[0].columns is None and _is_token_labelled(batches[0]):
+            counts = [len(item_labels(b)) for b in batches]
+            keys = [float(i * self.ranks.size + self.ranks.rank) for i in range(len(batches))]
+        else:
+            counts = [len(b.index) for b in batches]
+            keys = [float(b.index[0]) if len(b.index) else 0.0 for b in batches]
+            if not sharded:
+                return [b.index for b in batches], int(sum(row[0] for row in self.ranks.every([sum(counts)])))
+        mine = torch.tensor([[k, c] for k, c in zip(keys, counts, strict=True)], dtype=torch.float64).reshape(-1, 2)
+        rows = self.ranks.gather(mine)
+        everything = sorted(
+            (key, rank, i, int(count)) for rank, part in enumerate(rows) for i, (key, count) in enumerate(part.tolist())
+        )
+        starts, total = {}, 0
+        for _, rank, i, count in everything:
+            starts[rank, i] = total
+            total += count
+        return [
+            torch.arange(starts[self.ranks.rank, i], starts[self.ranks.rank, i] + c) for i, c in enumerate(counts)
+        ], total
+
+    def _digest(self) -> str:
+        """Of all anchors' tokens and labels, however they are batched and split."""
+        total = 0
+        for batch in self.scorer.batches:
+            ids, mask = batch.inputs["input_ids"].cpu(), batch.inputs.get("attention_mask")
+            mask = torch.ones_like(ids) if mask is None else mask.cpu()
+            for row in range(len(ids)):
+                label = None if batch.labels is None else batch.labels[row].tolist()
+                text = repr((ids[row][mask[row].bool()].tolist(), label)).encode()
+                total += int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+        parts = self.ranks.gather(torch.tensor([total % 2**62], dtype=torch.int64))
+        return f"{sum(int(p) for p in parts) % 2**62:016x}"
+
+    # Runs -------------------------------------------------------------------------------------------------------------
+
+    def _baseline(self, key: dict[str, Any]) -> Records:
+        """The mean adapter, by the kernels that the samples go through; the trunk is kept on the way."""
+        rows: list[Tensor] = []
+        kept: list[Tensor] = []
+        head = len(self.adapter.anatomy.blocks)
+        for batch in self.scorer.batches:
+            logs = self.scorer.average(batch, MEAN, first=head)
+            guesses = logs.argmax(-1)
+            targets = item_labels(batch) if self.use_labels else guesses
+            numbers = torch.stack([guesses.cpu(), targets.cpu()], dim=1).double()
+            rows.append(torch.cat([_measure(logs, targets, guesses, 0.0), numbers], dim=1))
+            if self.keep_probabilities:
+                kept.append(self._checked(logs))
+            self.bar.update(len(guesses))
+        table = self._everywhere(rows, len(FIELDS) + 2)
+        records = Records(key, table[:, : len(FIELDS)].clone(), table[:, -2].long(), table[:, -1].long())
+        if self.keep_probabilities:
+            records.probabilities[-1, 0.0] = self._everywhere(kept, self.classes).float()
+        return records
+
+    def run(self, first: int, sigmas: Sequence[float], settled: Settled | None = None) -> None:
+        """Fill the records of these sigmas at this first random block, as far as they are not there.
+
+        All sigmas and samples of a batch are one fused batch, which the scorer cuts as memory asks. ``settled`` is asked after
+        every batch which of the sigmas need no more anchors.
+        """
+        active = list(sigmas)
+        if settled is not None:
+            active = [s for s in active if s not in settled(active)]
+        if self.keep_probabilities:
+            for sigma in active:
+                room = torch.full((self.size, self.classes), math.nan)
+                self.records.probabilities.setdefault((first, sigma), room)
+        self.bar.total = max(self.bar.total, self.bar.n + self.local * len(active))
+        try:
+            for i in range(self.rounds):
+                if not active:
+                    break
+                if i < len(self.scorer.batches):
+                    self.bar.set_postfix_str(f"sigma {', '.join(f'{s:.3g}' for s in active)}")
+                    self._score(i, first, active)
+                    self.bar.update(len(self.positions[i]) * len(active))
+                if settled is not None:
+                    self._share(first, active, range(i, i + 1))
+                    done = settled(active)
+                    active = [s for s in active if s not in done]
+            if settled is None:
+                self._share(first, active, range(len(self.scorer.batches)))
+        finally:
+            self.save()
+
+    def expect(self, sigmas: int) -> None:
+        """Tell the progress bar how many more sigmas are likely to come."""
+        self.bar.total = self.bar.n + self.local * sigmas
+
+    def close(self) -> None:
+        self.bar.total = self.bar.n
+        self.bar.refresh()
+        self.bar.close()
+
+    def save(self) -> None:
+        if self.checkpoint is not None and self.ranks.rank == 0:
+            self.records.write(self.checkpoint)
+
+    def _score(self, number: int, first: int, sigmas: Sequence[float]) -> None:
+        """One batch into the records, at those sigmas that lack it."""
+        batch, at = self.scorer.batches[number], self.positions[number]
+        if not len(at):
+            return
+        missing = [s for s in sigmas if self.records.at(first, s)[at, 0].isnan().any()]
+        guesses, targets = self.records.guesses[at], self.records.targets[at]
+        for sigma, logs in zip(missing, self._log_probabilities(batch, first, missing), strict=True):
+            self.records.at(first, sigma)[at] = _measure(logs, targets.to(logs.device), guesses.to(logs.device), sigma)
+            if self.keep_probabilities:
+                self.records.probabilities[first, sigma][at] = self._checked(logs)
+
+    def _log_probabilities(self, batch: Batch, first: int, sigmas: Sequence[float]) -> list[Tensor]:
+        """Log mean probability (items, C) at each sigma; small heads take all sigmas in one fused batch."""
+        if not sigmas:
+            return []
+        if self.classes > MANY_CLASSES:
+            return [self.scorer.average(batch, self._samples([s]), first) for s in sigmas]
+        logs = self.scorer.samples(batch, self._samples(sigmas), first)
+        logs = logs.reshape(len(sigmas), len(self.numbers), *logs.shape[1:])
+        return list(torch.logsumexp(logs, dim=1) - math.log(len(self.numbers)))
+
+    def _samples(self, sigmas: Sequence[float]) -> SampleBatch:
+        return self.adapter.batch(self.numbers, list(sigmas), self.antithetic, self.mode)
+
+    def _checked(self, logs: Tensor) -> Tensor:
+        if logs.shape[-1] > MANY_CLASSES:
+            raise ValueError(
+                f"a metric of your own gets every anchor's probabilities, and {logs.shape[-1]} classes are too many to keep "
+                f"(more than {MANY_CLASSES}); use metric='nll', 'accuracy', 'flips' or 'brier'"
+            )
+        return logs.exp().float().cpu()
+
+    # Between ranks ----------------------------------------------------------------------------------------------------
+
+    def _everywhere(self, rows: Sequence[Tensor], width: int) -> Tensor:
+        """This rank's rows, batch by batch, and those of all others, in the order of the anchors."""
+        at = [p.double()[:, None] for p in self.positions]
+        mine = [torch.cat([p, r.double()], dim=1) for p, r in zip(at, rows, strict=True)]
+        table = torch.full((self.size, width), math.nan, dtype=torch.float64)
+        empty = torch.zeros(0, width + 1, dtype=torch.float64)
+        for part in self.ranks.gather(torch.cat([empty, *mine])):
+            table[part[:, 0].long()] = part[:, 1:]
+        return table
+
+    def _share(self, first: int, sigmas: Sequence[float], numbers: range) -> None:
+        """Exchange what the ranks found for their batches ``numbers``."""
+        if self.ranks.size == 1 or not sigmas:
+            return
+        own = [self.positions[i] for i in numbers if i < len(self.positions)]
+        at = torch.cat([torch.zeros(0, dtype=torch.int64), *own])
+        tables = [self.records.at(first, s) for s in sigmas]
+        if self.keep_probabilities:
+            tables += [self.records.probabilities[first, s].double() for s in sigmas]
+        mine = torch.cat([at.double()[:, None], *(t[at] for t in tables)], dim=1)
+        for part in self.ranks.gather(mine):
+            where, start = part[:, 0].long(), 1
+            for s in sigmas:
+                self.records.at(first, s)[where] = part[:, start : start + len(FIELDS)]
+                start += len(FIELDS)
+            for s in sigmas if self.keep_probabilities else ():
+                self.records.probabilities[first, s][where] = part[:, start : start + self.classes].float()
+                start += self.classes
+
+
+def _is_token_labelled(batch: Batch) -> bool:
+    return batch.labels is not None and batch.labels.dim() == 2
+
+
+def _measure(logs: Tensor, targets: Tensor, guesses: Tensor, sigma: float) -> Tensor:
+    """(items, 5) float64 on the CPU of log probabilities (items, C); columns are ``FIELDS``.
+
+    Raises:
+        ValueError: NaN.
+    """
+    if logs.isnan().any():
+        raise ValueError(
+            f"the model's probabilities are NaN at sigma = {sigma:g}; load it in float32 or bfloat16, or look at a bracket of "
+            "smaller sigmas"
+        )
+    p = logs.exp()
+    # An answer that underflows to probability 0 costs what the smallest float32 would.
+    nll = -logs.gather(-1, targets[:, None])[:, 0].clamp_min(math.log(torch.finfo(torch.float32).tiny))
+    labels = logs.argmax(-1)
+    brier = p.square().sum(-1) - 2 * p.gather(-1, targets[:, None])[:, 0] + 1
+    columns = (nll, labels == targets, labels != guesses, brier, torch.special.entr(p).sum(-1))
+    return torch.stack([c.double() for c in columns], dim=1).cpu()

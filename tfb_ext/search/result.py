@@ -1,0 +1,258 @@
+"""What a search for sigma found: every evaluation, the decision, and how sure it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+from .records import Records
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The anchors at one sigma.
+
+    Where the comparison was settled before all anchors were seen (``items`` of them were), every metric is the mean adapter's
+    on all anchors plus the change on those seen.
+
+    Attributes:
+        sigma: posterior scale; 0 is the mean adapter.
+        value: the search's metric.
+        standard_error: of the metric's change from the mean adapter, by bootstrap over anchors (paired).
+        satisfied: whether the tolerance holds (always true for sigma 0; without a tolerance, whether NLL fell).
+        confidence: share of the bootstrap's resamples whose verdict is the same.
+        nll, accuracy, flips, brier: four metrics (nats; fractions; 0 to 2). All but flips are against labels, or against the
+            mean adapter's own answers.
+        entropy: mean entropy of the predictions, nats.
+        items: anchors seen.
+        depth: random blocks, as :class:`SigmaSearch`.
+    """
+
+    sigma: float
+    value: float
+    standard_error: float
+    satisfied: bool
+    confidence: float
+    nll: float
+    accuracy: float
+    flips: float
+    brier: float
+    entropy: float
+    items: int
+    depth: int | str
+
+
+@dataclass(frozen=True)
+class DepthResult:
+    """What the search found at one of several depths.
+
+    Attributes:
+        depth: random blocks.
+        sigma, satisfied, interval, stop: as :class:`SigmaSearch`.
+        nll, accuracy, flips, entropy: of the evaluation at ``sigma``.
+        score: what depths are compared by: NLL, or with a tolerance minus the entropy that it bought; lower is better.
+        behind: ``score`` minus that of the best depth, and its paired standard error over anchors.
+        forwards: cost of a prediction with the search's samples, in forwards of the plain model.
+    """
+
+    depth: int | str
+    sigma: float
+    satisfied: bool
+    interval: tuple[float, float]
+    stop: str
+    nll: float
+    accuracy: float
+    flips: float
+    entropy: float
+    score: float
+    behind: tuple[float, float]
+    forwards: float
+
+
+@dataclass(frozen=True)
+class SigmaSearch:
+    """What a search found and how.
+
+    Attributes:
+        sigma: the chosen posterior scale.
+        satisfied: whether the evaluation at ``sigma`` met the objective; if not, ``sigma`` is the lower bound (the lowest NLL
+            of those tried, where no tolerance is asked for).
+        confidence: share of resamples of the anchors that give the same verdict at ``sigma``.
+        interval: sigmas between which the choice falls in 90 % of resamples of the anchors.
+        evaluations: every sigma tried at the chosen depth, ascending.
+        baseline: the mean adapter (sigma 0).
+        bracket: the interval that was looked at in the end.
+        reason: why the recipe chose this metric and objective.
+        stop: why the search ended.
+        depth: random blocks from the top, ``"all"`` or ``"head"``; the chosen one, if there was a choice.
+        depths: what was found at each, if there was a choice, the deepest first.
+        mode: noise mode of the search; sigma holds in no other.
+        seconds, tokens: wall time, and tokens times samples that went through the random blocks.
+        records: what every anchor gave at every sigma, for :func:`~tfb_ext.search_sigma` to go on from; ``None`` after loading
+            a file without it.
+    """
+
+    sigma: float
+    satisfied: bool
+    confidence: float
+    interval: tuple[float, float]
+    evaluations: tuple[Evaluation, ...]
+    baseline: Evaluation
+    recipe: str
+    metric: str
+    tolerance: float
+    bound: str
+    objective: str
+    method: str
+    bracket: tuple[float, float]
+    reason: str
+    stop: str
+    samples: int
+    antithetic: bool
+    mode: str
+    seed: int
+    depth: int | str
+    depths: tuple[DepthResult, ...]
+    anchors: int
+    labelled: bool
+    early_stop: float | None
+    seconds: float
+    tokens: int
+    records: Records | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def chosen(self) -> Evaluation | None:
+        """The evaluation at ``sigma``."""
+        return next((e for e in self.evaluations if e.sigma == self.sigma), None)
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Values of the metric that satisfy the tolerance."""
+        width = self.tolerance if self.metric == "flips" else self.tolerance * abs(self.baseline.value)
+        if self.method == "official":
+            width *= self.anchors
+        low, high = self.baseline.value - width, self.baseline.value + width
+        if self.bound == "one-sided" or self.metric == "flips":
+            return (low, math.inf) if self.metric == "accuracy" else (-math.inf, high)
+        return low, high
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name without the records, ready for JSON, which has no NaN: such numbers are ``None``."""
+        fields = asdict(replace(self, records=None))
+        del fields["records"]
+        finite: dict[str, Any] = _finite(fields)
+        return finite
+
+    def save(self, path: str | Path) -> None:
+        """Write the result and, where they are known, its records as JSON, whole or not at all.
+
+        ``search_sigma(..., checkpoint=path)`` goes on from such a file: what it holds is not computed again.
+        """
+        document = self.to_dict() | {"records": None if self.records is None else self.records.to_dict()}
+        write_atomically(Path(path), json.dumps(document, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SigmaSearch:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no finished search.
+        """
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(raw, dict) or raw.get("sigma") is None:
+            raise ValueError(
+                f"{path} holds no finished search; give it to search_sigma(..., checkpoint={str(path)!r}) to go on with it"
+            )
+        raw["evaluations"] = tuple(_evaluation(e) for e in raw["evaluations"])
+        raw["baseline"] = _evaluation(raw["baseline"])
+        raw["bracket"], raw["interval"] = tuple(raw["bracket"]), _pair(raw["interval"])
+        raw["confidence"] = math.nan if raw["confidence"] is None else raw["confidence"]
+        raw["depths"] = tuple(
+            DepthResult(**{**_nan(d), "interval": _pair(d["interval"]), "behind": _pair(d["behind"])})
+            for d in raw["depths"]
+        )
+        records = raw.pop("records", None)
+        return cls(**raw, records=None if records is None else Records.from_dict(records))
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the metric against sigma with the tolerance band and the chosen sigma (PNG; needs matplotlib)."""
+        from ..report import search_trace
+
+        search_trace(self, path)
+
+    def summary(self) -> dict[str, Any]:
+        """The part that is worth keeping in ``tfb_config.json``."""
+        keep = "recipe metric tolerance bound objective method mode samples anchors labelled reason stop".split()
+        kept: dict[str, Any] = _finite({name: getattr(self, name) for name in (*keep, "confidence", "interval")})
+        return kept | {"interval": list(kept["interval"])}
+
+    @property
+    def rule(self) -> str:
+        """The objective in words."""
+        if self.objective == "minimum":
+            return "lowest NLL on the anchors"
+        if self.objective == "one-se":
+            return "the smallest within a standard error of the lowest NLL on the anchors"
+        if self.method == "official":
+            return f"NLL change / NLL / {self.anchors} anchors within {self.tolerance:.2%} of the mean adapter"
+        return f"{self.metric} within {self.tolerance:.2%} ({self.bound}) of the mean adapter"
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        lines = [
+            f"sigma = {self.sigma:.4g}   ({self.recipe}: {self.rule}; {self.method}, {self.samples} samples, "
+            f"{self.anchors} anchors, depth {self.depth}, {self.seconds:.1f} s)",
+            f"  why:  {self.reason}",
+            f"  stop: {self.stop}",
+            f"  sure: {_percent(self.confidence)} of resampled anchors give the same verdict; 90 % of them choose a sigma from "
+            f"{low:.3g} to {high:.3g}",
+            f"  {'sigma':>10} {'nll':>9} {'accuracy':>9} {'flips':>7} {'anchors':>8}   meets the rule",
+        ]
+        for e in (self.baseline, *self.evaluations):
+            mark = ""
+            if e.sigma:
+                mark = f"{'yes' if e.satisfied else 'no'} ({_percent(e.confidence)})"
+                mark += "   <- chosen" if e.sigma == self.sigma else ""
+            lines.append(
+                f"  {e.sigma:>10.4g} {e.nll:>9.4f} {e.accuracy:>9.3f} {e.flips:>7.3f} {e.items:>8}   {mark}".rstrip()
+            )
+        if self.depths:
+            lines.append(
+                f"  {'depth':>10} {'sigma':>9} {'nll':>9} {'accuracy':>9} {'flips':>7} {'entropy':>8} {'forwards':>9}   behind"
+            )
+        for d in self.depths:
+            mark = "   <- chosen" if d.depth == self.depth else ""
+            lines.append(
+                f"  {d.depth!s:>10} {d.sigma:>9.4g} {d.nll:>9.4f} {d.accuracy:>9.3f} {d.flips:>7.3f} {d.entropy:>8.4f} "
+                f"{d.forwards:>9.2f}   {d.behind[0]:.4f} +- {d.behind[1]:.4f}{mark}"
+            )
+        return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return "?" if math.isnan(share) else f"{share:.0%}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_finite(v) for v in value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _nan(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in fields.items()}
+
+
+def _pair(values: Any) -> tuple[float, float]:
+    low, high = (math.nan if v is None else float(v) for v in values)
+    return low, high
+
+
+def _evaluation(fields: dict[str, Any]) -> Evaluation:
+    return Evaluation(**_nan(fields))

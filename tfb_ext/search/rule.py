@@ -1,0 +1,275 @@
+"""From per-anchor records to a verdict, with its uncertainty over anchors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import Plan
+from .records import FIELDS, Records
+from .result import Evaluation
+
+# Resamples of the anchors, fewer where there are very many anchors: their errors are small then.
+RESAMPLES, RESAMPLED_NUMBERS = 1000, 20_000_000
+SET_RESAMPLES = 100  # of a metric that is a function of the whole set and must be called for each
+# Fewer anchors than this settle nothing: the normal approximation of their mean is not to be trusted.
+SETTLING_ITEMS = 32
+
+
+@dataclass(frozen=True)
+class _Change:
+    """The metric's change from the mean adapter at one sigma.
+
+    Attributes:
+        value: the metric itself.
+        amount: what the tolerance bounds: harm, or for a two-sided bound its size.
+        resampled: (R,) the same over resamples of the anchors, in units of what is allowed there; ``None`` below two anchors.
+        error: standard error of the change.
+    """
+
+    value: float
+    amount: float
+    resampled: Tensor | None
+    error: float
+
+
+class Rule:
+    """Judges records by a plan.
+
+    Args:
+        plan: what is looked for.
+        records: with the mean adapter's baseline in.
+    """
+
+    def __init__(self, plan: Plan, records: Records) -> None:
+        self.plan = plan
+        self.records = records
+        self.size = len(records)
+        self._counts: Tensor | None = None
+
+    # Resamples --------------------------------------------------------------------------------------------------------
+
+    @property
+    def counts(self) -> Tensor:
+        """(R, items) float64: how often each anchor is in each resample; the same for every sigma, so that they compare."""
+        if self._counts is None:
+            times = max(200, min(RESAMPLES, RESAMPLED_NUMBERS // max(self.size, 1)))
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randint(self.size, (times, self.size), generator=generator)
+            counts = torch.zeros(times, self.size, dtype=torch.float32)
+            counts.scatter_add_(1, drawn, torch.ones_like(counts))
+            self._counts = counts.double()
+        return self._counts
+
+    def _resampled_mean(self, values: Tensor, seen: Tensor) -> Tensor:
+        counts = self.counts[:, seen]
+        return counts @ values / counts.sum(dim=1).clamp_min(1)
+
+    # Changes ----------------------------------------------------------------------------------------------------------
+
+    def column(self, name: str, values: Tensor) -> Tensor:
+        return values[:, FIELDS.index(name)]
+
+    def harm(self, values: Tensor) -> Tensor:
+        """(items,) what each anchor adds to the change, in the direction that is worse; NaN where it was not run."""
+        base = self.records.baseline
+        if self.plan.metric == "flips":
+            return self.column("flip", values)
+        if self.plan.metric == "accuracy":
+            return self.column("right", base) - self.column("right", values)
+        name = self.plan.metric_name
+        return self.column(name, values) - self.column(name, base)
+
+    def base_value(self) -> float:
+        """The mean adapter's metric."""
+        if not isinstance(self.plan.metric, str):
+            return self._custom(0.0, -1, slice(None))
+        name = {"accuracy": "right", "flips": "flip"}.get(self.plan.metric, self.plan.metric)
+        return float(self.column(name, self.records.baseline).mean())
+
+    def allowed(self, base: Any) -> Any:
+        """The greatest amount that satisfies the tolerance, for a mean adapter whose metric is ``base``."""
+        if self.plan.metric == "flips":
+            return self.plan.tolerance
+        width = self.plan.tolerance * abs(base)
+        return width * self.size if self.plan.per_item else width
+
+    def _amount(self, harm: Any) -> Any:
+        one_sided = self.plan.bound == "one-sided" or self.plan.metric == "flips"
+        return harm if one_sided else abs(harm)
+
+    def change(self, first: int, sigma: float, values: Tensor) -> _Change:
+        if not isinstance(self.plan.metric, str):
+            return self._custom_change(first, sigma)
+        harm = self.harm(values)
+        seen = ~harm.isnan()
+        harm = harm[seen]
+        mean = float(harm.mean())
+        base = self.base_value()
+        sign = -1.0 if self.plan.metric == "accuracy" else 1.0
+        value = base + sign * mean
+        if len(harm) < 2:
+            return _Change(value, self._amount(mean), None, math.nan)
+        drawn = self._resampled_mean(harm, seen)
+        name = {"accuracy": "right", "flips": "flip"}.get(self.plan.metric, self.plan.metric)
+        bases = self._resampled_mean(self.column(name, self.records.baseline)[seen], seen)
+        used = drawn if self.plan.objective != "tolerance" else self._used(self._amount(drawn), self.allowed(bases))
+        return _Change(value, self._amount(mean), used, float(drawn.std()))
+
+    @staticmethod
+    def _used(amount: Any, allowed: Any) -> Any:
+        return amount / torch.clamp(torch.as_tensor(allowed), min=1e-12)
+
+    # A metric of the caller's own -------------------------------------------------------------------------------------
+
+    def _custom(self, sigma: float, first: int, chosen: Any) -> float:
+        probabilities, targets = self.records.probabilities[first, sigma], self.records.targets
+        assert callable(self.plan.metric)
+        result = torch.as_tensor(self.plan.metric(probabilities[chosen], targets[chosen])).double()
+        if result.dim() > 1 or (result.dim() == 1 and len(result) != len(targets[chosen])):
+            raise ValueError(
+                f"metric {self.plan.metric_name} returned a tensor of shape {tuple(result.shape)} for {len(targets[chosen])} "
+                "anchors, expected one number, or one for each anchor (lower is better)"
+            )
+        if not result.isfinite().all():
+            raise ValueError(f"metric {self.plan.metric_name} returned NaN or infinity at sigma {sigma:g}")
+        return float(result.mean())
+
+    def _custom_change(self, first: int, sigma: float) -> _Change:
+        base = self.base_value()
+        value = self._custom(sigma, first, slice(None))
+        if self.size < 2:
+            return _Change(value, self._amount(value - base), None, math.nan)
+        generator = torch.Generator().manual_seed(0)
+        drawn, used = [], []
+        for _ in range(SET_RESAMPLES):
+            chosen = torch.randint(self.size, (self.size,), generator=generator)
+            before = self._custom(0.0, -1, chosen)
+            drawn.append(self._custom(sigma, first, chosen) - before)
+            used.append(float(self._used(self._amount(drawn[-1]), self.allowed(before))))
+        return _Change(value, self._amount(value - base), torch.tensor(used), float(torch.tensor(drawn).std()))
+
+    # Verdicts ---------------------------------------------------------------------------------------------------------
+
+    def evaluation(self, first: int, sigma: float, depth: int | str) -> Evaluation:
+        """The verdict on one sigma; ``sigma`` 0 is the mean adapter."""
+        base = self.records.baseline
+        values = base if sigma == 0 else self.records.values[first, sigma]
+        seen = ~values[:, 0].isnan()
+        metrics = (base.mean(dim=0) + (values[seen] - base[seen]).mean(dim=0)).tolist()
+        known = dict(zip(("nll", "accuracy", "flips", "brier", "entropy"), metrics, strict=True))
+        if sigma == 0:
+            return Evaluation(0.0, self.base_value(), 0.0, True, 1.0, **known, items=self.size, depth=depth)
+        change = self.change(first, sigma, values)
+        holds = self.holds(change)
+        confidence = math.nan
+        if change.resampled is not None:
+            same = (change.resampled < 0) if self.plan.objective != "tolerance" else (change.resampled <= 1)
+            confidence = float((same == holds).double().mean())
+        return Evaluation(
+            sigma, change.value, change.error, holds, confidence, **known, items=int(seen.sum()), depth=depth
+        )
+
+    def holds(self, change: _Change) -> bool:
+        if self.plan.objective != "tolerance":
+            return change.value < self.base_value()
+        return change.amount <= self.allowed(self.base_value())
+
+    def used(self, evaluation: Evaluation) -> float:
+        """The share of the tolerance that is used up: 1 at its edge."""
+        base = self.base_value()
+        harm = evaluation.value - base
+        if self.plan.metric == "accuracy":
+            harm = -harm
+        allowed = float(self.allowed(base))
+        amount = float(self._amount(harm))
+        return amount / allowed if allowed > 0 else math.inf if amount > 0 else 0.0
+
+    # Early stopping ---------------------------------------------------------------------------------------------------
+
+    def settled(self, values: Tensor, confidence: float, looks: int, lowest: Tensor | None = None) -> bool:
+        """Whether the anchors not seen yet can hardly change the verdict.
+
+        The anchors are a finite set in random order, so the error of a mean over those seen, as a guess of the mean over all,
+        shrinks by the square root of the share that is left. ``looks`` such questions share the error ``1 - confidence``.
+
+        Args:
+            values: (items, 5), NaN where not seen.
+            lowest: without a tolerance, the records of the lowest NLL so far: settled means clearly above it.
+        """
+        harm = self.harm(values)
+        seen = ~harm.isnan()
+        if lowest is not None:
+            harm = values[:, 0] - lowest[:, 0]
+            seen = ~harm.isnan()
+        count = int(seen.sum())
+        if count == self.size or (self.plan.objective != "tolerance" and lowest is None):
+            return count == self.size
+        if count < SETTLING_ITEMS:
+            return False
+        part = harm[seen]
+        mean = float(part.mean())
+        left = math.sqrt((self.size - count) / max(self.size - 1, 1))
+        reach = NormalDist().inv_cdf(1 - (1 - confidence) / (2 * max(looks, 1)))
+        spread = float(part.std())
+        if self.plan.metric in ("flips", "accuracy"):
+            # Of the first few anchors none may have changed; one that did and one that did not are added for what may come.
+            share = (float(part.abs().sum()) + 1) / (count + 2)
+            spread = max(spread, math.sqrt(share * (1 - share)))
+        error = reach * spread / math.sqrt(count) * left
+        if self.plan.objective != "tolerance":
+            return mean > error
+        allowed = float(self.allowed(self.base_value()))
+        if self.plan.bound == "one-sided" or self.plan.metric == "flips":
+            return abs(mean - allowed) > error
+        return abs(mean) - error > allowed or abs(mean) + error < allowed
+
+    def gain(self, values: Tensor) -> float:
+        """Mean change of NLL on the anchors seen; infinite where none was."""
+        change = values[:, 0] - self.records.baseline[:, 0]
+        seen = ~change.isnan()
+        return float(change[seen].mean()) if seen.any() else math.inf
+
+    # How sure the whole decision is -------------------------------------------------------------------------------------
+
+    def interval(self, first: int, evaluations: list[Evaluation]) -> tuple[float, float]:
+        """Sigmas between which the choice falls in 90 % of resamples of the anchors, from the sigmas that were tried."""
+        tried = sorted(evaluations, key=lambda e: e.sigma)
+        drawn = [self.change(first, e.sigma, self.records.values[first, e.sigma]).resampled for e in tried]
+        if not tried or any(d is None for d in drawn):
+            return math.nan, math.nan
+        curves = torch.stack([d for d in drawn if d is not None], dim=1)
+        sigmas = torch.tensor([e.sigma for e in tried], dtype=curves.dtype)
+        if self.plan.objective != "tolerance":
+            chosen = sigmas[curves.argmin(dim=1)]
+        else:
+            chosen = torch.stack([_largest(sigmas, curve) for curve in curves])
+        low, high = torch.quantile(chosen, torch.tensor([0.05, 0.95], dtype=chosen.dtype)).tolist()
+        return low, high
+
+    def behind(self, mine: tuple[int, float], other: tuple[int, float], score: str) -> tuple[float, float]:
+        """The paired difference of ``score`` between two (first random block, sigma), and its standard error."""
+        sign = -1.0 if score == "entropy" else 1.0
+        values, others = (self.records.values[key] for key in (mine, other))
+        difference = sign * (self.column(score, values) - self.column(score, others))
+        difference = difference[~difference.isnan()]
+        if len(difference) < 2:
+            return (float(difference.mean()) if len(difference) else math.nan), math.nan
+        return float(difference.mean()), float(difference.std() / math.sqrt(len(difference)))
+
+
+def _largest(sigmas: Tensor, used: Tensor) -> Tensor:
+    """Where the used share of the tolerance crosses 1 above the largest sigma that holds, linear in log sigma."""
+    holds = (used <= 1).nonzero().flatten()
+    if not len(holds):
+        return sigmas[0]
+    last = int(holds[-1])
+    if last == len(sigmas) - 1:
+        return sigmas[last]
+    share = (1 - used[last]) / (used[last + 1] - used[last])
+    return sigmas[last] * (sigmas[last + 1] / sigmas[last]) ** share
