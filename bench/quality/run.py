@@ -316,15 +316,20 @@ def base_model(study: Study, vocabulary: int, device: torch.device) -> Any:
     return model.to(device).eval()
 
 
-def _run_worker(number: int, workers: int, study: Study, root: Path, pattern: str, deadline: float) -> None:
-    torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1) if not study.tiny else 1)
+def _run_worker(*arguments: Any) -> None:
+    sys.exit(0 if _work(*arguments) else 1)
+
+
+def _work(number: int, workers: int, study: Study, root: Path, pattern: str, deadline: float) -> bool:
+    """Be worker ``number``; returns whether no piece failed."""
+    torch.set_num_threads(1 if study.tiny else max((os.cpu_count() or 1) // workers, 1))
     gpus = torch.cuda.device_count()
     device = torch.device(f"cuda:{number % gpus}" if gpus else "cpu")
     if gpus:
         torch.cuda.set_device(device)
     worker = Worker(study, Folder(root), device, workers)
     _say(f"worker {number} on {device}: ready")
-    sys.exit(0 if worker.work(chosen(study, pattern), deadline) else 1)
+    return worker.work(chosen(study, pattern), deadline)
 
 
 def chosen(study: Study, pattern: str) -> list[Unit]:
@@ -343,6 +348,17 @@ def run(study: Study, root: Path, workers: int, seconds: float, pattern: str = "
     root.mkdir(parents=True, exist_ok=True)
     folder.forget_claims()
     base_model_dir(_say)  # once, before several processes ask for it
+    unlimited = seconds == float("inf")
+    if workers == 1 and unlimited:
+        well = _work(0, 1, study, root, pattern, deadline)
+    else:
+        well = _in_processes(workers, study, root, pattern, deadline, unlimited)
+    units = chosen(study, pattern)
+    _say(f"{sum(folder.has(unit) for unit in units)} of {len(units)} units are done")
+    return well
+
+
+def _in_processes(workers: int, study: Study, root: Path, pattern: str, deadline: float, unlimited: bool) -> bool:
     context = torch.multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=_run_worker, args=(number, workers, study, root, pattern, deadline))
@@ -351,13 +367,11 @@ def run(study: Study, root: Path, workers: int, seconds: float, pattern: str = "
     for process in processes:
         process.start()
     for process in processes:
-        process.join(max(deadline - time.monotonic(), 0) if seconds < float("inf") else None)
+        process.join(None if unlimited else max(deadline - time.monotonic(), 0))
     late = [process for process in processes if process.is_alive()]
     for process in late:  # what they had begun does not count, and is done again
         process.terminate()
         process.join()
-    units = chosen(study, pattern)
-    _say(f"{sum(folder.has(unit) for unit in units)} of {len(units)} units are done")
     return all(process.exitcode == 0 for process in processes if process not in late)
 
 
