@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +32,25 @@ class Kept:
     """What is kept of one prediction; every array float16.
 
     Attributes:
-        test, validation: (N, C) log mean probabilities.
-        information: (N_test,) mutual information of label and weights, nats; 0 for a single pass.
-        stranger: (3, N_stranger) minus the log of the top probability, total entropy, mutual information.
+        test: (N, C) log mean probabilities.
+        information: (N,) mutual information of label and weights, nats; 0 for a single pass.
+        stranger: (3, M) minus the log of the top probability, total entropy, mutual information.
+        validation, outside: (N_validation, C) and (M, C) log mean probabilities of the validation items and of the strangers, for
+            what is computed from a prediction later (temperature scaling, ensembles); no rows where that is not asked for.
     """
 
     test: np.ndarray
     information: np.ndarray
     stranger: np.ndarray
     validation: np.ndarray
+    outside: np.ndarray
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        fields = ("test", "information", "stranger", "validation")
-        return {f"{name}/{field}": getattr(self, field) for field in fields}
+        return {f"{name}/{field.name}": getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def of(cls, arrays: Any, name: str) -> Kept:
-        fields = ("test", "information", "stranger", "validation")
-        return cls(*(arrays[f"{name}/{field}"] for field in fields))
+        return cls(*(arrays[f"{name}/{field.name}"] for field in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,16 @@ class Questions:
         )
         return cls(joined, slice(0, ends[0]), slice(ends[0], ends[1]), slice(ends[1], ends[2]))
 
-    def keep(self, samples: Tensor) -> Kept:
-        """From per-sample probabilities (S, N, C) of the joined items."""
+    def keep(self, samples: Tensor, whole: bool = True) -> Kept:
+        """From per-sample probabilities (S, N, C) of the joined items; ``whole``: with ``validation`` and ``outside``."""
         mean = samples.double().mean(0)
         total = torch.special.entr(mean).sum(-1)
         information = (total - torch.special.entr(samples.double()).sum(-1).mean(0)).clamp(min=0)
         logs = mean.log().clamp(min=SMALLEST_LOG)
         strange = torch.stack([-logs.amax(-1), total, information])[:, self.stranger]
-        return Kept(
-            *(
-                part.to(torch.float16).numpy()
-                for part in (logs[self.test], information[self.test], strange, logs[self.validation])
-            )
-        )
+        more = (logs[self.validation], logs[self.stranger]) if whole else (logs[:0], logs[:0])
+        parts = (logs[self.test], information[self.test], strange, *more)
+        return Kept(*(part.to(torch.float16).numpy() for part in parts))
 
 
 @dataclass(frozen=True)

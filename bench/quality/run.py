@@ -209,9 +209,12 @@ class UnitRun:
         self.searches: list[dict[str, Any]] = []
         self.spread: dict[str, Any] | None = None
 
-    def add(self, samples: Tensor, cost: Cost | None, method: str, number: int, **facts: Any) -> None:
+    def add(
+        self, samples: Tensor, cost: Cost | None, method: str, number: int, whole: bool = True, **facts: Any
+    ) -> None:
+        """A row out of per-sample probabilities; ``whole``: more will be made of it, see ``Kept``."""
         name = str(len(self.rows))
-        self.kept[name] = self.questions.keep(samples)
+        self.kept[name] = self.questions.keep(samples, whole)
         nothing = dict.fromkeys(("recipe", "depth", "antithetic", "mode", "sigma"))
         spent = asdict(cost) if cost is not None else dict.fromkeys(("seconds", "peak_gib"))
         self.rows.append({"name": name, "method": method, "samples": number, **nothing, **facts, **spent})
@@ -230,7 +233,9 @@ class UnitRun:
             from . import laplace
 
             found, cost = measured(self.device, lambda: laplace.predict(self.model, self.parts.train, joined))
-            self.add(found.probabilities, cost, "laplace", found.samples, sigma=found.prior_precision)
+            self.add(
+                found.probabilities, cost, "laplace", found.samples, prior_precision=found.prior_precision
+            )
 
     def bayesian(self) -> None:
         if not self.unit.searches:
@@ -257,12 +262,14 @@ class UnitRun:
         prediction, cost = measured(
             self.device, lambda: tfb_ext.predict(adapter, self.questions.joined, samples=draw.samples)
         )
+        base = replace(search, draws=()) == Search("auto", self.study.depths[0], "weight", ()) and draw.antithetic
         for number in draw.prefixes:
             self.add(
                 prediction.sample_probabilities[:number],
                 cost if number == draw.samples else None,
                 "tfb",
                 number,
+                whole=base and number == self.study.samples,
                 recipe=search.recipe,
                 depth=search.depth,
                 antithetic=draw.antithetic,
@@ -285,7 +292,7 @@ class UnitRun:
             adapter.antithetic = antithetic
             p = tfb_ext.predict(adapter, some, samples=samples).sample_probabilities.double()
             errors = {}
-            for number in sorted({2, self.study.few, self.study.samples}):
+            for number in self.study.few:
                 groups = p[: samples // number * number].unflatten(0, (-1, number)).mean(1)
                 errors[str(number)] = float(groups.var(0).mean())
             result["antithetic" if antithetic else "independent"] = errors

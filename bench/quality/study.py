@@ -68,7 +68,9 @@ class Study:
     Attributes:
         datasets: in the order of importance; ``late`` ones come after everything of the others.
         depths: random blocks, beside ``"head"``, which adapters on the head get too.
-        numbers: sample counts of the base setting.
+        samples: the base setting's; ``few``: the counts at every depth that is drawn twice, antithetic and independent;
+            ``numbers``: those of the base setting itself. They hold what costs at most two forwards: 2 samples of all blocks, 5
+            of a quarter, 8 of an eighth.
         search_samples: posterior samples at each sigma of a search.
         spread: samples and test items of the measurement of the Monte-Carlo error.
         tiny: a random model of a few blocks instead of SmolLM2, to try the machinery.
@@ -84,8 +86,8 @@ class Study:
     recipes: tuple[str, ...] = ("auto", "paper", "official")
     depths: tuple[Depth, ...] = ("all", 0.5, 0.25, 0.125)
     samples: int = 10
-    few: int = 4
-    numbers: tuple[int, ...] = (1, 3, 4, 5, 10, 30)
+    few: tuple[int, ...] = (2, 4, 5, 8, 10)
+    numbers: tuple[int, ...] = (1, 2, 3, 4, 5, 8, 10, 30)
     search_samples: int = 10
     spread: tuple[int, int] = (100, 200)
     laplace: bool = True
@@ -141,7 +143,7 @@ class Study:
         return (*self.depths, "head") if "head" in targets else self.depths
 
     def _auto(self) -> list[Search]:
-        return [Search("auto", self.depths[0], "weight", (Draw(self.samples, True, (self.few, self.samples)),))]
+        return [Search("auto", self.depths[0], "weight", (Draw(self.samples, True, (self.samples,)),))]
 
     def _others(self, depth: Depth) -> list[Search]:
         """The published recipes as published: independent samples, the authors' code by flipout."""
@@ -153,9 +155,8 @@ class Study:
         return self._auto() + self._others(self.depths[0])
 
     def _depths(self, depths: tuple[Depth, ...], recipes: tuple[str, ...] = ("auto",)) -> list[Search]:
-        """N few and N samples, antithetic and independent, at each depth."""
-        few = (self.few, self.samples)
-        draws = (Draw(self.samples, True, few), Draw(self.samples, False, few))
+        """Antithetic and independent samples at each depth, and the published recipes there if ``recipes`` has them."""
+        draws = (Draw(self.samples, True, self.few), Draw(self.samples, False, self.few))
         searches = [Search("auto", depth, "weight", draws) for depth in depths]
         if len(recipes) > 1:
             searches += [search for depth in depths for search in self._others(depth)]
@@ -182,10 +183,9 @@ SMALL = Study(
     sizes=Sizes(train=16, validation=8, anchor=12, test=24, stranger=8),
     recipe=Recipe(epochs=2, batch_size=4, lr=1e-2),
     depths=("all", 0.5),
-    samples=4,
-    few=2,
-    numbers=(1, 2, 4),
+    few=(2, 10),
+    numbers=(1, 2, 10),
     search_samples=2,
-    spread=(8, 8),
+    spread=(20, 8),
     tiny=True,
 )

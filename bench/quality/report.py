@@ -1,0 +1,202 @@
+"""Measure what ``bench.quality.run`` predicted: summary, tables, pictures and the bars.
+
+    python -m bench.quality.report --work FOLDER --out bench/quality      writes summary.json, RESULTS.md and plots/
+    python -m bench.quality.report --work FOLDER --check                  prints the bars; exit status 1 if one is not cleared
+
+``RESULTS.md`` is ``WORDS.md``, written by hand, and behind it everything that is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..record import ROOT, write_json
+from .check import MAIN, Bar, bars, base_rows, cheap_settings, variance_reduction
+from .data import TASKS
+from .measures import Difference, compare, spread
+from .plots import compared, draw_all
+from .results import Results, Row, load
+
+OUT = ROOT / "bench" / "quality"
+COLUMNS = (
+    ("accuracy", "accuracy %", 100, 1),
+    ("ece", "ECE %", 100, 1),
+    ("nll", "NLL", 1, 3),
+    ("brier", "Brier", 1, 3),
+    ("auroc_error", "AUROC error", 1, 3),
+    ("auroc_ood", "AUROC stranger", 1, 3),
+    ("aurc", "AURC", 1, 3),
+)
+DEPTHS = {"all": "all", "head": "head", 0.5: "1/2", 0.25: "1/4", 0.125: "1/8"}
+WORDS = "WORDS.md"
+
+
+def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
+
+
+def cells(rows: list[Row]) -> list[str]:
+    """The measures of one setting, mean +- standard deviation over its seeds, and its cost."""
+    result = []
+    for measure, _, factor, digits in COLUMNS:
+        values = [row.measures[measure] for row in rows]
+        known = [factor * value for value in values if value is not None]
+        result.append(_with_spread(known, digits) if known else "")
+    seconds = [row.seconds for row in rows if row.seconds is not None]
+    result.append(f"{rows[0].forwards:.3g}")
+    result.append(f"{sum(seconds) / len(seconds):.2f}" if seconds else "")
+    return result
+
+
+def _with_spread(values: list[float], digits: int) -> str:
+    mean, deviation = spread(values)
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+MEASURES = [title for _, title, _, _ in COLUMNS] + ["forwards", "s per 1000"]
+
+
+def methods_table(results: Results, dataset: str, adapter: str) -> str:
+    found = compared(results, dataset, adapter)
+    return markdown(["method", *MEASURES], ([name, *cells(rows)] for name, rows in found.items()))
+
+
+def settings_table(results: Results, dataset: str, adapter: str) -> str:
+    """Every setting of TFB that was run on ``adapter``."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in results.pick(dataset=dataset, adapter=adapter, method="tfb"):
+        groups.setdefault((row.recipe, row.mode, row.depth, row.antithetic, row.samples), []).append(row)
+    lines = []
+    for (recipe, mode, depth, antithetic, samples), rows in groups.items():
+        sigmas = [row.sigma for row in rows if row.sigma is not None]
+        setting = [recipe, mode, DEPTHS.get(depth, str(depth)), "yes" if antithetic else "no", str(samples)]
+        lines.append([*setting, f"{sum(sigmas) / len(sigmas):.3g}", *cells(rows)])
+    return markdown(["recipe", "noise", "depth", "antithetic", "N", "sigma", *MEASURES], lines)
+
+
+def differences_table(results: Results, dataset: str) -> str:
+    """TFB's base setting minus each other method, with the bootstrap's standard error."""
+    ours = [row.predicted for row in base_rows(results, dataset)]
+    lines = []
+    for name, rows in compared(results, dataset).items():
+        if ours and not name.startswith("TFB on MLE"):
+            found = compare(ours, [row.predicted for row in rows])
+            lines.append([name, *(_difference(found[m], m) for m in ("accuracy", "ece", "nll", "brier"))])
+    return markdown(["TFB on MLE minus", "accuracy, points", "ECE, points", "NLL", "Brier"], lines)
+
+
+def _difference(difference: Difference, measure: str) -> str:
+    factor, digits = (100, 1) if measure in ("accuracy", "ece") else (1, 3)
+    low, high = factor * difference.low, factor * difference.high
+    return f"{factor * difference.value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def cheap_table(results: Results, dataset: str) -> str:
+    lines = []
+    for (depth, samples, antithetic), found in cheap_settings(results, dataset).items():
+        rows = base_rows(results, dataset, depth=depth, samples=samples, antithetic=antithetic)
+        setting = [DEPTHS.get(depth, str(depth)), str(samples), "yes" if antithetic else "no", f"{rows[0].forwards:.2f}"]
+        errors = [f"{100 * found['ece'].error:.1f}", f"{found['nll'].error:.3f}"]
+        changes = [_difference(found["ece"], "ece"), _difference(found["nll"], "nll")]
+        lines.append([*setting, changes[0], errors[0], changes[1], errors[1]])
+    columns = ["depth", "N", "antithetic", "forwards", "ECE, points", "its error", "NLL", "its error"]
+    return markdown(columns, lines)
+
+
+def scores_table(results: Results, dataset: str) -> str:
+    """The three scores of uncertainty beside each other."""
+    lines = []
+    for name, rows in compared(results, dataset).items():
+        line = [name]
+        for target in ("error", "ood"):
+            for score in ("confidence", "entropy", "information"):
+                values = [row.measures[f"auroc_{target}_{score}"] for row in rows]
+                line.append(_with_spread([v for v in values if v is not None], 3) if None not in values else "")
+        lines.append(line)
+    heads = [f"{t}, {s}" for t in ("errors", "strangers") for s in ("confidence", "entropy", "mutual information")]
+    return markdown(["method", *heads], lines)
+
+
+def bars_table(found: list[Bar]) -> str:
+    words = {True: "yes", False: "**no**", None: "not run"}
+    return markdown(["bar", "cleared", "figures"], ([bar.name, words[bar.passed], bar.detail] for bar in found))
+
+
+def document(results: Results, found: list[Bar], words: str, pictures: Sequence[str]) -> str:
+    """``RESULTS.md``."""
+    parts = [words.strip(), "## The bars", bars_table(found)] if words.strip() else ["## The bars", bars_table(found)]
+    for dataset in results.datasets:
+        task = TASKS[dataset]
+        parts += [f"## {task.title}", f"Over-fitted adapters on the query and value projections ({MAIN})."]
+        parts += [methods_table(results, dataset, MAIN)]
+        parts += ["TFB's base setting against the others: difference (95 % interval, paired bootstrap of the test items)."]
+        parts += [differences_table(results, dataset)]
+        parts += ["Which score of uncertainty knows errors and strangers (AUROC):", scores_table(results, dataset)]
+        parts += [
+            "Settings of at most 2.1 forwards, as a difference from ten independent samples of all blocks, with the "
+            "bootstrap's standard error:",
+            cheap_table(results, dataset),
+        ]
+        for adapter in _adapters(results, dataset):
+            parts += [f"### {task.title}: {adapter}"]
+            if not adapter.startswith(MAIN) and adapter.endswith("-mle"):
+                parts += [methods_table(results, dataset, adapter.removesuffix("-mle"))]
+            parts += [settings_table(results, dataset, adapter)]
+    ratios = variance_reduction(results)
+    if ratios:
+        lines = [[TASKS[name].title, _with_spread(values, 2)] for name, values in ratios.items()]
+        parts += ["## Monte-Carlo variance, independent over antithetic, N = 10", markdown(["set", "times"], lines)]
+    parts += ["## Pictures", *(f"![{Path(name).stem.replace('_', ' ')}](plots/{name})" for name in pictures)]
+    parts += ["## Where this came from", _origin(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _adapters(results: Results, dataset: str) -> list[str]:
+    """Those that TFB was run on, the main ones first."""
+    found = dict.fromkeys(row.adapter for row in results.pick(dataset=dataset, method="tfb"))
+    return sorted(found, key=lambda adapter: (not adapter.startswith(MAIN), adapter))
+
+
+def _origin(results: Results) -> str:
+    """Versions, devices and commits of all units, each once."""
+    lines = []
+    for name in ("device", "workers", "torch", "transformers", "peft", "tfb_ext", "commit", "date", "command"):
+        values = sorted({str(unit[name]) for unit in results.units})
+        lines.append([name, ", ".join(values)])
+    return markdown(["", ""], lines)
+
+
+def write(results: Results, out: Path) -> list[Bar]:
+    """Write everything below ``out``; returns the bars."""
+    found = bars(results)
+    write_json(out / "summary.json", [row.to_dict() for row in results.rows])
+    pictures = [path.name for path in draw_all(results, out / "plots")]
+    words = out / WORDS
+    text = document(results, found, words.read_text() if words.is_file() else "", pictures)
+    (out / "RESULTS.md").write_text(text)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="the folder that bench.quality.run worked in")
+    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
+    parser.add_argument("--check", action="store_true", help="print the bars and write nothing")
+    parser.add_argument("--json", action="store_true", help="print the bars as JSON")
+    options = parser.parse_args(arguments)
+    results = load(options.work)
+    found = bars(results) if options.check else write(results, options.out)
+    if options.json:
+        print(json.dumps([{"bar": bar.name, "passed": bar.passed, "detail": bar.detail} for bar in found], indent=1))
+    else:
+        print("\n".join(map(str, found)))
+    return 0 if not options.check or all(bar.passed for bar in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
