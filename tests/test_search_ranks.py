@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -157,10 +158,15 @@ def dying(rank: int, out: str) -> dict[str, Any]:
     raise AssertionError("nothing was noticed")
 
 
-def start(out: Path, size: int, mode: str) -> subprocess.CompletedProcess[str]:
+def prepare(out: Path, mode: str) -> tuple[Path, dict[str, str]]:
     program = out / "rank.py"
     program.write_text(PROGRAM.format(here=str(HERE), out=str(out), mode=mode))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    return program, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def ranks(out: Path, size: int, mode: str = "all") -> list[dict[str, Any]]:
+    program, environment = prepare(out, mode)
     command = [
         sys.executable,
         "-m",
@@ -170,11 +176,7 @@ def start(out: Path, size: int, mode: str) -> subprocess.CompletedProcess[str]:
         str(size),
         str(program),
     ]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-
-
-def ranks(out: Path, size: int, mode: str = "all") -> list[dict[str, Any]]:
-    done = start(out, size, mode)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 
@@ -216,7 +218,13 @@ def test_a_checkpoint_serves_all_ranks(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_clear_error(tmp_path: Path) -> None:
-    start(tmp_path, 2, "die")
+    # Without torchrun, whose agent would end the other rank itself.
+    program, environment = prepare(tmp_path, "die")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = [subprocess.Popen([sys.executable, str(program)], env=environment | {"RANK": str(r)}) for r in range(2)]
+    assert [process.wait(timeout=600) for process in started] == [0, 17]
     said = json.loads((tmp_path / "0.json").read_text())
     assert "rank 0 of 2 lost another rank during the search for sigma" in said["error"]
     assert "Start all of them again, with checkpoint=" in said["error"]
