@@ -108,7 +108,9 @@ def _cheap(results: Results) -> Bar:
     common = [key for key in by_set[0] if all(key in one for one in by_set)]
     good = [key for key in common if all(_no_worse(one[key]) for one in by_set)]
     if not good:
-        return Bar(name, False, f"none of {len(common)} settings is within one standard error in ECE and NLL on all sets")
+        return Bar(
+            name, False, f"none of {len(common)} settings is within one standard error in ECE and NLL on all sets"
+        )
     described = ", ".join(f"depth {d} N {n} {'antithetic' if a else 'independent'}" for d, n, a in good)
     return Bar(name, True, described)
 
@@ -125,9 +127,12 @@ def _blob(results: Results, dataset: str) -> Bar:
         return _missing(name)
     found = compare([row.predicted for row in ours], [row.predicted for row in theirs])
     detail = ", ".join(
-        f"{measure.upper()} {mean_of(ours, measure):.4f} against {mean_of(theirs, measure):.4f}" for measure in ("nll", "ece")
+        f"{measure.upper()} {mean_of(ours, measure):.4f} against {mean_of(theirs, measure):.4f}"
+        for measure in ("nll", "ece")
     )
-    return Bar(name, found["nll"].value <= found["nll"].error, f"{detail} (standard error of NLL {found['nll'].error:.4f})")
+    return Bar(
+        name, found["nll"].value <= found["nll"].error, f"{detail} (standard error of NLL {found['nll'].error:.4f})"
+    )
 
 
 def variance_reduction(results: Results, samples: int = SAMPLES) -> dict[str, list[float]]:

@@ -142,7 +142,9 @@ def compare(a: list[Predicted], b: list[Predicted], draws: int = 1000, seed: int
     change = mean[0] - mean[1]
     return {
         name: Difference(
-            float(values[0]), float(values[1:].std(ddof=1)), *(float(q) for q in np.quantile(values[1:], [0.025, 0.975]))
+            float(values[0]),
+            float(values[1:].std(ddof=1)),
+            *(float(q) for q in np.quantile(values[1:], [0.025, 0.975])),
         )
         for name, values in zip(("accuracy", "ece", "nll", "brier"), change, strict=True)
     }

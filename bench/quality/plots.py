@@ -117,7 +117,9 @@ def _cost(axes: Any, results: Results, dataset: str, measure: str) -> None:
             )
             if line:
                 label = f"TFB, {_depth(depth)}, {'antithetic' if antithetic else 'independent'}"
-                axes.plot(*zip(*line, strict=True), "o-" if antithetic else "x:", color=f"C{n}", ms=4, lw=1, label=label)
+                axes.plot(
+                    *zip(*line, strict=True), "o-" if antithetic else "x:", color=f"C{n}", ms=4, lw=1, label=label
+                )
                 front += line
     for name, rows in compared(results, dataset).items():
         if name in ("MLE", "MLE + temperature", "MC dropout", "ensemble of 3", "BLoB, N = 10", "Laplace"):
@@ -178,7 +180,9 @@ def _sigma(axes: Any, results: Results, dataset: str) -> None:
             color = {"auto": "C0", "paper": "C1"}.get(search["recipe"], "C2")
             tried = [(e["sigma"], e["nll"]) for e in search["evaluations"] if e["sigma"] > 0 and e["nll"] is not None]
             style = "o-" if search["mode"] == "weight" else "s--"
-            axes.plot(*zip(*tried, strict=True), style, color=color, ms=3, lw=0.8, label=None if label in seen else label)
+            axes.plot(
+                *zip(*tried, strict=True), style, color=color, ms=3, lw=0.8, label=None if label in seen else label
+            )
             axes.axvline(search["sigma"], color=color, lw=0.8, ls=":")
             seen.add(label)
     axes.set_xscale("log")
@@ -200,4 +204,3 @@ def _figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-

@@ -100,7 +100,12 @@ def cheap_table(results: Results, dataset: str) -> str:
     lines = []
     for (depth, samples, antithetic), found in cheap_settings(results, dataset).items():
         rows = base_rows(results, dataset, depth=depth, samples=samples, antithetic=antithetic)
-        setting = [DEPTHS.get(depth, str(depth)), str(samples), "yes" if antithetic else "no", f"{rows[0].forwards:.2f}"]
+        setting = [
+            DEPTHS.get(depth, str(depth)),
+            str(samples),
+            "yes" if antithetic else "no",
+            f"{rows[0].forwards:.2f}",
+        ]
         errors = [f"{100 * found['ece'].error:.1f}", f"{found['nll'].error:.3f}"]
         changes = [_difference(found["ece"], "ece"), _difference(found["nll"], "nll")]
         lines.append([*setting, changes[0], errors[0], changes[1], errors[1]])
@@ -134,7 +139,9 @@ def document(results: Results, found: list[Bar], words: str, pictures: Sequence[
         task = TASKS[dataset]
         parts += [f"## {task.title}", f"Over-fitted adapters on the query and value projections ({MAIN})."]
         parts += [methods_table(results, dataset, MAIN)]
-        parts += ["TFB's base setting against the others: difference (95 % interval, paired bootstrap of the test items)."]
+        parts += [
+            "TFB's base setting against the others: difference (95 % interval, paired bootstrap of the test items)."
+        ]
         parts += [differences_table(results, dataset)]
         parts += ["Which score of uncertainty knows errors and strangers (AUROC):", scores_table(results, dataset)]
         parts += [

@@ -103,7 +103,9 @@ def load(work: Path) -> Results:
     """
     files = sorted((work / "predictions").glob("*.json"))
     if not files:
-        raise FileNotFoundError(f"no finished unit in {work / 'predictions'}; run python -m bench.quality.run --work {work}")
+        raise FileNotFoundError(
+            f"no finished unit in {work / 'predictions'}; run python -m bench.quality.run --work {work}"
+        )
     units = [json.loads(file.read_text()) for file in files]
     rows: list[Row] = []
     for file, facts in zip(files, units, strict=True):
@@ -143,7 +145,9 @@ def _unit_rows(facts: dict[str, Any], arrays: Any) -> list[Row]:
         if whole is not None:
             temperature = fit_temperature(_logs(kept.validation), labels["validation"])
             scaled = _scaled(rows[-1], temperature)
-            rows.append(replace(rows[-1], method=f"{row['method']}+temperature", predicted=scaled, temperature=temperature))
+            rows.append(
+                replace(rows[-1], method=f"{row['method']}+temperature", predicted=scaled, temperature=temperature)
+            )
     return rows
 
 

@@ -233,9 +233,7 @@ class UnitRun:
             from . import laplace
 
             found, cost = measured(self.device, lambda: laplace.predict(self.model, self.parts.train, joined))
-            self.add(
-                found.probabilities, cost, "laplace", found.samples, prior_precision=found.prior_precision
-            )
+            self.add(found.probabilities, cost, "laplace", found.samples, prior_precision=found.prior_precision)
 
     def bayesian(self) -> None:
         if not self.unit.searches:
@@ -248,9 +246,12 @@ class UnitRun:
             adapter.unload()
 
     def search(self, adapter: BayesianAdapter, search: Search) -> None:
-        adapter.depth, adapter.mode, adapter.antithetic = search.depth, search.mode, search.recipe == "auto"
+        adapter.depth, adapter.mode, adapter.antithetic = search.depth, search.mode, search.recipe in ("auto", "one-se")
         samples = self.study.search_samples
-        found = tfb_ext.search_sigma(adapter, self.parts.anchor, recipe=search.recipe, samples=samples, progress=False)
+        rule: dict[str, Any] = {"recipe": search.recipe}
+        if search.recipe == "one-se":
+            rule = {"recipe": "auto", "objective": "one-se"}
+        found = tfb_ext.search_sigma(adapter, self.parts.anchor, **rule, samples=samples, progress=False)
         self.searches.append({"mode": search.mode, "asked_depth": search.depth, **found.to_dict()})
         for draw in search.draws:
             adapter.antithetic = draw.antithetic

@@ -25,7 +25,13 @@ class Draw:
 
 @dataclass(frozen=True)
 class Search:
-    """One sigma: how it is searched, and the predictions made with it."""
+    """One sigma: how it is searched, and the predictions made with it.
+
+    Attributes:
+        recipe: of ``search_sigma``; ``one-se`` is its objective of that name with the recipe ``auto``.
+        depth, mode: of the posterior.
+        draws: the predictions.
+    """
 
     recipe: str
     depth: Depth
@@ -170,6 +176,7 @@ class Study:
         return [
             Search("auto", depths[0], "weight", base),
             Search("auto", depths[0], "flipout", flipout),
+            *(Search("one-se", depth, "weight", (Draw(self.samples, True, (self.samples,)),)) for depth in depths[:3]),
             *self._others(depths[0]),
             *self._depths(depths[1:], self.recipes),
         ]

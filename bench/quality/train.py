@@ -132,7 +132,7 @@ class Trainer:
         gradients = torch.autograd.grad(loss.sum(), self.parameters)
         self._clip(gradients)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient.contiguous()  # the fused optimiser asks for the strides of its parameter
         self.rate.copy_(self.lr.index_select(0, self.number)[0])
         with torch.no_grad():
             for k in self.decayed:
