@@ -100,7 +100,7 @@ def predict(
     """
     mean = isinstance(samples, int) and not isinstance(samples, bool) and samples == 0
     batch = None if mean else adapter.batch(check_samples(samples), sigma)
-    scorer = Scorer(adapter, data, batch_size=batch_size)
+    scorer = Scorer(adapter, data, batch_size=batch_size, samples=1 if batch is None else len(batch))
     classes = head_outputs(adapter)
     parts: list[Tensor] = []
     started = time.perf_counter()

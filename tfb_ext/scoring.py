@@ -18,8 +18,13 @@ from .fan import CLASSIFIER_HEADS, Predictive, Trunk
 from .layers import SampleBatch
 
 IGNORED = -100
-# Rows one fused forward may hold before its samples are split: enough to fill the machine, small enough for its memory.
-ROWS_CUDA, ROWS_CPU = 512, 64
+# On a CPU, rows of a batch, and rows one fused forward may hold before its samples are split: what its caches like.
+BATCH_CPU, ROWS_CPU = 8, 64
+# On a GPU a forward takes as many tokens as fit into this share of its free memory, by a rough count of what a block holds at
+# a time, up to a number beyond which launches cost nothing any more.
+MEMORY_SHARE, MOST_TOKENS, FEWEST_TOKENS = 1 / 6, 2**18, 2**12
+BATCH_CUDA = 1024  # most rows of a batch
+SHUFFLED_BATCHES = 16  # at least: who wants them in random order looks at the results after each
 # Above this many classes (a vocabulary) per-sample results are not kept, only their average.
 MANY_CLASSES = 1024
 
@@ -72,7 +77,8 @@ class Scorer:
         data: an :class:`~tfb_ext.data.Encoded` set, or batches of model arguments (``input_ids``, ``attention_mask``,
             ``labels``): token labels (B, T) for language models, class labels (B,) for classification heads.
         depth: random blocks; ``None`` is the adapter's own.
-        batch_size: rows of a batch before the fan.
+        batch_size: rows of a batch before the fan; by default what a CPU's caches like, or what a GPU's memory has room for.
+        samples: sample groups that calls will have, of which a batch should take about that many.
         keep_trunk: keep the hidden states at the first random block for later calls; a sequence of depths keeps those of each.
         shuffle: batches in a random order (always the same), instead of the longest first.
         shard: (rank, world size): run every ``world size``-th batch only, from ``rank`` on.
@@ -86,6 +92,7 @@ class Scorer:
         *,
         depth: Depth | None = None,
         batch_size: int | None = None,
+        samples: int = 10,
         keep_trunk: bool | Sequence[Depth] = False,
         shuffle: bool = False,
         shard: tuple[int, int] = (0, 1),
@@ -107,8 +114,14 @@ class Scorer:
             isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
         ):
             raise ValueError(f"batch_size is {batch_size!r}, expected a count of rows, at least 1")
-        self.batch_size = batch_size or (64 if cuda else 8)
-        self.rows = max(ROWS_CUDA if cuda else ROWS_CPU, self.batch_size)
+        longest = max(map(len, data.token_ids), default=1) if isinstance(data, Encoded) else None
+        room = self._room_for_tokens() if cuda else 0
+        if cuda and longest:
+            self.batch_size = batch_size or max(1, min(BATCH_CUDA, room // (longest * max(samples, 1))))
+        else:
+            self.batch_size = batch_size or BATCH_CPU
+        if batch_size is None and shuffle and isinstance(data, Encoded):
+            self.batch_size = max(1, min(self.batch_size, len(data) // SHUFFLED_BATCHES))
         self.keep_trunk = bool(keep_trunk)
         depths: Sequence[Depth] = keep_trunk if isinstance(keep_trunk, Sequence) else (self.depth,)
         self._trunk_blocks = tuple(sorted({adapter.first_random_block(d) for d in depths} - {0}))
@@ -117,6 +130,9 @@ class Scorer:
         self.batches = list(self._prepare(data, shuffle, shard))
         if not self.batches and not may_be_empty:
             raise ValueError("the data set is empty, expected at least one example")
+        widest = max((b.inputs["input_ids"].shape[1] for b in self.batches), default=1)
+        tallest = max((len(b.index) for b in self.batches), default=1)
+        self.rows = max(room // widest if cuda else ROWS_CPU, tallest)
         self.tokens = sum(int(_mask(b).sum()) for b in self.batches)
         self.size = sum(len(b.index) for b in self.batches)
         self.tokens_run = 0
@@ -179,6 +195,17 @@ class Scorer:
                 f"the data has {len(data.choices)} choices, {list(data.choices)!r}, and the model's head {name!r} {classes} "
                 "outputs; expected one choice for each (for label tokens of a language model encode without head=True)"
             )
+
+    def _room_for_tokens(self) -> int:
+        """Tokens that one forward may hold on this GPU."""
+        config = self.model.config.get_text_config()
+        hidden = config.hidden_size
+        wide = getattr(config, "intermediate_size", None) or 4 * hidden
+        size = next(self.model.parameters()).element_size()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        tokens = (free + idle) * MEMORY_SHARE / (size * (8 * hidden + 4 * wide))
+        return int(min(max(tokens, FEWEST_TOKENS), MOST_TOKENS))
 
     def _plain(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {**inputs, "use_cache": False} if "use_cache" in self._accepts else inputs

@@ -130,7 +130,7 @@ class Sizes:
     validation: int = 200
     anchor: int = 300
     test: int = 1000
-    stranger: int = 400
+    stranger: int = 300
 
 
 @dataclass(frozen=True)
@@ -252,8 +252,8 @@ def _logiqa_item(line: str) -> Item:
 
 _ALL = (
     Task("headlines", "Sarcastic headlines", headlines.CHOICES, "r8", None, _headlines),
-    Task("r8", "Reuters R8", tuple(R8_WORDS.values()), "newsgroups", 128, _r8),
-    Task("newsgroups", "20 Newsgroups", tuple(NEWSGROUPS_WORDS.values()), "r8", 128, _newsgroups),
-    Task("logiqa", "LogiQA", LETTERS, "headlines", 128, _logiqa),
+    Task("r8", "Reuters R8", tuple(R8_WORDS.values()), "newsgroups", 64, _r8),
+    Task("newsgroups", "20 Newsgroups", tuple(NEWSGROUPS_WORDS.values()), "r8", 64, _newsgroups),
+    Task("logiqa", "LogiQA", LETTERS, "headlines", 96, _logiqa),
 )
 TASKS = {task.name: task for task in _ALL}

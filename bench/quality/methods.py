@@ -152,7 +152,7 @@ def set_weights(model: Any, state: dict[str, Tensor]) -> None:
         parameter.data.copy_(state[name])
 
 
-def passes(model: Any, data: Encoded, samples: int, batch_size: int = 128) -> Tensor:
+def passes(model: Any, data: Encoded, samples: int, batch_size: int = 256) -> Tensor:
     """Probabilities of ``samples`` plain passes of a PEFT model over ``data``, (S, N, C) float32 on the CPU."""
     columns = torch.tensor(data.choice_ids, device=model.device)
     result = torch.empty(samples, len(data), len(data.choices))

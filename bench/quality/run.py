@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -240,18 +241,23 @@ class UnitRun:
             return
         adapter = tfb_ext.bayesianize(self.model, seed=self.unit.member.seed)
         try:
-            for search in self.unit.searches:
-                self.search(adapter, search)
+            with tempfile.TemporaryDirectory() as kept:
+                for search in self.unit.searches:
+                    self.search(adapter, search, Path(kept))
         finally:
             adapter.unload()
 
-    def search(self, adapter: BayesianAdapter, search: Search) -> None:
+    def search(self, adapter: BayesianAdapter, search: Search, kept: Path) -> None:
+        """``kept``: folder where searches with the same noise and targets find each other's evaluations."""
         adapter.depth, adapter.mode, adapter.antithetic = search.depth, search.mode, search.recipe in ("auto", "one-se")
         samples = self.study.search_samples
         rule: dict[str, Any] = {"recipe": search.recipe}
         if search.recipe == "one-se":
             rule = {"recipe": "auto", "objective": "one-se"}
-        found = tfb_ext.search_sigma(adapter, self.parts.anchor, **rule, samples=samples, progress=False)
+        same = kept / f"{search.recipe in ('auto', 'one-se')}-{search.recipe == 'official'}-{search.mode}.json"
+        found = tfb_ext.search_sigma(
+            adapter, self.parts.anchor, **rule, samples=samples, checkpoint=same, progress=False
+        )
         self.searches.append({"mode": search.mode, "asked_depth": search.depth, **found.to_dict()})
         for draw in search.draws:
             adapter.antithetic = draw.antithetic

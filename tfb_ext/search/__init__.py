@@ -119,6 +119,7 @@ def search_sigma(
             anchors,
             depth=depths[0],
             batch_size=batch_size,
+            samples=len(numbers),
             keep_trunk=depths,
             shuffle=early_stop is not None,
             shard=(0, 1) if sharded else (ranks.rank, ranks.size),
