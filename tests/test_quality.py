@@ -187,12 +187,11 @@ class TestBank:
 
     def test_divergence_is_that_of_torch(self) -> None:
         torch.manual_seed(0)
-        mean, deviation = torch.randn(3, 5), torch.rand(3, 5) + 0.01
-        normal = torch.distributions.Normal
-        expected = torch.distributions.kl_divergence(
-            normal(mean, deviation), normal(torch.tensor(0.0), torch.tensor(0.2))
-        )
-        torch.testing.assert_close(banks.divergence(mean, deviation, 0.2), expected.sum())
+        mean, root = torch.randn(3, 5, requires_grad=True), (torch.rand(3, 5) + 0.1).requires_grad_()
+        prior = torch.distributions.Normal(torch.tensor(0.0), torch.tensor(0.2))
+        kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, root.square()), prior).sum()
+        expected = torch.autograd.grad(kl, [mean, root])
+        torch.testing.assert_close(banks.divergence_gradient(mean.detach(), root.detach(), 0.2), expected)
 
     def test_kl_weights_of_a_cycle_sum_to_one(self) -> None:
         weights = train.kl_weights(300, 400, 8, 8.0)

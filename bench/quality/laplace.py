@@ -98,7 +98,7 @@ def _library() -> Any:
         import laplace
     except ImportError as error:
         raise ImportError(
-            "the Laplace approximation needs laplace-torch: pip install --no-deps laplace-torch curvlinops-for-pytorch "
+            "the Laplace approximation needs laplace-torch: pip install --no-deps laplace-torch==0.3 curvlinops-for-pytorch "
             "backpack-for-pytorch asdfghjkl==0.1a4 einconv einops unfoldNd linear_operator jaxtyping wadler-lindig "
             "opt-einsum; or leave it out with --no-laplace"
         ) from error

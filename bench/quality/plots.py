@@ -87,7 +87,14 @@ def _panels(
     all_axes[0].set_ylabel(y)
     handles, labels = all_axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=max(2 * len(results.datasets), 2),
+            fontsize=8,
+            frameon=False,
+        )
     figure.savefig(path, dpi=DPI)
     return path
 

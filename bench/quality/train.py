@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tfb_ext.data import Encoded
 
 from ..record import write_json
-from .bank import TARGETS, Bank, Member, Recipe
+from .bank import TARGETS, Bank, Member, Recipe, divergence_gradient, members_of
 
 STOPS = ("overfitted", "early")
 EAGER_STEPS = 3  # before a capture: the optimiser's state and the libraries' workspaces must exist
-JUDGE_ROWS = 512
+JUDGE_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.rate, weight_decay=0.0, fused=cuda, capturable=cuda, foreach=False
         )
-        self.decayed = [k for k, member in enumerate(bank.group) if member.kind == "map"]
+        self.decayed = members_of(bank.group, "map")
         self.blob = [layer for layer in bank.layers.values() if layer.g is not None]
 
     def _order(self, seeds: Sequence[int]) -> Tensor:
@@ -134,11 +134,11 @@ class Trainer:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.contiguous()  # the fused optimiser asks for the strides of its parameter
         self.rate.copy_(self.lr.index_select(0, self.number)[0])
-        with torch.no_grad():
-            for k in self.decayed:
-                for layer in self.bank.layers.values():
-                    for weight in (layer.a, layer.b):
-                        weight[k] *= 1 - self.rate * self.bank.recipe.decay
+        if self.decayed.stop:
+            kept = 1 - self.rate * self.bank.recipe.decay
+            for layer in self.bank.layers.values():
+                layer.a.data[self.decayed] *= kept
+                layer.b.data[self.decayed] *= kept
         self.optimizer.step()
         if self.blob:
             self._descend_divergence()
@@ -150,7 +150,7 @@ class Trainer:
         size = len(self.bank.group)
         total = torch.zeros(size, device=self.number.device)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            squares[id(parameter)] = gradient.square().sum((1, 2))
+            squares[id(parameter)] = torch.linalg.vector_norm(gradient, dim=(1, 2)).square()
         for layer in self.bank.layers.values():
             total += squares[id(layer.a)] + squares[id(layer.b)]
             if layer.g is not None:
@@ -162,12 +162,13 @@ class Trainer:
 
     def _descend_divergence(self) -> None:
         """BLoB's second optimiser: plain gradient descent on the weighted divergence of A from its prior."""
-        weights = [weight for layer in self.blob for weight in (layer.a, layer.g)]
-        gradients = torch.autograd.grad(self.bank.divergence(), weights)
         rate = self.kl_rate.index_select(0, self.number)[0]
-        with torch.no_grad():
-            for weight, gradient in zip(weights, gradients, strict=True):
-                weight -= rate * gradient
+        for layer in self.blob:
+            assert layer.g is not None
+            mean, root = layer.a.data[layer.blob], layer.g.data
+            by_mean, by_root = divergence_gradient(mean, root, self.bank.recipe.prior)
+            mean -= rate * by_mean
+            root -= rate * by_root
 
     def run(self, steps: int, graph: torch.cuda.CUDAGraph | None) -> None:
         for _ in range(steps):
