@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ import zoo
 from torch import Tensor
 
 import tfb_ext
+from bench import parity
 from bench.official import OfficialResult, bisect, official_adapter, official_search, pseudo_nll
 from bench.sequential import signs
 
@@ -188,3 +190,50 @@ def test_refusals() -> None:
     adapter = tfb_ext.bayesianize(peft)
     with adapter.predictive(2, 0.1), pytest.raises(ValueError, match="nothing wraps"):
         official_search(peft, "default", anchors)
+
+
+# Parity -------------------------------------------------------------------------------------------------------------
+
+
+def run_of(number: int, sigma: float, official_sigma: float, accuracy: float = 0.8) -> parity.Parity:
+    theirs = {"accuracy": 0.8, "ece": 0.05, "nll": 0.5}
+    errors = {"accuracy": 0.01, "ece": 0.0, "nll": 0.1}
+    return parity.Parity(
+        number, sigma, official_sigma, 0.2, 0.3, {**theirs, "accuracy": accuracy}, theirs, errors, 1.0, 2.0
+    )
+
+
+def test_parity_counts_what_agrees() -> None:
+    runs = [run_of(0, 0.008, 0.008), run_of(1, 0.008, 0.0115), run_of(2, 0.008, 0.008 * (1 + 1e-9), accuracy=0.821)]
+    found = parity.summary(runs)
+    assert (found["same_sigma"], found["same_metrics"], found["same"]) == (2, 2, 1)
+    assert found["pairs_same_sigma"] == {"ours": 1.0, "official": 1 / 3, "between": 2 / 3}
+    assert found["official_at_upper_end"] == 0
+    assert found["nll_at_first_step"] == pytest.approx({"ours": 0.2, "official": 0.3, "standard_error": 0.0})
+    assert found["accuracy"]["standard_error"] == pytest.approx(0.021 / 3)  # the spread of ours, over the root of three
+    assert parity.summary(runs[:1])["nll"]["standard_error"] is None
+
+
+def test_paired_errors_see_only_differences() -> None:
+    labels = torch.arange(60) % 2
+    p = torch.rand(60, 2, generator=torch.Generator().manual_seed(0))
+    p = p / p.sum(1, keepdim=True)
+    assert parity.paired_errors(p, p, labels, 20) == {"accuracy": 0.0, "ece": 0.0, "nll": 0.0}
+    other = torch.where(torch.arange(60)[:, None] % 3 == 0, p.flip(1), p)  # a third of the items the other way round
+    errors = parity.paired_errors(p, other, labels, 300)
+    change = (p.gather(1, labels[:, None]).log() - other.gather(1, labels[:, None]).log())[:, 0]
+    assert errors["nll"] == pytest.approx(float(change.std()) / 60**0.5, rel=0.2)
+
+
+@pytest.mark.skipif(
+    "early_stop" not in inspect.signature(tfb_ext.search_sigma).parameters,
+    reason="no recipe='official' before early_stop",
+)
+def test_compare_runs_both_searches() -> None:
+    adapter = tfb_ext.bayesianize(sharp_model(), antithetic=False, mode="flipout")
+    anchors = small_sets.encoded(ITEMS)
+    test = small_sets.labelled(adapter, small_sets.encoded(ITEMS, seed=2), wrong_every=3)
+    run = parity.compare(adapter, anchors, test, 0, samples=2, batch_size=8, tolerance=0.005)
+    assert run.nll == pytest.approx(run.official_nll, rel=0.5)
+    assert run.metrics.keys() == run.official_metrics.keys() == run.errors.keys()
+    assert adapter.sigma is None
