@@ -5,6 +5,7 @@ posteriors predict the same? The noise of the two has nothing in common but its 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from tfb_ext.loading import DEMO, load_adapter
 from tfb_ext.metrics import evaluate
 
 from .official import HIGH, SAMPLES, official_adapter, official_search
-from .record import environment, table, write_json
+from .record import environment, write_json
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,13 @@ def main() -> None:
         )  # fmt: skip
         runs.append(run)
         rows.append(asdict(run) | {"same_sigma": run.same_sigma, "same_metrics": run.same_metrics})
-        print(table(rows[-1:], ("run", "sigma", "official_sigma", "nll", "official_nll", "same_metrics")), flush=True)
+        print(
+            f"run {number}: sigma {run.sigma:.5g} ours, {run.official_sigma:.5g} theirs; NLL at the first step {run.nll:.4f} "
+            f"and {run.official_nll:.4f}; metrics within two standard errors: {run.same_metrics}",
+            flush=True,
+        )
     found = summary(runs)
-    print(found)
+    print(json.dumps(found, indent=1))
     if options.out is not None:
         facts = {
             "adapter": options.adapter,
