@@ -41,10 +41,22 @@ SEQUENTIAL = (
     ("one row of 64 tokens, flipout", "sequential_short"),
     ("decoding a token, ours in a graph, theirs not", "sequential_decode"),
 )
+SEARCHES = (
+    ("all blocks random, the same six evaluations", "search_all"),
+    ("upper quarter of the blocks random, the same six evaluations", "search_quarter"),
+    ("all blocks random, stopping early", "search_all_early"),
+    ("upper quarter of the blocks random, stopping early", "search_quarter_early"),
+)
 
 
 def load(file: Path) -> list[dict[str, Any]]:
     return [row["extra_info"] for row in json.loads(file.read_text())["benchmarks"]]
+
+
+def load_search(results: Path) -> Rows:
+    """The rows of ``search.json``, none where it is not."""
+    file = results / "search.json"
+    return by_case(load(file)) if file.exists() else {}
 
 
 def by_case(rows: list[dict[str, Any]]) -> Rows:
@@ -73,7 +85,39 @@ def worst(rows: list[dict[str, Any]], case: str, **where: Any) -> float:
     return min(found)
 
 
-def section(models: Rows, kernels: list[dict[str, Any]], summary: Rows) -> str:
+def search_table(search: Rows) -> list[str]:
+    """The whole search for sigma against the authors', for the cases that are there; no lines without any."""
+    cases = [(label, search[case]) for label, case in SEARCHES if case in search]
+    if not cases:
+        return []
+    first = cases[0][1]
+    lines = [
+        "",
+        f"| the whole search for sigma, {first['anchors']} anchors x {first['tokens']} tokens, {first['device']} | ours | the "
+        "authors' | times faster | peak memory, ours and theirs |",
+        "|---|---|---|---|---|",
+    ]
+    for label, row in cases:
+        ours, theirs = f"{row['value']:.1f} s", f"{row['baseline']:.0f} s"
+        memory = f"{row['peak_gib']:.1f}, {row['baseline_peak_gib']:.1f} GiB" if "peak_gib" in row else ""
+        lines.append(f"| {label} | {ours} | {theirs} | {ratio(row, 1)} | {memory} |")
+    sigmas = [
+        f"{row['sigma']:.3g} where the full search found {row['sigma_full']:.3g}"
+        for _, row in cases
+        if row["early_stop"]
+    ]
+    lines += [
+        "",
+        f"The authors' search, in plain torch ([`bench/official.py`](bench/official.py)): a baseline pass and {first['steps']} "
+        f"steps of {first['samples']} sequential passes, always through all blocks; {first['steps_timed']} of its equal steps are "
+        f"timed, on {first['anchors_timed']} of the anchors, and the rest is counted"
+        + (f". Stopping early found sigma = {' and '.join(sigmas)}" if sigmas else "")
+        + " ([`search.json`](bench/results/search.json)).",
+    ]
+    return lines
+
+
+def section(models: Rows, kernels: list[dict[str, Any]], summary: Rows, search: Rows) -> str:
     """The README's text between the markers."""
     all_linear = models["prefill_all_linear_bf16"]
     memory = models["memory_s64"]
@@ -103,6 +147,7 @@ def section(models: Rows, kernels: list[dict[str, Any]], summary: Rows) -> str:
     for label, case in SEQUENTIAL:
         row = models[case]
         lines.append(f"| {label} | {milliseconds(row['value'])} | {milliseconds(row['baseline'])} | {ratio(row, 1)} |")
+    lines += search_table(search)
     lines += [
         "",
         f"Peak memory of 64 samples x 8 rows is {memory['value']:.1f} GiB, the base forward's on the same 512 rows "
@@ -216,7 +261,7 @@ def main() -> int:
     models = by_case(load(options.results / "models.json"))
     summary = json.loads((options.results / "summary.json").read_text())
     before = options.readme.read_text()
-    after = replace_section(before, section(models, kernels, summary))
+    after = replace_section(before, section(models, kernels, summary, load_search(options.results)))
     if options.check:
         if before != after:
             print(f"{options.readme}: its table is not that of {options.results}; run python -m bench.report")

@@ -4,14 +4,19 @@
 #
 #   bench/run_gpu.sh [FOLDER]           kernels.json, models.json and summary.json go to FOLDER (default bench/results)
 #   bench/run_gpu.sh [FOLDER] --demo    and demo.json, the figures of the README's first table (three minutes more)
+#   bench/run_gpu.sh [FOLDER] --search  search.json alone, the whole search against the authors', into summary.json (four minutes)
 #
 # Rows name the commit: TFB_EXT_COMMIT, or the content of a file .commit beside README.md, or git's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-demo=0 folder=bench/results
+demo=0 search=0 folder=bench/results
 for argument; do
-    if [ "$argument" = --demo ]; then demo=1; else folder=$argument; fi
+    case $argument in
+    --demo) demo=1 ;;
+    --search) search=1 ;;
+    *) folder=$argument ;;
+    esac
 done
 mkdir -p "$folder"
 out=$(cd "$folder" && pwd)
@@ -25,6 +30,11 @@ suite() { # suite NAME LIMIT FILE OPTIONS...
         >"$out/$name.log" 2>&1 || failed=1
     grep -E ' of |passed|failed' "$out/$name.log" || tail -n 20 "$out/$name.log"
 }
+if [ "$search" = 1 ]; then
+    suite search 300 bench/test_search.py
+    python -m bench.summary "$out/search.json" --out "$out/summary.json" || failed=1
+    exit "$failed"
+fi
 suite models 330 bench/test_models.py
 suite kernels 120 bench/test_kernels.py -k cuda
 python -m bench.summary "$out"/models.json "$out"/kernels.json --out "$out/summary.json" || failed=1

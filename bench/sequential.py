@@ -70,9 +70,9 @@ class SequentialSampler:
             result = module.base_layer(x)
             x = x.to(a.dtype)
             noise = sigma * torch.randn_like(a)
-            change = torch.nn.functional.linear(x * _signs(x.shape, x), noise)
+            change = torch.nn.functional.linear(x * signs(x), noise)
             z = torch.nn.functional.linear(x, a)
-            z = z + change * _signs(z.shape, z)
+            z = z + change * signs(z)
             return (result + torch.nn.functional.linear(z, b) * scaling).to(result.dtype)
 
         return forward
@@ -91,5 +91,6 @@ class SequentialSampler:
         return total - math.log(samples)
 
 
-def _signs(shape: torch.Size, like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(0.5).mul_(2).sub_(1)
+def signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Plus and minus one with equal chance, of the shape, type and device of ``like``."""
+    return torch.empty_like(like).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)

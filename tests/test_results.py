@@ -10,24 +10,28 @@ from bench import report, summary
 from bench.record import ROOT
 
 RESULTS = ROOT / "bench" / "results"
+FILES = [RESULTS / f"{name}.json" for name in ("models", "kernels", "kernels_cpu", "search")]
+FILES = [file for file in FILES if file.exists() or file.stem != "search"]  # the search's cases take a run of their own
 
 
 def test_readme_shows_the_results() -> None:
     kernels = report.load(RESULTS / "kernels.json")
     models = report.by_case(report.load(RESULTS / "models.json"))
-    text = report.section(models, kernels, json.loads((RESULTS / "summary.json").read_text()))
+    text = report.section(
+        models, kernels, json.loads((RESULTS / "summary.json").read_text()), report.load_search(RESULTS)
+    )
     readme = (ROOT / "README.md").read_text()
     assert report.replace_section(readme, text) == readme, "run python -m bench.report"
 
 
 def test_summary_is_that_of_the_results() -> None:
-    made = summary.summarise([RESULTS / f"{name}.json" for name in ("models", "kernels", "kernels_cpu")])
+    made = summary.summarise(FILES)
     assert made == json.loads((RESULTS / "summary.json").read_text())
 
 
 def test_every_row_says_where_it_is_from() -> None:
-    for name in ("models", "kernels", "kernels_cpu"):
-        for row in report.load(RESULTS / f"{name}.json"):
+    for file in FILES:
+        for row in report.load(file):
             assert row["device"] and len(row["commit"]) == 40 and row["torch"], row["case"]
 
 
