@@ -71,7 +71,7 @@ def add_full_rank_noise_(
     """
     groups = samples.shape[0]
     tokens = x.shape[0] // groups
-    out = y.view(groups, tokens, -1)
+    out = y.view(groups, tokens, y.shape[-1])
     norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).view(groups, tokens)
     # For one column |x| and a mean of zero, shrink in token mode is exactly sigma |x| e, of as many ranks as there are rows.
     nothing = norms.new_zeros(features, 1)
@@ -89,5 +89,5 @@ def add_full_rank_noise_(
             if columns is not None:
                 noise = noise.index_select(1, columns)
             # Added in float32 and rounded once to y's type.
-            out[first:last, start:stop].add_(noise.view(last - first, stop - start, -1), alpha=scaling)
+            out[first:last, start:stop].add_(noise.view(last - first, stop - start, y.shape[-1]), alpha=scaling)
     return y
