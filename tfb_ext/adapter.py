@@ -140,6 +140,11 @@ class BayesianAdapter:
         """Names of the layers that are random at the present depth."""
         return tuple(v.name for v in self._variants if v.block >= self._first)
 
+    def random_layers_at(self, depth: Depth) -> tuple[str, ...]:
+        """Names of the layers that are random at ``depth``, as :meth:`first_random_block` takes it."""
+        first = self.first_random_block(depth)
+        return tuple(v.name for v in self._variants if v.block >= first)
+
     def first_random_block(self, depth: Depth) -> int:
         """Index of the lowest random block for ``depth``.
 
@@ -402,6 +407,13 @@ class BayesianAdapter:
         self.config().write(place)
         return place
 
+    def posterior(self, name: str) -> LayerPosterior:
+        """The posterior of one layer; a ``ValueError`` if it has none."""
+        posterior = next((p for p in self.posteriors if p.name == canonical_name(name)), None)
+        if posterior is None:
+            raise ValueError(f"no Bayesian layer {name!r} in adapter {self.name!r}; see adapter.layers")
+        return posterior
+
     def sample_weights(self, name: str, sample: int, sigma: float | None = None) -> tuple[Tensor, Tensor]:
         """``(U, M + sigma E_k)`` of one layer, float32 on the CPU: sample ``k``'s weight is ``scaling * U @ (M + sigma E_k)``.
 
@@ -418,9 +430,7 @@ class BayesianAdapter:
             )
         if self.mode != "weight":
             raise ValueError(f"samples of mode {self.mode!r} are no weights; set adapter.mode = 'weight'")
-        posterior = next((p for p in self.posteriors if p.name == canonical_name(name)), None)
-        if posterior is None:
-            raise ValueError(f"no Bayesian layer {name!r} in adapter {self.name!r}; see adapter.layers")
+        posterior = self.posterior(name)
         batch = self.batch([sample], sigma)
         rank, n = posterior.mean.shape
         noise = ops.noise(rank, n, self.seed, posterior.layer, sample, torch.device("cpu"), self.antithetic)
