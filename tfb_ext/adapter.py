@@ -266,6 +266,10 @@ class BayesianAdapter:
         scales = [s for s in checked for _ in numbers]
         return SampleBatch(tuple(scales), numbers * len(checked), self.seed, mirrored, self.mode)
 
+    def scale(self, sigma: float | None = None) -> float:
+        """``sigma``, or the adapter's own; a ``ValueError`` if there is none or it is no finite number above 0."""
+        return self.batch([0], None if sigma is None else check_sigma(sigma)).sigma[0]
+
     def trunk(self, depth: Depth | None = None, device: torch.device | None = None) -> Trunk:
         """An empty store for the hidden states at the first random block."""
         return Trunk(self._first if depth is None else self.first_random_block(depth), device)

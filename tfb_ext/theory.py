@@ -62,7 +62,7 @@ def kl_divergence(
     Raises:
         ValueError: no sigma, a scale that is not a finite number above 0, or a bad depth.
     """
-    scale = adapter.batch([0], sigma).sigma[0]
+    scale = adapter.scale(sigma)
     prior = _check_prior(prior_sigma)
     random = _random(adapter, depth)
     layers = {p.name: _layer_kl(p, scale, prior) for p in random}
@@ -223,7 +223,7 @@ def paper_form(adapter: BayesianAdapter, layer: str, sigma: float | None = None)
         ValueError: no such layer, no sigma, or the family ``"full-rank"``, which no noise of A' gives.
     """
     posterior = adapter.posterior(layer)
-    omega = posterior.omega(adapter.batch([0], sigma).sigma[0])
+    omega = posterior.omega(adapter.scale(sigma))
     module = adapter._modules[posterior.name]
     a, b = (part[adapter.name].weight.detach().to("cpu", torch.float64) for part in (module.lora_A, module.lora_B))
     # The small factor's SVD: B itself may have a vocabulary of rows.
