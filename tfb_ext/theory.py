@@ -2,7 +2,7 @@
 
 A random layer's weight is ``W0 + s U (M + sigma E)`` (:mod:`tfb_ext.posterior`). The prior is the same family with mean zero
 and a scale of its own, ``s U (sigma_p E)``: for the family ``"low-rank"`` the low-rank isotropic prior of Shi et al. (NeurIPS
-2025, section 4.2) and BLoB. ``W0``, LoRA's scaling ``s`` and ``U`` map the coordinates of posterior and prior alike, one to one,
+2025, Theorem 4.2) and BLoB. ``W0``, LoRA's scaling ``s`` and ``U`` map the coordinates of posterior and prior alike, one to one,
 so they cancel, and the KL is that of ``N(M, sigma^2)`` to ``N(0, sigma_p^2)`` over ``D = rank n`` coordinates.
 """
 
