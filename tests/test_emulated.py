@@ -112,7 +112,7 @@ def test_shrink(emulated: Any, groups: int, rows: int, n: int, ranks: tuple[int,
 
 @pytest.mark.parametrize("mode", MODES)
 def test_shrink_float32(emulated: Any, mode: str) -> None:
-    for groups, rows, n, ranks in ((1, 1, 1, (1,)), (3, 17, 300, (8, 3)), (2, 9, 1031, (17,))):
+    for groups, rows, n, ranks in ((1, 1, 1, (1,)), (3, 17, 300, (8, 3)), (2, 9, 1031, (17,)), (2, 3, 1, (300,))):
         case = Case(groups, rows, n, ranks, torch.float32)
         found = emulated.shrink_group(case.x, *case.draws(mode))
         for z, wanted in zip(found, ops.shrink_group(case.x, *case.draws(mode)), strict=True):

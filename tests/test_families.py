@@ -24,12 +24,11 @@ from tfb_ext.posterior import layer_posterior
 
 SIGMA, SAMPLES = 0.3, 4
 IN_WEIGHTS = ["low-rank", "constant"]  # whose samples are weight matrices
-TOKEN_KEY = 0xA54FF53A
 
 
 def bayesian(name: str = "llama-head", **options: Any) -> Any:
-    dtype, lora = options.pop("dtype", torch.float32), options.pop("lora", {})
-    return tfb_ext.bayesianize(zoo.peft_model(name, dtype=dtype, **lora), **{"sigma": SIGMA, **options})
+    device = options.pop("device", "cpu")
+    return tfb_ext.bayesianize(zoo.peft_model(name).to(device), **{"sigma": SIGMA, **options})
 
 
 def predict(adapter: Any, batch: dict[str, Tensor], samples: Any = SAMPLES, **options: Any) -> Tensor:
@@ -208,10 +207,11 @@ def test_no_sigma_is_the_adapter(family: str, name: str) -> None:
 # Constant: the same kernels -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", zoo.DEVICES)
 @pytest.mark.parametrize("name", ["llama-head", "gemma3", "gpt2", "bert"])
-def test_constant_equals_separate_passes(name: str) -> None:
-    adapter = bayesian(name, family="constant", depth=2)
-    batch = zoo.batch_for(name)
+def test_constant_equals_separate_passes(name: str, device: str) -> None:
+    adapter = bayesian(name, device=device, family="constant", depth=2)
+    batch = zoo.batch_for(name, device=device)
     keep = zoo.real_positions(name, batch)
 
     def own() -> Tensor:
@@ -278,26 +278,41 @@ def defined(tokens: int, features: int, seed: int, layer: int, sample: int, part
 
 
 @pytest.mark.parametrize("elements", [2**24, 70, 20, 3])
-def test_noise_is_what_the_docstring_says(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_is_what_the_docstring_says(elements: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "NOISE_ELEMENTS", elements)
-    tokens, features, seed, layer = 11, 10, 2**40 + 3, 0xDEADBEEF
+    tokens, features, number, layer = 11, 10, 2**40 + 3, 0xDEADBEEF
     part = max(1, elements // features)
     generator = torch.Generator().manual_seed(1)
-    wide = torch.randn(3 * tokens, 14, generator=generator)
-    x, sigma, samples = wide[:, ::2], torch.tensor([0.5, 2.0, 0.25]), torch.tensor([4, 0, 7], dtype=torch.int32)
-    before = torch.randn(3 * tokens, features, generator=generator)
+    x = torch.randn(3 * tokens, 14, generator=generator).to(device)[:, ::2]
+    before = torch.randn(3 * tokens, features, generator=generator).to(device)
+    sigma = torch.tensor([0.5, 2.0, 0.25], device=device)
+    samples = torch.tensor([4, 0, 7], dtype=torch.int32, device=device)
+    seed = torch.tensor([number], device=device)
     y = before.clone()
-    same = add_full_rank_noise_(y, x, features, -1.5, sigma, samples, torch.tensor([seed]), layer, False)
+    same = add_full_rank_noise_(y, x, features, -1.5, sigma, samples, seed, layer, False)
     assert same is y
     for k, sample in enumerate(samples.tolist()):
         rows = slice(k * tokens, (k + 1) * tokens)
-        e = defined(tokens, features, seed, layer, sample, part)
+        e = defined(tokens, features, number, layer, sample, part).to(device)
         exact = before[rows] - 1.5 * sigma[k] * x[rows].double().norm(dim=1, keepdim=True) * e
-        assert (y[rows] - exact).abs().max() < 5e-5
-    columns = torch.tensor([7, 0, 3])
+        # 1e-5 a normal between devices, on a scale of 1.5 sigma |x|, and float32's rounding.
+        assert (y[rows] - exact).abs().max() < 1.5e-5 * float(sigma[k] * x[rows].norm(dim=1).max()) + 1e-5
+    columns = torch.tensor([7, 0, 3], device=device)
     picked = before[:, columns].clone()
-    add_full_rank_noise_(picked, x, features, -1.5, sigma, samples, torch.tensor([seed]), layer, False, columns)
+    add_full_rank_noise_(picked, x, features, -1.5, sigma, samples, seed, layer, False, columns)
     assert torch.equal(picked, y[:, columns])
+
+
+@pytest.mark.parametrize("features", [4099, 128_256])
+def test_wide_layers(features: int, device: torch.device) -> None:
+    """More outputs than any rank a kernel is tuned for."""
+    y = torch.zeros(4, features, device=device)
+    arguments = 2.0, torch.ones(2, device=device), torch.tensor([3, 1], dtype=torch.int32, device=device)
+    add_full_rank_noise_(
+        y, torch.ones(4, 9, device=device), features, *arguments, torch.tensor([8], device=device), 21, False
+    )
+    exact = torch.cat([reference.token_noise(2, features, 8, 21, k) for k in (3, 1)])
+    assert (y.cpu() - 6 * exact).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("elements", [2**24, 50])
@@ -389,12 +404,14 @@ def test_noise_of_half_outputs_is_added_in_float32() -> None:
 # Full rank: in the model ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", zoo.DEVICES)
 @pytest.mark.parametrize("name", ["llama-head", "gpt2", "bert"])
-def test_the_model_equals_the_definitions_in_plain_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = bayesian(
-        name, family="full-rank", depth=3, sigma=0.05
-    )  # larger, and rounding would grow from block to block
-    batch = zoo.batch_for(name)
+def test_the_model_equals_the_definitions_in_plain_torch(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With a larger sigma rounding would grow from block to block.
+    adapter = bayesian(name, device=device, family="full-rank", depth=3, sigma=0.05)
+    batch = zoo.batch_for(name, device=device)
     keep = zoo.real_positions(name, batch)
     found = predict(adapter, batch)[:, keep]
     assert found.std(0).max() > 0.01

@@ -69,7 +69,7 @@ def test_errors_are_the_builtin_kinds_too() -> None:
 def test_no_pickle_and_no_global_generator() -> None:
     """Files are safetensors and JSON; the noise depends on no generator of torch's."""
     forbidden = {"pickle", "torch.save", "torch.load", "torch.randn", "torch.manual_seed", "torch.normal"}
-    core = ("posterior", "layers", "fan", "adapter", "files", "ops")
+    core = ("posterior", "layers", "fan", "adapter", "files", "ops", "families", "theory")
     for name in core:
         tree = ast.parse((ROOT / "tfb_ext" / f"{name}.py").read_text())
         used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Name)}

@@ -109,7 +109,7 @@ def test_kl_refuses_bad_scales() -> None:
     adapter = bayesian(sigma=None)
     with pytest.raises(ValueError, match="'default' has no sigma yet"):
         tfb_ext.kl_divergence(adapter, PRIOR)
-    for bad in (0, -1.0, math.nan, math.inf, True, "wide"):
+    for bad in (0, -1.0, math.nan, math.inf, True, "wide", [0.1, 0.2]):
         with pytest.raises(ValueError, match="prior_sigma is .*, expected a finite number above 0"):
             tfb_ext.kl_divergence(adapter, bad, 0.1)
         with pytest.raises(ValueError, match="sigma is .*, expected a finite number above 0"):

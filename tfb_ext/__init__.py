@@ -20,6 +20,14 @@ _PUBLIC = {
     "SigmaSearch": "search",
     "predict": "prediction",
     "Prediction": "prediction",
+    "head_gaussian": "head",
+    "HeadGaussian": "head",
+    "kl_divergence": "theory",
+    "KLDivergence": "theory",
+    "implied_weight": "theory",
+    "ImpliedWeight": "theory",
+    "paper_form": "theory",
+    "PaperForm": "theory",
     "Example": "data",
     "Encoded": "data",
     "encode": "data",
@@ -39,9 +47,11 @@ if TYPE_CHECKING:
     from .adapter import BayesianAdapter, bayesianize, load
     from .data import Encoded, Example, encode, read_dataset, read_jsonl
     from .errors import ConfigError, SamplingError, TFBError, UnsupportedModelError
+    from .head import HeadGaussian, head_gaussian
     from .metrics import Metrics, evaluate
     from .prediction import Prediction, predict
     from .search import SigmaSearch, search_sigma
+    from .theory import ImpliedWeight, KLDivergence, PaperForm, implied_weight, kl_divergence, paper_form
 
 
 def __getattr__(name: str) -> Any:

@@ -273,6 +273,10 @@ class BayesianAdapter:
             tuple(scales), numbers * len(checked), self.seed, mirrored, check_mode(mode or self.mode, self.family)
         )
 
+    def scale(self, sigma: float | None = None) -> float:
+        """``sigma``, or the adapter's own; a ``ValueError`` if there is none or it is no finite number above 0."""
+        return self.batch([0], None if sigma is None else check_sigma(sigma)).sigma[0]
+
     def trunk(self, *depths: Depth, device: torch.device | None = None, limit: float = math.inf) -> Trunk:
         """An empty store for the hidden states at the first random block of each depth; of the adapter's own without any."""
         firsts = {self.first_random_block(d) for d in depths or (self.depth,)}

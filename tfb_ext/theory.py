@@ -2,7 +2,7 @@
 
 A random layer's weight is ``W0 + s U (M + sigma E)`` (:mod:`tfb_ext.posterior`). The prior is the same family with mean zero
 and a scale of its own, ``s U (sigma_p E)``: for the family ``"low-rank"`` the low-rank isotropic prior of Shi et al. (NeurIPS
-2025, section 4.2) and BLoB. ``W0``, LoRA's scaling ``s`` and ``U`` map the coordinates of posterior and prior alike, one to one,
+2025, Theorem 4.2) and BLoB. ``W0``, LoRA's scaling ``s`` and ``U`` map the coordinates of posterior and prior alike, one to one,
 so they cancel, and the KL is that of ``N(M, sigma^2)`` to ``N(0, sigma_p^2)`` over ``D = rank n`` coordinates.
 """
 
@@ -62,7 +62,7 @@ def kl_divergence(
     Raises:
         ValueError: no sigma, a scale that is not a finite number above 0, or a bad depth.
     """
-    scale = adapter.batch([0], sigma).sigma[0]
+    scale = adapter.scale(sigma)
     prior = _check_prior(prior_sigma)
     random = _random(adapter, depth)
     layers = {p.name: _layer_kl(p, scale, prior) for p in random}
@@ -223,7 +223,7 @@ def paper_form(adapter: BayesianAdapter, layer: str, sigma: float | None = None)
         ValueError: no such layer, no sigma, or the family ``"full-rank"``, which no noise of A' gives.
     """
     posterior = adapter.posterior(layer)
-    omega = posterior.omega(adapter.batch([0], sigma).sigma[0])
+    omega = posterior.omega(adapter.scale(sigma))
     module = adapter._modules[posterior.name]
     a, b = (part[adapter.name].weight.detach().to("cpu", torch.float64) for part in (module.lora_A, module.lora_B))
     # The small factor's SVD: B itself may have a vocabulary of rows.
