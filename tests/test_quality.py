@@ -312,6 +312,10 @@ class TestMethods:
             expected = torch.cat([grad.flatten() for grad in grads])
             torch.testing.assert_close(jacobians[row, column], expected, atol=1e-6, rtol=1e-4)
 
+    def test_no_position_looks_at_nothing(self) -> None:
+        mask = laplace.causal_mask(torch.tensor([[0, 1, 1]]))
+        assert mask[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+
     def test_laplace(self, model: Any) -> None:
         pytest.importorskip("laplace", reason="the Laplace approximation is laplace-torch's")
         training, asked = items(12), items(5, 2)
@@ -320,6 +324,18 @@ class TestMethods:
         assert found.prior_precision > 0 and found.probabilities.std(0).max() > 0
         mean = methods.passes(model, asked, 1)[0]
         assert (found.probabilities.mean(0) - mean).abs().mean() < 0.3
+
+    def test_laplace_finds_the_same_prior_under_a_half_precision_base(self, base: Any, trained: train.Trained) -> None:
+        """Sums over all weights in bfloat16 would leave it at 1, where its search starts."""
+        pytest.importorskip("laplace", reason="the Laplace approximation is laplace-torch's")
+        found = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            model = copy.deepcopy(base).to(dtype)
+            model.tie_weights()
+            with methods.adapted(model, TARGETS["qv"], RECIPE.rank, RECIPE.alpha, 0.0) as adapted:
+                methods.set_weights(adapted, trained.states["overfitted"][0])
+                found[dtype] = laplace.predict(adapted, items(24), items(5, 2)).prior_precision
+        assert found[torch.bfloat16] == pytest.approx(found[torch.float32], rel=0.05) != 1
 
 
 def predicted(p: list[list[float]], labels: list[int], strange: list[float]) -> measures.Predicted:
