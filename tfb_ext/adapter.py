@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import ConfigError, SamplingError, UnsupportedModelError
+from .families import check_family
 from .fan import Anatomy, Fan, Predictive, Trunk, batch_rows, check_packing, find_anatomy
 from .files import CONFIG_NAME, MODES, TFBConfig
 from .layers import (
@@ -56,6 +57,9 @@ class BayesianAdapter:
             (that, with random signs for every token) or ``"token"`` (fresh noise for every token, the cheapest). Rows and
             positions of a call are numbered from 0, so the last two serve single calls and not a growing key-value cache.
             A sigma found in one mode does not hold in another.
+        family: what is noisy: ``"low-rank"`` (the paper's posterior), ``"constant"`` (the entries of A) or ``"full-rank"`` (all
+            entries of the update, in mode ``"token"`` only); see :mod:`tfb_ext.families`. A sigma found for one family does
+            not hold for another.
         search: summary of the search that chose sigma, kept in the saved file.
     """
 
@@ -74,6 +78,7 @@ class BayesianAdapter:
         mode: str = "weight",
     ) -> None:
         as_int64(seed)
+        self.family = posteriors[0].family
         self.mode = mode
         self.model = model
         self.name = name
@@ -106,7 +111,7 @@ class BayesianAdapter:
 
     @mode.setter
     def mode(self, value: str) -> None:
-        self._mode = check_mode(value)
+        self._mode = check_mode(value, self.family)
 
     @property
     def depth(self) -> int | str:
@@ -134,6 +139,11 @@ class BayesianAdapter:
     def random_layers(self) -> tuple[str, ...]:
         """Names of the layers that are random at the present depth."""
         return tuple(v.name for v in self._variants if v.block >= self._first)
+
+    def random_layers_at(self, depth: Depth) -> tuple[str, ...]:
+        """Names of the layers that are random at ``depth``, as :meth:`first_random_block` takes it."""
+        first = self.first_random_block(depth)
+        return tuple(v.name for v in self._variants if v.block >= first)
 
     def first_random_block(self, depth: Depth) -> int:
         """Index of the lowest random block for ``depth``.
@@ -366,6 +376,7 @@ class BayesianAdapter:
             sigma=self.sigma,
             seed=self.seed,
             mode=self.mode,
+            family=self.family,
             antithetic=self.antithetic,
             depth=self.depth,
             layers=self.layers,
@@ -402,17 +413,30 @@ class BayesianAdapter:
         self.config().write(place)
         return place
 
-    def sample_weights(self, name: str, sample: int, sigma: float | None = None) -> tuple[Tensor, Tensor]:
-        """``(U, M + sigma E_k)`` of one layer, float32 on the CPU: sample ``k``'s weight is ``scaling * U @ (M + sigma E_k)``.
-
-        Raises:
-            ValueError: no such layer, no sigma, or a mode other than ``"weight"``, whose samples are no weights.
-        """
-        if self.mode != "weight":
-            raise ValueError(f"samples of mode {self.mode!r} are no weights; set adapter.mode = 'weight'")
+    def posterior(self, name: str) -> LayerPosterior:
+        """The posterior of one layer; a ``ValueError`` if it has none."""
         posterior = next((p for p in self.posteriors if p.name == canonical_name(name)), None)
         if posterior is None:
             raise ValueError(f"no Bayesian layer {name!r} in adapter {self.name!r}; see adapter.layers")
+        return posterior
+
+    def sample_weights(self, name: str, sample: int, sigma: float | None = None) -> tuple[Tensor, Tensor]:
+        """``(U, M + sigma E_k)`` of one layer, float32 on the CPU: sample ``k``'s weight is ``scaling * U @ (M + sigma E_k)``.
+
+        ``(B, A + sigma E_k)`` for the family ``"constant"``.
+
+        Raises:
+            ValueError: no such layer, no sigma, or a mode other than ``"weight"`` (the family ``"full-rank"`` with it), whose
+                samples are no weights.
+        """
+        if self.family == "full-rank":
+            raise ValueError(
+                "samples of the family 'full-rank' are drawn for every token and are no weights; use the family 'low-rank' or "
+                "'constant'"
+            )
+        if self.mode != "weight":
+            raise ValueError(f"samples of mode {self.mode!r} are no weights; set adapter.mode = 'weight'")
+        posterior = self.posterior(name)
         batch = self.batch([sample], sigma)
         rank, n = posterior.mean.shape
         noise = ops.noise(rank, n, self.seed, posterior.layer, sample, torch.device("cpu"), self.antithetic)
@@ -423,7 +447,8 @@ class BayesianAdapter:
         return (
             f"BayesianAdapter({self.name!r}, sigma={sigma}, depth={self.depth!r} of {len(self.anatomy.blocks)} blocks, "
             f"{len(self.random_layers)} random of {len(self.layers)} layers, seed={self.seed}, antithetic={self.antithetic}"
-            f"{'' if self.mode == 'weight' else f', mode={self.mode!r}'})"
+            f"{'' if self.mode == 'weight' else f', mode={self.mode!r}'}"
+            f"{'' if self.family == 'low-rank' else f', family={self.family!r}'})"
         )
 
 
@@ -434,7 +459,8 @@ def bayesianize(
     sigma: float | None = None,
     seed: int = 0,
     antithetic: bool = True,
-    mode: str = "weight",
+    mode: str | None = None,
+    family: str = "low-rank",
 ) -> BayesianAdapter:
     """Attach the TFB posterior to a trained LoRA adapter; the model's outputs do not change until a context is opened.
 
@@ -445,12 +471,18 @@ def bayesianize(
         sigma: posterior scale if already known.
         seed: 64-bit noise seed.
         antithetic: draw samples in mirrored pairs, which lowers the Monte-Carlo error of the mean probability.
-        mode: ``"weight"``, ``"flipout"`` or ``"token"``; see :class:`BayesianAdapter`.
+        mode: ``"weight"``, ``"flipout"`` or ``"token"``; see :class:`BayesianAdapter`. ``None`` is ``"weight"``, and ``"token"``
+            for the family ``"full-rank"``.
+        family: ``"low-rank"`` (the paper's posterior), ``"constant"`` or ``"full-rank"``; see :mod:`tfb_ext.families`.
 
     Raises:
+        ValueError: an unknown depth, mode or family, a mode that the family does not have, a bad sigma or seed.
         UnsupportedModelError: unknown adapter, no LoRA layer, or a layer that cannot carry a posterior (the message names it,
             the reason and the way out). Nothing has been changed then.
     """
+    if mode is None:
+        mode = "token" if family == "full-rank" else "weight"
+    check_mode(mode, check_family(family))
     if not isinstance(model, PeftModel):
         raise UnsupportedModelError(
             f"expected a peft.PeftModel, got {type(model).__name__}; load the adapter with PeftModel.from_pretrained(base, folder)"
@@ -477,7 +509,7 @@ def bayesianize(
     for name, _ in found:
         _block_of(anatomy, name)
     posteriors = [
-        layer_posterior(name, m.lora_A[adapter].weight, m.lora_B[adapter].weight, m.scaling[adapter])
+        layer_posterior(name, m.lora_A[adapter].weight, m.lora_B[adapter].weight, m.scaling[adapter], family)
         for name, m in found
     ]
     bayesian = BayesianAdapter(
@@ -520,7 +552,13 @@ def load(model: nn.Module, folder: str | Path, adapter: str = "default") -> Baye
     elif adapter not in model.peft_config:
         model.load_adapter(str(folder), adapter_name=adapter)
     bayesian = bayesianize(
-        model, adapter, sigma=config.sigma, seed=config.seed, antithetic=config.antithetic, mode=config.mode
+        model,
+        adapter,
+        sigma=config.sigma,
+        seed=config.seed,
+        antithetic=config.antithetic,
+        mode=config.mode,
+        family=config.family,
     )
     try:
         _restore(bayesian, config, Path(folder) / CONFIG_NAME)
@@ -560,9 +598,14 @@ def check_sigma(value: float) -> float:
     return float(value)
 
 
-def check_mode(value: str) -> str:
+def check_mode(value: str, family: str) -> str:
     if value not in MODES:
         raise ValueError(f"mode is {value!r}, expected one of {', '.join(map(repr, MODES))}")
+    if family == "full-rank" and value != "token":
+        raise ValueError(
+            f"mode is {value!r}, but the family 'full-rank' has noise for every token only; expected mode='token', or the family "
+            "'low-rank' or 'constant'"
+        )
     return value
 
 

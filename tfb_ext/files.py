@@ -13,8 +13,10 @@ from . import __version__
 from .errors import ConfigError
 
 CONFIG_NAME = "tfb_config.json"
-FORMAT_VERSION = 1
+# Version 2 added the family, which a reader of version 1 would take for "low-rank" without a word.
+FORMAT_VERSION = 2
 MODES = ("weight", "flipout", "token")
+FAMILIES = ("low-rank", "constant", "full-rank")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class TFBConfig:
         depth: number of random blocks from the top, ``"all"`` or ``"head"``.
         layers: canonical names of the Bayesian layers.
         base_model: the base model's name as PEFT recorded it.
+        family: variance family; files of format 1 have none and mean ``"low-rank"``.
         search: summary of the search that chose sigma, or ``None``.
         fingerprint: SHA-256 of the adapter's weights that sigma was chosen for; ``None`` (removed by hand) skips the check.
         package_version: version of tfb_ext that wrote the file.
@@ -42,6 +45,7 @@ class TFBConfig:
     depth: int | str
     layers: tuple[str, ...]
     base_model: str | None
+    family: str = "low-rank"
     search: dict[str, Any] | None = None
     fingerprint: str | None = None
     package_version: str = __version__
@@ -83,6 +87,8 @@ class TFBConfig:
                 f"{path} has format_version {version}, this tfb_ext {__version__} reads up to {FORMAT_VERSION}; "
                 f"upgrade tfb_ext (the file was written by {raw.get('package_version')})"
             )
+        if version == 1:
+            raw = {**raw, "family": "low-rank"}
         fields: dict[str, Any] = {name: raw.get(name) for name in cls.__dataclass_fields__}
         _check_fields(path, raw)
         fields["layers"] = tuple(raw["layers"])
@@ -101,6 +107,12 @@ def _check_fields(path: Path, raw: dict[str, Any]) -> None:
         ),
         ("seed", type(raw.get("seed")) is int and 0 <= raw["seed"] < 2**64, "an integer in [0, 2**64)"),
         ("mode", raw.get("mode") in MODES, " or ".join(map(repr, MODES))),
+        ("family", raw.get("family") in FAMILIES, " or ".join(map(repr, FAMILIES))),
+        (
+            "mode",
+            raw.get("family") != "full-rank" or raw.get("mode") == "token",
+            "'token', the only one of family 'full-rank'",
+        ),
         ("antithetic", isinstance(raw.get("antithetic"), bool), "true or false"),
         (
             "depth",

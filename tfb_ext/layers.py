@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import UnsupportedModelError
+from .families import add_full_rank_noise_
 from .posterior import LayerPosterior
 
 # Exact classes whose forward is known to call the slot. A subclass may override forward, so isinstance is not enough.
@@ -137,6 +138,7 @@ class TFBVariant(LoraVariant):
         self.name = posterior.name
         self.layer = posterior.layer
         self.rank = posterior.rank
+        self.full_rank = posterior.family == "full-rank"
         self.block = block
         self.group: tuple[tuple[TFBVariant, Any], ...] = ()
 
@@ -191,8 +193,8 @@ class TFBVariant(LoraVariant):
         active = module._active_adapter
         return (
             state.batch is not None
-            # A random layer below the fan is an error, which the slot notes.
-            and (state.fanned or self.block < state.first)
+            # A random layer below the fan is an error, which the slot notes; full-rank noise is the slot's to add.
+            and (self.block < state.first or (state.fanned and not self.full_rank))
             and weight is not None
             and not module._disable_adapters
             and not module.merged_adapters
@@ -282,12 +284,16 @@ class TFBVariant(LoraVariant):
         return result + lora_b(lora_a(x)) * module.scaling[self.adapter]
 
     def sampled(self, module: Any, x: Tensor, result: Tensor, columns: Tensor | None = None) -> Tensor:
-        """``result + s U (M + sigma_k E_k) x`` for rows in the state's groups; ``columns`` picks output features."""
+        """``result + s U (M + sigma_k E_k) x`` for rows in the state's groups; ``columns`` picks output features.
+
+        The family ``"full-rank"`` adds ``s U M x`` and then ``s sigma_k |x| e``, see :mod:`tfb_ext.families`.
+        """
         batch = self.state.batch
         assert batch is not None
         sigma, samples, seed = batch.tensors(x.device)
         scaling = module.scaling[self.adapter]  # the layer's own: PEFT's rescaling helpers change it
         mean, basis = getattr(module, self.mean_buffer), getattr(module, self.basis_buffer)
+        features = basis.shape[0]
         bias = module.lora_B[self.adapter].bias
         if columns is not None:
             basis = basis.index_select(0, columns)
@@ -295,10 +301,15 @@ class TFBVariant(LoraVariant):
         rows = x.reshape(-1, x.shape[-1]).to(result.dtype)
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
-        z = ops.shrink(rows, mean, sigma, samples, seed, self.layer, batch.mode, batch.antithetic)
+        drawn = MEAN.tensors(x.device) if self.full_rank else (sigma, samples, seed)
+        z = ops.shrink(rows, mean, *drawn, self.layer, "weight" if self.full_rank else batch.mode, batch.antithetic)
         basis = basis if basis.dtype == z.dtype else basis.float()
         y = result.reshape(-1, result.shape[-1])
         ops.expand_(y, z, basis, scaling)
+        if self.full_rank:
+            add_full_rank_noise_(
+                y, rows, features, scaling, sigma, samples, seed, self.layer, batch.antithetic, columns
+            )
         if bias is not None:
             y += (bias * scaling).to(y.dtype)
         return y.view(result.shape)

@@ -8,6 +8,9 @@ A LoRA layer adds ``s B A`` to its weight, ``B`` (m, r), ``A`` (r, n). The Train
 because the division by ``d`` in the paper's ``Omega = sigma / d`` meets a multiplication by ``d`` in ``B'``. Only the
 range of ``B`` matters for the distribution. The individual samples depend on the basis of it, so the basis here is the
 one that every machine agrees on: Gram-Schmidt on the columns of ``B`` in their order, positive diagonal, float64, CPU.
+
+The other variance families (:mod:`tfb_ext.families`) differ in what is noisy: the entries of ``A`` themselves, or all
+entries of the update.
 """
 
 from __future__ import annotations
@@ -60,10 +63,13 @@ class LayerPosterior:
     Attributes:
         name: canonical module name.
         layer: the noise counter's word for it (CRC-32 of the name).
-        basis: ``U`` (m, rank), float32, orthonormal columns spanning the range of ``B``.
-        mean: ``M`` (rank, n), float32.
-        singular_values: ``d`` (rank,), float64, of ``B``, descending: for reports and for the paper's ``Omega``.
+        basis: ``U`` (m, rank), float32, orthonormal columns spanning the range of ``B``; ``B`` itself for the family
+            ``"constant"``.
+        mean: ``M`` (rank, n), float32; ``A`` for the family ``"constant"``.
+        singular_values: ``d``, float64, of ``B``, descending, those that count as zero left out: for reports and for the
+            paper's ``Omega``.
         scaling: LoRA's ``s``.
+        family: variance family, see :mod:`tfb_ext.families`.
     """
 
     name: str
@@ -72,14 +78,34 @@ class LayerPosterior:
     mean: Tensor
     singular_values: Tensor
     scaling: float
+    family: str = "low-rank"
 
     @property
     def rank(self) -> int:
         return self.mean.shape[0]
 
+    @property
+    def dimensions(self) -> int:
+        """How many independent normals a sample has: ``rank n``, or ``m n`` for the family ``"full-rank"``."""
+        rows = self.basis.shape[0] if self.family == "full-rank" else self.rank
+        return rows * self.mean.shape[1]
+
     def omega(self, sigma: float) -> Tensor:
-        """Standard deviations ``sigma / d_i`` (rank,) of the rows of the paper's ``A'`` (equation 5), float64."""
-        return sigma / self.singular_values
+        """Standard deviations of the rows of the paper's ``A'``, one a singular value, float64.
+
+        ``sigma / d_i`` (equation 5); ``sigma`` for the family ``"constant"``, whose law no rotation of ``A`` changes.
+
+        Raises:
+            ValueError: the family is ``"full-rank"``, whose noise leaves the range of ``B``, so that no ``A'`` has it.
+        """
+        if self.family == "full-rank":
+            raise ValueError(
+                f"layer {self.name!r}: a full-rank posterior has no Omega, as its noise is no noise of A; use the family "
+                "'low-rank' or 'constant'"
+            )
+        return (
+            torch.full_like(self.singular_values, sigma) if self.family == "constant" else sigma / self.singular_values
+        )
 
 
 def orthonormal_basis(b: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +153,8 @@ def _independent_columns(b: Tensor, rank: int) -> list[int]:
     return sorted(sorted(residuals, key=lambda j: -residuals[j])[:rank])
 
 
-def layer_posterior(name: str, a: Tensor, b: Tensor, scaling: float) -> LayerPosterior:
-    """Canonical form of the layer ``name`` with adapter ``a`` (r, n), ``b`` (m, r) and LoRA scaling ``scaling``.
+def layer_posterior(name: str, a: Tensor, b: Tensor, scaling: float, family: str = "low-rank") -> LayerPosterior:
+    """Posterior of the layer ``name`` with adapter ``a`` (r, n), ``b`` (m, r) and LoRA scaling ``scaling``.
 
     Raises:
         UnsupportedModelError: weights on the ``meta`` device, all-zero or non-finite weights, zero or non-finite scaling;
@@ -153,6 +179,9 @@ def layer_posterior(name: str, a: Tensor, b: Tensor, scaling: float) -> LayerPos
         raise UnsupportedModelError(
             f"layer {name!r}: lora_{error}; train the adapter first, or take the layer out of the adapter's target_modules"
         ) from None
+    if family == "constant":
+        a32, b32 = (t.detach().to("cpu", torch.float32, copy=True).contiguous() for t in (a, b))
+        return LayerPosterior(name, layer_id(name), b32, a32, d, float(scaling), family)
     # (U^T B) A, never B A: that one has the full weight's size, 5 GB for a head of 150k rows.
     mean = ((basis.T @ b.detach().to("cpu", torch.float64)) @ a64).float().contiguous()
-    return LayerPosterior(name, layer_id(name), basis.float().contiguous(), mean, d, float(scaling))
+    return LayerPosterior(name, layer_id(name), basis.float().contiguous(), mean, d, float(scaling), family)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """All rows, and what the units' files say beside them (one dict a unit)."""
+    """All rows, what the units' files say beside them (one dict a unit), and which runs gave NaN and are left out."""
 
     rows: list[Row]
     units: list[dict[str, Any]]
+    unusable: list[str] = field(default_factory=list)
 
     def pick(self, **wanted: Any) -> list[Row]:
         """The rows with these values of their fields."""
@@ -108,10 +109,11 @@ def load(work: Path) -> Results:
         )
     units = [json.loads(file.read_text()) for file in files]
     rows: list[Row] = []
+    unusable: list[str] = []
     for file, facts in zip(files, units, strict=True):
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
-            rows += _unit_rows(facts, arrays)
-    return Results(_sorted([*rows, *_ensembles(rows)]), units)
+            rows += _unit_rows(facts, arrays, unusable)
+    return Results(_sorted([*rows, *_ensembles(rows)]), units, unusable)
 
 
 def _sorted(rows: Iterable[Row]) -> list[Row]:
@@ -119,12 +121,15 @@ def _sorted(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (order.get(row.dataset, 9), row.adapter, row.seed is None, row.seed or 0))
 
 
-def _unit_rows(facts: dict[str, Any], arrays: Any) -> list[Row]:
+def _unit_rows(facts: dict[str, Any], arrays: Any, unusable: list[str]) -> list[Row]:
     unit = facts["unit"]
     labels = {part: torch.tensor(facts["labels"][part]) for part in ("test", "validation")}
     rows = []
     for row in facts["rows"]:
         kept = Kept.of(arrays, row["name"])
+        if np.isnan(kept.test).any():
+            unusable.append(f"{unit['dataset']} {unit['targets']}-{unit['stop']}-{unit['kind']} {unit['seed']}: {row['method']}")
+            continue
         common = {
             "dataset": unit["dataset"],
             "adapter": f"{unit['targets']}-{unit['stop']}-{unit['kind']}",

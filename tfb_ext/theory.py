@@ -1,0 +1,247 @@
+"""What the paper proves, in closed form: KL to a prior, the KL's weight that a found sigma implies, and the form (B', A', Omega).
+
+A random layer's weight is ``W0 + s U (M + sigma E)`` (:mod:`tfb_ext.posterior`). The prior is the same family with mean zero
+and a scale of its own, ``s U (sigma_p E)``: for the family ``"low-rank"`` the low-rank isotropic prior of Shi et al. (NeurIPS
+2025, section 4.2) and BLoB. ``W0``, LoRA's scaling ``s`` and ``U`` map the coordinates of posterior and prior alike, one to one,
+so they cancel, and the KL is that of ``N(M, sigma^2)`` to ``N(0, sigma_p^2)`` over ``D = rank n`` coordinates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .adapter import BayesianAdapter, Depth
+from .posterior import LayerPosterior
+
+
+@dataclass(frozen=True)
+class KLDivergence:
+    """KL of a posterior to its prior, in nats.
+
+    Attributes:
+        sigma: the posterior's scale.
+        prior_sigma: the prior's, in the same units.
+        layers: KL of each random layer, by its name.
+        dimensions: coordinates of all random layers together, the ``D`` of the formulas.
+    """
+
+    sigma: float
+    prior_sigma: float
+    layers: dict[str, float]
+    dimensions: int
+
+    @property
+    def total(self) -> float:
+        return math.fsum(self.layers.values())
+
+
+def kl_divergence(
+    adapter: BayesianAdapter, prior_sigma: float, sigma: float | None = None, depth: Depth | None = None
+) -> KLDivergence:
+    """Closed-form KL of the adapter's posterior to a Gaussian prior around zero, over its random layers, in float64.
+
+    For a layer with D coordinates::
+
+        KL = D (ln(prior_sigma / sigma) - 1/2 + sigma^2 / (2 prior_sigma^2)) + |M|_F^2 / (2 prior_sigma^2)
+
+    ``D = rank n`` and ``M = U^T B A`` for the family ``"low-rank"``, ``D = r n`` and ``A`` for ``"constant"`` (the prior is on
+    the entries of A then), ``D = m n`` and ``B A`` for ``"full-rank"``. LoRA's scaling does not enter.
+
+    Args:
+        adapter: the Bayesian adapter.
+        prior_sigma: standard deviation of the prior, in sigma's units.
+        sigma: posterior scale instead of the adapter's own.
+        depth: random blocks instead of the adapter's own; layers below are the same for every sample and do not count.
+
+    Raises:
+        ValueError: no sigma, a scale that is not a finite number above 0, or a bad depth.
+    """
+    scale = adapter.batch([0], sigma).sigma[0]
+    prior = _check_prior(prior_sigma)
+    random = _random(adapter, depth)
+    layers = {p.name: _layer_kl(p, scale, prior) for p in random}
+    return KLDivergence(scale, prior, layers, sum(p.dimensions for p in random))
+
+
+def _layer_kl(posterior: LayerPosterior, sigma: float, prior: float) -> float:
+    # |U M|_F = |M|_F for an orthonormal U, so the full-rank family needs no m x n matrix.
+    ratio = sigma / prior
+    distance = float(posterior.mean.double().square().sum()) / prior**2
+    return posterior.dimensions * (-math.log(ratio) - 0.5 + ratio**2 / 2) + distance / 2
+
+
+class Tried(Protocol):
+    """One sigma that a search has tried."""
+
+    @property
+    def sigma(self) -> float: ...
+    @property
+    def nll(self) -> float: ...
+
+
+class Searched(Protocol):
+    """What :func:`implied_weight` reads of a search; a :class:`~tfb_ext.search.SigmaSearch` has it."""
+
+    @property
+    def sigma(self) -> float: ...
+    @property
+    def baseline(self) -> Tried: ...
+    @property
+    def evaluations(self) -> Sequence[Tried]: ...
+
+
+@dataclass(frozen=True)
+class ImpliedWeight:
+    """The weight of the KL under which a found sigma is optimal.
+
+    Attributes:
+        value: ``lambda``, in nats of mean NLL a nat of KL; NaN where none exists or is known.
+        sigma: the found posterior scale.
+        prior_sigma: the prior's.
+        dimensions: coordinates ``D`` of the random layers.
+        slope: derivative of the anchors' mean NLL at sigma; NaN where sigma is an edge of what was tried.
+        curvature: its second derivative there.
+        reason: why ``value`` is NaN, else empty.
+    """
+
+    value: float
+    sigma: float
+    prior_sigma: float
+    dimensions: int
+    slope: float
+    curvature: float
+    reason: str
+
+
+def implied_weight(
+    search: Searched, adapter: BayesianAdapter, prior_sigma: float, depth: Depth | None = None
+) -> ImpliedWeight:
+    """The ``lambda`` of Theorem 4.2: the found sigma minimises ``l(sigma) + lambda KL(sigma)``.
+
+    ``l`` is the anchors' mean NLL at sigma, as the search has measured it; the KL is :func:`kl_divergence`'s, whose mean term
+    does not depend on sigma. Where the derivative of their sum is zero::
+
+        lambda = l'(sigma) / (D (1 / sigma - sigma / prior_sigma^2))
+
+    ``l'`` and ``l''`` are those of the parabola through sigma and its neighbours among the evaluations and the baseline (sigma
+    0). ``l`` is a mean over anchors, so against their summed NLL the KL's weight is ``lambda`` times their number; ordinary
+    variational inference has 1 there.
+
+    Args:
+        search: the search, with ``sigma``, ``evaluations`` and ``baseline``, each of those with ``sigma`` and ``nll``.
+        adapter: the adapter that was searched.
+        prior_sigma: standard deviation of the prior, in sigma's units; above the found sigma.
+        depth: the search's, if it is not the adapter's now.
+
+    Returns:
+        The weight, NaN with a reason if sigma is an edge of what was tried, if the NLL does not rise there (no positive weight
+        holds sigma back), if the prior is not wider than the posterior, or if the NLL bends down so much that the sum has a
+        maximum there (the theorem assumes it convex).
+
+    Raises:
+        ValueError: prior_sigma or depth is bad.
+    """
+    prior = _check_prior(prior_sigma)
+    sigma = float(search.sigma)
+    dimensions = sum(p.dimensions for p in _random(adapter, depth))
+    slope, curvature, reason = _derivatives(search)
+    pull = dimensions * (1 / sigma - sigma / prior**2)  # of the KL, towards larger sigma
+    value = slope / pull if pull > 0 else math.nan
+    if sigma >= prior:
+        reason = (
+            f"the prior ({prior:g}) is not wider than the posterior ({sigma:g}), so the KL does not fall as sigma grows; pass a "
+            "larger prior_sigma"
+        )
+    elif not reason and slope <= 0:
+        reason = (
+            f"the NLL does not rise at sigma {sigma:g} (slope {slope:.3g}), so no positive weight makes it the minimum"
+        )
+    elif not reason and curvature + value * dimensions * (1 / sigma**2 + 1 / prior**2) <= 0:
+        reason = (
+            f"the NLL bends down at sigma {sigma:g} (second derivative {curvature:.3g}) more than the KL bends up, so the sum has "
+            "a maximum there"
+        )
+    return ImpliedWeight(math.nan if reason else value, sigma, prior, dimensions, slope, curvature, reason)
+
+
+def _derivatives(search: Searched) -> tuple[float, float, str]:
+    """First and second derivative of the NLL at the found sigma, and a reason where they are unknown."""
+    sigma = float(search.sigma)
+    tried = {float(e.sigma): float(e.nll) for e in (search.baseline, *search.evaluations)}
+    points = sorted(p for p in tried.items() if math.isfinite(p[1]))
+    below = [p for p in points if p[0] < sigma]
+    above = [p for p in points if p[0] > sigma]
+    if not above or not below:
+        side = "largest" if below else "smallest"
+        return math.nan, math.nan, f"sigma {sigma:g} is the {side} that was tried, so the NLL's slope there is unknown"
+    own = [p for p in points if p[0] == sigma]
+    others = sorted([*below[:-1], *above[1:]], key=lambda p: abs(p[0] - sigma))
+    chosen = [below[-1], above[0], *(own or others[:1])]
+    if len(chosen) < 3:
+        return math.nan, math.nan, f"only two sigmas were tried beside {sigma:g}, too few for the NLL's slope there"
+    (x0, y0), (x1, y1), (x2, y2) = sorted(chosen)
+    first, second = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    bend = (second - first) / (x2 - x0)
+    return first + bend * (2 * sigma - x0 - x1), 2 * bend, ""
+
+
+@dataclass(frozen=True)
+class PaperForm:
+    """A layer's posterior as the paper writes it: ``dW = s B' (A' + Omega * E)``, elementwise, all float64 on the CPU.
+
+    Attributes:
+        b: ``B' = U diag(d)`` (m, rank), from the thin SVD ``B = U diag(d) V^T``; the largest entry of each column is positive.
+        a: ``A' = V^T A`` (rank, n), the mean; ``B' A' = B A``.
+        omega: standard deviations (rank, n); row i holds ``sigma / d_i``.
+        scaling: LoRA's ``s``.
+    """
+
+    b: Tensor
+    a: Tensor
+    omega: Tensor
+    scaling: float
+
+
+def paper_form(adapter: BayesianAdapter, layer: str, sigma: float | None = None) -> PaperForm:
+    """``(B', A', Omega)`` of one layer (equation 5): the same distribution as the adapter's samples, not the same samples.
+
+    The family ``"constant"`` has ``Omega = sigma``, which is ``B (A + sigma E)`` turned by ``V``. Singular values that count
+    as zero (:func:`tfb_ext.posterior.orthonormal_basis`) are left out.
+
+    Args:
+        adapter: the Bayesian adapter.
+        layer: name of one of ``adapter.layers``.
+        sigma: posterior scale instead of the adapter's own.
+
+    Raises:
+        ValueError: no such layer, no sigma, or the family ``"full-rank"``, which no noise of A' gives.
+    """
+    posterior = adapter.posterior(layer)
+    omega = posterior.omega(adapter.batch([0], sigma).sigma[0])
+    module = adapter._modules[posterior.name]
+    a, b = (part[adapter.name].weight.detach().to("cpu", torch.float64) for part in (module.lora_A, module.lora_B))
+    # The small factor's SVD: B itself may have a vocabulary of rows.
+    q, upper = torch.linalg.qr(b)
+    u, _, vt = torch.linalg.svd(upper)
+    rank = len(omega)
+    u, vt = q @ u[:, :rank], vt[:rank]
+    sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
+    means = (sign.T * vt) @ a
+    return PaperForm(u * sign * posterior.singular_values, means, omega[:, None].expand_as(means), posterior.scaling)
+
+
+def _random(adapter: BayesianAdapter, depth: Depth | None) -> list[LayerPosterior]:
+    names = adapter.random_layers_at(adapter.depth if depth is None else depth)
+    return [p for p in adapter.posteriors if p.name in names]
+
+
+def _check_prior(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"prior_sigma is {value!r}, expected a finite number above 0, the prior's standard deviation")
+    return float(value)
