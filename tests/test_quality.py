@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -564,6 +565,21 @@ class TestReport:
         ]  # fmt: skip
         assert all(f"plots/{name}" in text for name in pictures)
         assert "not run" in capsys.readouterr().out and "not run" in text
+
+    def test_rows_of_nan_are_left_out_and_named(self, work: Path, tmp_path: Path) -> None:
+        name = "headlines-qv-overfitted-dropout-0"
+        folder = tmp_path / "predictions"
+        folder.mkdir()
+        for suffix in (".json", ".npz"):
+            shutil.copy(work / "predictions" / f"{name}{suffix}", folder)
+        with np.load(folder / f"{name}.npz") as arrays:
+            changed = dict(arrays)
+        changed["1/test"][3] = np.nan
+        np.savez_compressed(folder / f"{name}.npz", **changed)
+        found = results.load(tmp_path)
+        assert {row.method for row in found.rows} == {"mean", "mean+temperature"}
+        assert found.unusable == ["headlines qv-overfitted-dropout 0: dropout"]
+        assert "gave NaN: headlines qv-overfitted-dropout 0" in report.document(found, [], "", [])
 
     def test_check_fails_where_runs_are_missing(self, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert report.main(["--work", str(work), "--check", "--json"]) == 1
