@@ -269,7 +269,9 @@ class BayesianAdapter:
         checked = [check_sigma(s) for s in scales]
         mirrored = self.antithetic if antithetic is None else antithetic
         scales = [s for s in checked for _ in numbers]
-        return SampleBatch(tuple(scales), numbers * len(checked), self.seed, mirrored, check_mode(mode or self.mode))
+        return SampleBatch(
+            tuple(scales), numbers * len(checked), self.seed, mirrored, check_mode(mode or self.mode, self.family)
+        )
 
     def trunk(self, *depths: Depth, device: torch.device | None = None, limit: float = math.inf) -> Trunk:
         """An empty store for the hidden states at the first random block of each depth; of the adapter's own without any."""

@@ -80,6 +80,7 @@ class Anchors:
         self.bar = tqdm(total=self.local, desc="search sigma", unit="anchor", disable=not progress or ranks.rank != 0)
         key = {
             "adapter": adapter.fingerprint(),
+            "family": adapter.family,
             "anchors": self._digest(),
             "items": self.size,
             "targets": "labels" if self.labelled and not pseudo else "the mean adapter's answers",
