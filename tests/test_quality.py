@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -312,6 +313,10 @@ class TestMethods:
             expected = torch.cat([grad.flatten() for grad in grads])
             torch.testing.assert_close(jacobians[row, column], expected, atol=1e-6, rtol=1e-4)
 
+    def test_no_position_looks_at_nothing(self) -> None:
+        mask = laplace.causal_mask(torch.tensor([[0, 1, 1]]))
+        assert mask[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+
     def test_laplace(self, model: Any) -> None:
         pytest.importorskip("laplace", reason="the Laplace approximation is laplace-torch's")
         training, asked = items(12), items(5, 2)
@@ -320,6 +325,18 @@ class TestMethods:
         assert found.prior_precision > 0 and found.probabilities.std(0).max() > 0
         mean = methods.passes(model, asked, 1)[0]
         assert (found.probabilities.mean(0) - mean).abs().mean() < 0.3
+
+    def test_laplace_finds_the_same_prior_under_a_half_precision_base(self, base: Any, trained: train.Trained) -> None:
+        """Sums over all weights in bfloat16 would leave it at 1, where its search starts."""
+        pytest.importorskip("laplace", reason="the Laplace approximation is laplace-torch's")
+        found = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            model = copy.deepcopy(base).to(dtype)
+            model.tie_weights()
+            with methods.adapted(model, TARGETS["qv"], RECIPE.rank, RECIPE.alpha, 0.0) as adapted:
+                methods.set_weights(adapted, trained.states["overfitted"][0])
+                found[dtype] = laplace.predict(adapted, items(24), items(5, 2)).prior_precision
+        assert found[torch.bfloat16] == pytest.approx(found[torch.float32], rel=0.05) != 1
 
 
 def predicted(p: list[list[float]], labels: list[int], strange: list[float]) -> measures.Predicted:
@@ -548,6 +565,21 @@ class TestReport:
         ]  # fmt: skip
         assert all(f"plots/{name}" in text for name in pictures)
         assert "not run" in capsys.readouterr().out and "not run" in text
+
+    def test_rows_of_nan_are_left_out_and_named(self, work: Path, tmp_path: Path) -> None:
+        name = "headlines-qv-overfitted-dropout-0"
+        folder = tmp_path / "predictions"
+        folder.mkdir()
+        for suffix in (".json", ".npz"):
+            shutil.copy(work / "predictions" / f"{name}{suffix}", folder)
+        with np.load(folder / f"{name}.npz") as arrays:
+            changed = dict(arrays)
+        changed["1/test"][3] = np.nan
+        np.savez_compressed(folder / f"{name}.npz", **changed)
+        found = results.load(tmp_path)
+        assert {row.method for row in found.rows} == {"mean", "mean+temperature"}
+        assert found.unusable == ["headlines qv-overfitted-dropout 0: dropout"]
+        assert "gave NaN: headlines qv-overfitted-dropout 0" in report.document(found, [], "", [])
 
     def test_check_fails_where_runs_are_missing(self, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert report.main(["--work", str(work), "--check", "--json"]) == 1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tfb_ext.data import Encoded
 
 SAMPLES = 1000  # of the logits; they cost next to nothing beside the Jacobians
-JACOBIAN_BYTES = 2**32
+JACOBIAN_BYTES, JACOBIAN_ROWS = 2**32, 256  # at once: of the Jacobians, and of the rows whose activations are kept
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,39 @@ class Found:
 
 
 class LabelLogits(nn.Module):
-    """A PEFT model as a classifier: logits (B, C) of the label tokens after each prompt of a batch."""
+    """A PEFT model as a classifier: logits (B, C) of the label tokens after each prompt of a batch.
+
+    Attributes:
+        precision: an empty weight in float32. laplace-torch does its own arithmetic in the type of a model's first weight, and
+            sums over half a million weights mean nothing in the bfloat16 of the base model.
+    """
 
     def __init__(self, model: Any, columns: Tensor) -> None:
         super().__init__()
+        self.precision = nn.Parameter(torch.empty(0, device=columns.device), requires_grad=False)
         self.model = model
         self.columns = columns
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+        logits = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=causal_mask(batch["attention_mask"]),
+            position_ids=batch["position_ids"],
+            logits_to_keep=1,
+            use_cache=False,
+        ).logits[:, -1]
         return logits.index_select(-1, self.columns).float()
+
+
+def causal_mask(attention_mask: Tensor) -> Tensor:
+    """(B, L) -> (B, 1, L, L) bool: what each position may look at, itself always.
+
+    The usual mask leaves nothing to positions in the padding, and the gradient of attention over nothing is NaN in some kernels.
+    """
+    length = attention_mask.shape[1]
+    square = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device)
+    seen = square.tril() & attention_mask.bool()[:, None, :]
+    return (seen | square.tril().triu())[:, None]
 
 
 @dataclass(frozen=True)
@@ -76,11 +98,12 @@ def predict(model: Any, training: Encoded, data: Encoded, seed: int = 0) -> Foun
     device = model.device
     classifier = LabelLogits(model, torch.tensor(data.choice_ids, device=device)).eval()
     weights = sum(parameter.numel() for parameter in classifier.parameters() if parameter.requires_grad)
-    batch_size = max(min(JACOBIAN_BYTES // (4 * weights * len(data.choices)), 128), 1)
+    classes = len(data.choices)
+    batch_size = max(min(JACOBIAN_BYTES // (4 * weights * classes), JACOBIAN_ROWS // classes), 1)
     posterior = laplace.Laplace(
         classifier, "classification", subset_of_weights="all", hessian_structure="kron", backend=_backend()
     )
-    posterior.fit(Loader(training, min(batch_size, 32), device))
+    posterior.fit(Loader(training, 64, device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it reminds of the link function, which is passed below
         posterior.optimize_prior_precision(pred_type="glm", method="marglik", prior_structure="scalar")
@@ -111,8 +134,8 @@ def _backend() -> type:
     class AdapterGGN(CurvlinopsGGN):
         """Curvature by curvlinops; Jacobians from what passes through the adapter's two products.
 
-        The library's own Jacobians take one backward pass for every item and class, these one for every class: an item's
-        gradient of a weight is the product of what went into its layer and what came back to it, summed over tokens.
+        The library's own Jacobians take a backward pass over the whole batch for every item and class. An item's gradient of a
+        weight is the product of what went into its layer and what came back to it, summed over tokens, so one pass does.
         """
 
         def jacobians(self, x: dict[str, Tensor], enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
@@ -123,7 +146,7 @@ def _backend() -> type:
     return AdapterGGN
 
 
-def adapter_jacobians(model: nn.Module, names: list[str], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def adapter_jacobians(model: LabelLogits, names: list[str], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Jacobians of ``model(batch)`` (B, C) by the weights ``names``, each the weight of a ``Linear`` without bias.
 
     Returns:
@@ -136,21 +159,19 @@ def adapter_jacobians(model: nn.Module, names: list[str], batch: dict[str, Tenso
     def record(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         inputs[layer], outputs[layer] = arguments[0].detach(), output
 
+    classes = len(model.columns)
+    # Row (c, b) is item b once more, for the gradient of its class c.
+    repeated = {name: batch[name].repeat(classes, 1) for name in ("input_ids", "attention_mask", "position_ids")}
     hooks = [layer.register_forward_hook(record) for layer in layers]
     try:
         with torch.enable_grad():
-            values = model(batch)
+            values = model(repeated).unflatten(0, (classes, -1)).diagonal(dim1=0, dim2=2)
     finally:
         for hook in hooks:
             hook.remove()
-    rows = []
-    for column in range(values.shape[1]):
-        back = torch.autograd.grad(
-            values[:, column].sum(), [outputs[layer] for layer in layers], retain_graph=column + 1 < values.shape[1]
-        )
-        parts = [
-            torch.einsum("bto,bti->boi", grad.float(), inputs[layer].float()).flatten(1)
-            for layer, grad in zip(layers, back, strict=True)
-        ]
-        rows.append(torch.cat(parts, dim=1))
-    return torch.stack(rows, dim=1), values.detach()
+    back = torch.autograd.grad(values.sum(), [outputs[layer] for layer in layers])
+    parts = [
+        torch.einsum("rto,rti->roi", grad.float(), inputs[layer].float()).flatten(1)
+        for layer, grad in zip(layers, back, strict=True)
+    ]
+    return torch.cat(parts, dim=1).unflatten(0, (classes, -1)).transpose(0, 1), values.detach()

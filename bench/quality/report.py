@@ -48,6 +48,7 @@ def cells(rows: list[Row]) -> list[str]:
         known = [factor * value for value in values if value is not None]
         result.append(_with_spread(known, digits) if known else "")
     seconds = [row.seconds for row in rows if row.seconds is not None]
+    result.append(str(len(rows)))
     result.append(f"{rows[0].forwards:.3g}")
     result.append(f"{sum(seconds) / len(seconds):.2f}" if seconds else "")
     return result
@@ -58,7 +59,7 @@ def _with_spread(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
-MEASURES = [title for _, title, _, _ in COLUMNS] + ["forwards", "s per 1000"]
+MEASURES = [title for _, title, _, _ in COLUMNS] + ["seeds", "forwards", "s per 1000"]
 
 
 def methods_table(results: Results, dataset: str, adapter: str) -> str:
@@ -160,6 +161,8 @@ def document(results: Results, found: list[Bar], words: str, pictures: Sequence[
         parts += ["## Monte-Carlo variance, independent over antithetic, N = 10", markdown(["set", "times"], lines)]
     parts += ["## Pictures", *(f"![{Path(name).stem.replace('_', ' ')}](plots/{name})" for name in pictures)]
     parts += ["## Where this came from", _origin(results)]
+    if results.unusable:
+        parts += ["Left out, for they gave NaN: " + "; ".join(results.unusable) + "."]
     return "\n\n".join(parts) + "\n"
 
 

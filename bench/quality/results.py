@@ -128,7 +128,9 @@ def _unit_rows(facts: dict[str, Any], arrays: Any, unusable: list[str]) -> list[
     for row in facts["rows"]:
         kept = Kept.of(arrays, row["name"])
         if np.isnan(kept.test).any():
-            unusable.append(f"{unit['dataset']} {unit['targets']}-{unit['stop']}-{unit['kind']} {unit['seed']}: {row['method']}")
+            unusable.append(
+                f"{unit['dataset']} {unit['targets']}-{unit['stop']}-{unit['kind']} {unit['seed']}: {row['method']}"
+            )
             continue
         common = {
             "dataset": unit["dataset"],

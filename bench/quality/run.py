@@ -147,7 +147,9 @@ class Worker:
         return not done and claimed(unit.bank) and not claimed(f"{unit.bank}.failed")
 
     def kind(self, piece: str, unit: Unit) -> str:
-        return f"{unit.bank} bank" if piece == unit.bank else f"{unit.bank} {unit.stop} {unit.member.kind}"
+        if piece == unit.bank:
+            return f"{unit.bank} bank"
+        return f"{unit.bank} {unit.stop} {unit.member.kind} {unit.laplace}"
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -170,8 +172,11 @@ class Worker:
             methods.set_weights(model, state)
             torch.manual_seed(unit.member.seed)
             unit_run = UnitRun(self.study, unit, model, parts, self.device)
-            unit_run.plain(omega)
-            unit_run.bayesian()
+            if unit.laplace:
+                unit_run.laplace()
+            else:
+                unit_run.plain(omega)
+                unit_run.bayesian()
         member = bank["members"].index(asdict(unit.member))
         facts = {
             "unit": {"dataset": unit.dataset, "targets": unit.targets, "stop": unit.stop, **asdict(unit.member)},
@@ -221,7 +226,7 @@ class UnitRun:
         self.rows.append({"name": name, "method": method, "samples": number, **nothing, **facts, **spent})
 
     def plain(self, omega: dict[str, Tensor]) -> None:
-        """The mean adapter, and what its kind is for: dropout's or BLoB's samples, a Laplace approximation."""
+        """The mean adapter, and what its kind is for: dropout's or BLoB's samples."""
         joined, number = self.questions.joined, self.study.samples
         self.add(*measured(self.device, lambda: methods.passes(self.model, joined, 1)), "mean", 1)
         if self.unit.member.kind == "dropout":
@@ -230,11 +235,13 @@ class UnitRun:
         if omega:
             with methods.blobbing(self.model, omega):
                 self.add(*measured(self.device, lambda: methods.passes(self.model, joined, number)), "blob", number)
-        if self.unit.laplace:
-            from . import laplace
 
-            found, cost = measured(self.device, lambda: laplace.predict(self.model, self.parts.train, joined))
-            self.add(found.probabilities, cost, "laplace", found.samples, prior_precision=found.prior_precision)
+    def laplace(self) -> None:
+        from . import laplace
+
+        joined = self.questions.joined
+        found, cost = measured(self.device, lambda: laplace.predict(self.model, self.parts.train, joined))
+        self.add(found.probabilities, cost, "laplace", found.samples, prior_precision=found.prior_precision)
 
     def bayesian(self) -> None:
         if not self.unit.searches:

@@ -46,7 +46,8 @@ class Unit:
     Attributes:
         stop: ``overfitted`` (the end of its training) or ``early`` (its epoch of the lowest validation NLL).
         searches: the sigmas; empty for adapters that are only a baseline.
-        laplace: whether a Laplace approximation is fitted to it.
+        laplace: this unit is the Laplace approximation of the adapter and nothing else; it takes as long as many other methods
+            together, and a library that those do without.
         spread: whether the Monte-Carlo error of antithetic and independent samples is measured on it.
     """
 
@@ -64,7 +65,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        return f"{self.bank}-{self.stop}-{self.member.kind}-{self.member.seed}"
+        return f"{self.bank}-{self.stop}-{self.member.kind}-{self.member.seed}{'-laplace' if self.laplace else ''}"
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,12 @@ class Study:
         first, *others = self.targets
         order = [
             *self._of(self.datasets, first, "overfitted", self.kinds),
+            *self._laplace(self.datasets, first, "overfitted"),
             *self._of(self.datasets, first, "early", self.kinds),
+            *self._laplace(self.datasets, first, "early"),
             *(unit for targets in others for unit in self._of(self.datasets, targets, "overfitted", ("mle",))),
             *self._of(self.late, first, "overfitted", self.kinds),
+            *self._laplace(self.late, first, "overfitted"),
             *(unit for targets in others for unit in self._of(self.datasets, targets, "early", ("mle",))),
             *self._of(self.late, first, "early", self.kinds),
             *(unit for targets in others for unit in self._of(self.datasets, targets, "overfitted", KINDS[1:])),
@@ -123,6 +127,10 @@ class Study:
                 for seed in self.seeds:
                     yield self._unit(dataset, targets, stop, Member(kind, seed))
 
+    def _laplace(self, datasets: tuple[str, ...], targets: str, stop: str) -> list[Unit]:
+        plain = self._of(datasets, targets, stop, ("mle",)) if self.laplace else ()
+        return [replace(unit, searches=(), laplace=True, spread=False) for unit in plain]
+
     def _unit(self, dataset: str, targets: str, stop: str, member: Member) -> Unit:
         plain = member.kind == "mle"
         main = targets == self.targets[0]
@@ -132,7 +140,7 @@ class Study:
             stop=stop,
             member=member,
             searches=(),
-            laplace=self.laplace and plain and main,
+            laplace=False,
             spread=plain and main and stop == "overfitted",
         )
         if member.kind == "dropout":
