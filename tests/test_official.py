@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from typing import Any
 
@@ -225,10 +224,6 @@ def test_paired_errors_see_only_differences() -> None:
     assert errors["nll"] == pytest.approx(float(change.std()) / 60**0.5, rel=0.2)
 
 
-@pytest.mark.skipif(
-    "early_stop" not in inspect.signature(tfb_ext.search_sigma).parameters,
-    reason="no recipe='official' before early_stop",
-)
 def test_compare_runs_both_searches() -> None:
     adapter = tfb_ext.bayesianize(sharp_model(), antithetic=False, mode="flipout")
     anchors = small_sets.encoded(ITEMS)

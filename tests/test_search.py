@@ -792,6 +792,17 @@ def test_early_stop_is_right_as_often_as_it_says(level: float) -> None:
     assert stopped > 100 and wrong <= (1 - level) * stopped + 3 * math.sqrt((1 - level) * stopped)
 
 
+def test_early_stop_near_the_edge_ends_once_the_amount_is_known() -> None:
+    """The very edge of the tolerance: the verdict stays open to the end, the amount does not."""
+    rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1)).rule
+    values = torch.full((rule.size, 5), math.nan, dtype=torch.float64)
+    change = 0.1 + 0.01 * torch.randn(rule.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values[:100, 0] = 1 + change[:100]
+    assert rule.settled(values, 0.99, 10)
+    values[:100, 0] = 1 + 0.1 + 10 * (change[:100] - 0.1)
+    assert not rule.settled(values, 0.99, 10)
+
+
 # Several depths -------------------------------------------------------------------------------------------------------
 
 

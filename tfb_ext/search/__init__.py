@@ -90,8 +90,8 @@ def search_sigma(
             tolerance the one that buys the most entropy within it, where depths within a standard error of the best are equal
             and the cheapest of them is taken. Depths share the blocks below.
         batch_size: anchors a forward, before the fan; halved by itself where memory runs out.
-        early_stop: stop a sigma's run over the anchors once its verdict is settled at this confidence, such as 0.99. Anchors
-            then go in random order, and small batches give more occasions.
+        early_stop: stop a sigma's run over the anchors once its verdict is settled at this confidence, such as 0.99, or the
+            change is known to 5 % of the tolerance. Anchors then go in random order, and small batches give more occasions.
         checkpoint: file that holds every result as it comes; a search that finds it there goes on from it.
         sharded: every process brings anchors of its own (as from ``accelerator.prepare`` with ``even_batches=False``).
         progress: show a progress bar.

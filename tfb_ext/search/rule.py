@@ -17,6 +17,9 @@ from .result import Evaluation
 # Resamples of the anchors, fewer where there are very many anchors: their errors are small then.
 RESAMPLES, RESAMPLED_NUMBERS = 1000, 20_000_000
 SET_RESAMPLES = 100  # of a metric that is a function of the whole set and must be called for each
+# A comparison is also settled once the amount is known to this share of the tolerance: by the square law that is half of it
+# in sigma.
+SETTLED_SHARE = 0.05
 # Fewer anchors than this settle nothing: the normal approximation of their mean is not to be trusted.
 SETTLING_ITEMS = 32
 
@@ -193,7 +196,7 @@ class Rule:
     # Early stopping ---------------------------------------------------------------------------------------------------
 
     def settled(self, values: Tensor, confidence: float, looks: int, lowest: Tensor | None = None) -> bool:
-        """Whether the anchors not seen yet can hardly change the verdict.
+        """Whether the anchors not seen yet can hardly change the verdict, or hardly the amount.
 
         The anchors are a finite set in random order, so the error of a mean over those seen, as a guess of the mean over all,
         shrinks by the square root of the share that is left. ``looks`` such questions share the error ``1 - confidence``.
@@ -225,6 +228,8 @@ class Rule:
         if self.plan.objective != "tolerance":
             return mean > error
         allowed = float(self.allowed(self.base_value()))
+        if error <= SETTLED_SHARE * allowed:
+            return True
         if self.plan.bound == "one-sided" or self.plan.metric == "flips":
             return abs(mean - allowed) > error
         return abs(mean) - error > allowed or abs(mean) + error < allowed
