@@ -20,9 +20,9 @@ from .layers import SampleBatch
 IGNORED = -100
 # On a CPU, rows of a batch, and rows one fused forward may hold before its samples are split: what its caches like.
 BATCH_CPU, ROWS_CPU = 8, 64
-# On a GPU a forward takes as many tokens as fit into this share of its free memory, by a rough count of what a block holds at
-# a time, up to a number beyond which launches cost nothing any more.
-MEMORY_SHARE, MOST_TOKENS, FEWEST_TOKENS = 1 / 6, 2**18, 2**12
+# On a GPU a forward takes so many operations that launching it costs little beside (a fifth of a second of an H100), as far as
+# its tokens fit into this share of the free memory, by a rough count of what a block holds at a time.
+OPERATIONS, MEMORY_SHARE, MOST_TOKENS, FEWEST_TOKENS = 1e14, 1 / 6, 2**18, 2**10
 BATCH_CUDA = 1024  # most rows of a batch
 SHUFFLED_BATCHES = 16  # at least: who wants them in random order looks at the results after each
 # Above this many classes (a vocabulary) per-sample results are not kept, only their average.
@@ -205,6 +205,7 @@ class Scorer:
         free, _ = torch.cuda.mem_get_info(self.device)
         idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         tokens = (free + idle) * MEMORY_SHARE / (size * (8 * hidden + 4 * wide))
+        tokens = min(tokens, OPERATIONS / (2 * sum(p.numel() for p in self.model.parameters())))
         return int(min(max(tokens, FEWEST_TOKENS), MOST_TOKENS))
 
     def _plain(self, inputs: dict[str, Any]) -> dict[str, Any]:
