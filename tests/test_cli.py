@@ -112,12 +112,22 @@ def test_help_does_not_wait_for_torch() -> None:
 # Search, evaluate, predict ------------------------------------------------------------------------------------------
 
 
+def test_search_goes_on_from_its_checkpoint_and_chooses_a_depth(llama: Folders, tmp_path: Path) -> None:
+    kept = tmp_path / "search.json"
+    common = ("search", "-a", llama.adapter, "-d", llama.anchors, *HERE, "-n", 2, "--checkpoint", kept)
+    first = document(*common, "--depth", "all,1", "--bracket", "0.05,0.2", "--steps", 2, "--objective", "minimum")
+    assert [d["depth"] for d in first["depths"]] == ["all", 1] and first["depth"] in ("all", 1)
+    again = document(*common, "--depth", "all,1", "--bracket", "0.05,0.2", "--steps", 2, "--objective", "minimum")
+    assert again["tokens"] == 0 and again["sigma"] == first["sigma"] and again["evaluations"] == first["evaluations"]
+
+
 def test_search_then_evaluate_and_predict_with_the_saved_sigma(llama: Folders, tmp_path: Path) -> None:
     saved, plot, trace = tmp_path / "bayes", tmp_path / "a.png", tmp_path / "trace.json"
     searched = ("search", "-a", llama.adapter, "-d", llama.anchors, *HERE, "-n", 4, "--depth", 2, "--seed", 7)
     found = document(*searched, "--save", saved, "--plot", plot, "--trace", trace)
     assert found["saved"] == str(saved) and found["depth"] == 2 and found["seed"] == 7 and found["anchors"] == 24
-    assert json.loads(trace.read_text()) == {name: value for name, value in found.items() if name != "saved"}
+    written = json.loads(trace.read_text())
+    assert written.pop("records")["evaluations"] and written == {n: v for n, v in found.items() if n != "saved"}
     assert plot.read_bytes().startswith(b"\x89PNG")
     config = json.loads((saved / "tfb_config.json").read_text())
     assert (config["sigma"], config["depth"], config["seed"]) == (found["sigma"], 2, 7)
@@ -305,7 +315,7 @@ def test_out_of_memory_is_one_sentence_too(llama: Folders, monkeypatch: pytest.M
     monkeypatch.setattr(Scorer, "_fits", full)
     common = ("predict", "-a", llama.adapter, *HERE, "-d", llama.test, "--sigma", 0.1)
     status, said = fails(*common)
-    assert status == 1 and "does not fit into memory; pass a smaller batch_size" in plain(said)
+    assert status == 1 and "does not fit into memory; free some, shorten the rows" in plain(said)
 
 
 def test_debugging_shows_the_traceback(llama: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
