@@ -239,8 +239,8 @@ class UnitRun:
     def laplace(self) -> None:
         from . import laplace
 
-        joined = self.questions.joined
-        found, cost = measured(self.device, lambda: laplace.predict(self.model, self.parts.train, joined))
+        parts, joined = self.parts, self.questions.joined
+        found, cost = measured(self.device, lambda: laplace.predict(self.model, parts.train, parts.anchor, joined))
         self.add(found.probabilities, cost, "laplace", found.samples, prior_precision=found.prior_precision)
 
     def bayesian(self) -> None:
