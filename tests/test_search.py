@@ -843,3 +843,5 @@ def test_refuses_no_depths_and_bad_confidences() -> None:
     for value in (1.0, 0.2, 99, True):
         with pytest.raises(ValueError, match=f"early_stop is {value!r}, expected a confidence"):
             look(adapter, anchors, early_stop=value)
+    with pytest.raises(ValueError, match="early_stop is 0.99 with a metric of your own"):
+        look(adapter, anchors, early_stop=0.99, metric=lambda p, t: p[:, 0])

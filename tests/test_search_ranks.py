@@ -81,6 +81,11 @@ def everything() -> dict[str, Any]:
     results = {name: searched(*prepared(items), options) for name, (items, options) in CASES.items()}
     adapter, _ = prepared(4)
     results["token labels"] = searched(adapter, token_batches(), {"recipe": "paper", "tolerance": 0.5})
+    results["token labels of few batches"] = searched(
+        adapter, token_batches()[:2], {"recipe": "paper", "tolerance": 0.5}
+    )
+    unlabelled = [{name: v for name, v in batch.items() if name != "labels"} for batch in token_batches()]
+    results["batches without labels"] = searched(adapter, unlabelled, {"recipe": "paper", "tolerance": 0.5})
     return results
 
 

@@ -39,7 +39,7 @@ class Batch:
         key: its number in the data set, under which a trunk is kept; halves of it add to that.
         inputs: the model's arguments.
         labels: (B,) or (B, T) int64, or ``None``; ``-100`` is not counted.
-        index: (B,) positions of the rows in the data set (in this rank's own, for batches that are handed in one by one).
+        index: (B,) positions of the rows in the data set.
         columns: label tokens (C,), or ``None`` for the whole head.
         shifted: whether the logits at a position are about the next one (language models with (B, T) labels).
     """
@@ -50,6 +50,11 @@ class Batch:
     index: Tensor
     columns: Tensor | None
     shifted: bool
+
+    @property
+    def token_labelled(self) -> bool:
+        """Whether labels are of positions, (B, T), so that a row has any number of items."""
+        return self.labels is not None and self.labels.dim() == 2
 
     def halves(self) -> tuple[Batch, Batch]:
         """The upper and the lower half of the rows, of at least two."""
@@ -162,26 +167,26 @@ class Scorer:
             return
         start = 0
         for key, raw in enumerate(data):
-            if key % world != rank:
-                continue
             if not isinstance(raw, Mapping) or not isinstance(raw.get("input_ids"), Tensor):
                 raise ValueError(
                     f"batch {key} is a {type(raw).__name__}, expected a mapping with tensors input_ids, attention_mask and "
                     "labels, or an Encoded set from tfb_ext.encode(examples, tokenizer)"
                 )
+            index = torch.arange(start, start + len(raw["input_ids"]))
+            start += len(index)
+            if key % world != rank:
+                continue
             inputs = {n: v.to(self.device) for n, v in raw.items() if n != "labels" and isinstance(v, Tensor)}
             found = raw.get("labels")
-            rows = len(inputs["input_ids"])
             yield Batch(
                 key,
                 self._plain(inputs),
                 None if found is None else found.to(self.device),
-                torch.arange(start, start + rows),
+                index,
                 None,
                 # A model that generates predicts the next token; others label the token they stand on.
                 shifted=self.adapter.anatomy.head_name not in CLASSIFIER_HEADS and self.model.can_generate(),
             )
-            start += rows
 
     def _check_head(self, data: Encoded) -> None:
         name, classes = self.adapter.anatomy.head_name, head_outputs(self.adapter)
@@ -342,7 +347,7 @@ class Scorer:
         lead = (slice(None),) if stacked else ()
         if values.dim() == len(lead) + 2:  # a head over pooled rows
             return values
-        if batch.columns is not None or not self._token_labels(batch):
+        if batch.columns is not None or not batch.token_labelled:
             position = self._last_position(values.shape[-2], batch)
             return values[(*lead, torch.arange(len(batch.index), device=values.device), position)]
         labels = batch.labels
@@ -350,9 +355,6 @@ class Scorer:
         if batch.shifted:
             values, labels = values[..., :-1, :], labels[:, 1:]
         return values[(*lead, labels != IGNORED)]
-
-    def _token_labels(self, batch: Batch) -> bool:
-        return batch.labels is not None and batch.labels.dim() == 2
 
     def _last_position(self, width: int, batch: Batch) -> Tensor:
         """Rightmost attended position of each row, among the ``width`` positions that the head computed."""

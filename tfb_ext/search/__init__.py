@@ -105,7 +105,7 @@ def search_sigma(
     started = time.perf_counter()
     options = Options(recipe, metric, tolerance, bound, objective, method, bracket, steps)
     options.check()
-    _check_early_stop(early_stop)
+    _check_early_stop(early_stop, metric)
     numbers = check_samples(samples)
     depths = _depths(adapter, depth)
     fixed = fixed_recipe(recipe)
@@ -330,10 +330,15 @@ def _depth_name(adapter: BayesianAdapter, first: int) -> int | str:
     return "head" if first == total else "all" if first == 0 else total - first
 
 
-def _check_early_stop(early_stop: float | None) -> None:
+def _check_early_stop(early_stop: float | None, metric: Metric | None) -> None:
     if early_stop is not None and not (isinstance(early_stop, float) and 0.5 < early_stop < 1):
         raise ValueError(
             f"early_stop is {early_stop!r}, expected a confidence such as 0.99, or None to see all anchors"
+        )
+    if early_stop is not None and callable(metric):
+        raise ValueError(
+            f"early_stop is {early_stop!r} with a metric of your own, which is a function of all anchors; use early_stop=None, or "
+            "metric='nll', 'brier', 'accuracy' or 'flips'"
         )
 
 

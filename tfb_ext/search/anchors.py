@@ -65,11 +65,12 @@ class Anchors:
         self.checkpoint = checkpoint
         columns = next((b.columns for b in scorer.batches if b.columns is not None), None)
         own = 0 if not scorer.batches else head_outputs(adapter) if columns is None else len(columns)
-        facts = ranks.every([scorer.labelled, own, len(scorer.batches)])
+        by_token = any(b.token_labelled for b in scorer.batches)
+        facts = ranks.every([scorer.labelled, own, len(scorer.batches), by_token])
         self.labelled = all(row[0] for row in facts)
         self.classes = int(max(row[1] for row in facts))
         self.rounds = int(max(row[2] for row in facts))  # batches of the rank that has most
-        self.positions, self.size = self._lay_out(sharded)
+        self.positions, self.size = self._lay_out(sharded or any(row[3] for row in facts))
         if self.size == 0:
             raise ValueError(
                 "the anchors hold no label to score (all are -100), expected at least one"
@@ -97,29 +98,26 @@ class Anchors:
 
     # Who has which anchors --------------------------------------------------------------------------------------------
 
-    def _lay_out(self, sharded: bool) -> tuple[list[Tensor], int]:
-        """Positions of each of this rank's batches' items among all items, and how many those are."""
+    def _lay_out(self, in_turn: bool) -> tuple[list[Tensor], int]:
+        """Positions of each of this rank's batches' items among all items, and how many those are.
+
+        An item is a row, in its own place, or (``in_turn``) items follow each other by the number of their batch and its rank.
+        """
         batches = self.scorer.batches
-        if batches and batches[0].columns is None and _is_token_labelled(batches[0]):
-            counts = [len(item_labels(b)) for b in batches]
-            keys = [float(i * self.ranks.size + self.ranks.rank) for i in range(len(batches))]
-        else:
-            counts = [len(b.index) for b in batches]
-            keys = [float(b.index[0]) if len(b.index) else 0.0 for b in batches]
-            if not sharded:
-                return [b.index for b in batches], int(sum(row[0] for row in self.ranks.every([sum(counts)])))
-        mine = torch.tensor([[k, c] for k, c in zip(keys, counts, strict=True)], dtype=torch.float64).reshape(-1, 2)
-        rows = self.ranks.gather(mine)
-        everything = sorted(
-            (key, rank, i, int(count)) for rank, part in enumerate(rows) for i, (key, count) in enumerate(part.tolist())
+        if not in_turn:
+            return [b.index for b in batches], int(sum(row[0] for row in self.ranks.every([self.scorer.size])))
+        counts = [len(item_labels(b)) if b.token_labelled else len(b.index) for b in batches]
+        mine = torch.tensor([[b.key, c] for b, c in zip(batches, counts, strict=True)], dtype=torch.int64).reshape(
+            -1, 2
         )
+        parts = self.ranks.gather(mine)
+        turns = sorted((key, rank, count) for rank, part in enumerate(parts) for key, count in part.tolist())
         starts, total = {}, 0
-        for _, rank, i, count in everything:
-            starts[rank, i] = total
+        for key, rank, count in turns:
+            starts[key, rank] = total
             total += count
-        return [
-            torch.arange(starts[self.ranks.rank, i], starts[self.ranks.rank, i] + c) for i, c in enumerate(counts)
-        ], total
+        firsts = [starts[b.key, self.ranks.rank] for b in batches]
+        return [torch.arange(first, first + count) for first, count in zip(firsts, counts, strict=True)], total
 
     def _digest(self) -> str:
         """Of all anchors' tokens and labels, however they are batched and split."""
@@ -263,10 +261,6 @@ class Anchors:
             for s in sigmas if self.keep_probabilities else ():
                 self.records.probabilities[first, s][where] = part[:, start : start + self.classes].float()
                 start += self.classes
-
-
-def _is_token_labelled(batch: Batch) -> bool:
-    return batch.labels is not None and batch.labels.dim() == 2
 
 
 def _measure(logs: Tensor, targets: Tensor, guesses: Tensor, sigma: float) -> Tensor:
