@@ -119,10 +119,13 @@ class BayesianAdapter:
 
     @depth.setter
     def depth(self, value: Depth) -> None:
-        first = self.first_random_block(value)
+        self._first = self.first_random_block(value)
+        self._depth: int | str = self.depth_name(self._first)
+
+    def depth_name(self, first: int) -> int | str:
+        """The depth whose first random block is ``first``, as :attr:`depth` spells it."""
         total = len(self.anatomy.blocks)
-        self._first = first
-        self._depth: int | str = "head" if value == "head" else "all" if first == 0 else total - first
+        return "head" if first == total else "all" if first == 0 else total - first
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -138,7 +141,7 @@ class BayesianAdapter:
     @property
     def random_layers(self) -> tuple[str, ...]:
         """Names of the layers that are random at the present depth."""
-        return tuple(v.name for v in self._variants if v.block >= self._first)
+        return self.random_layers_at(self.depth)
 
     def random_layers_at(self, depth: Depth) -> tuple[str, ...]:
         """Names of the layers that are random at ``depth``, as :meth:`first_random_block` takes it."""

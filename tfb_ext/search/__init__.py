@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from ..adapter import BayesianAdapter, Depth, check_samples
@@ -29,6 +30,7 @@ from .plan import (
     Plan,
     fixed_recipe,
     make_plan,
+    metric_name,
 )
 from .ranks import Ranks
 from .result import DepthResult, Evaluation, SigmaSearch
@@ -134,7 +136,7 @@ def search_sigma(
             antithetic=antithetic,
             mode=mode,
             pseudo=fixed is not None and fixed.pseudo,
-            metric=None if metric is None or isinstance(metric, str) else getattr(metric, "__name__", "custom"),
+            metric=metric_name(metric) if callable(metric) else None,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             progress=progress,
         )
@@ -148,12 +150,12 @@ def search_sigma(
             run.close()
         ranks.close()
     best, results = _choose(adapter, tried, plan, len(numbers))
-    chosen = best.at(best.found.sigma)
+    chosen = best.chosen
     result = SigmaSearch(
         sigma=best.found.sigma,
-        satisfied=_satisfied(best),
+        satisfied=best.satisfied,
         confidence=float("nan") if chosen is None else chosen.confidence,
-        interval=best.rule.interval(best.first, best.evaluations),
+        interval=best.interval,
         evaluations=tuple(sorted(best.evaluations, key=lambda e: e.sigma)),
         baseline=best.rule.evaluation(best.first, 0.0, best.depth),
         recipe=recipe,
@@ -237,9 +239,18 @@ class _AtDepth:
         }
 
     @property
-    def score(self) -> str:
-        """What depths are compared by; see ``DepthResult.score``."""
-        return "entropy" if self.rule.plan.objective == "tolerance" else "nll"
+    def chosen(self) -> Evaluation | None:
+        """The evaluation at the sigma found; the authors' bisection may end on one that it did not try."""
+        return self.at(self.found.sigma)
+
+    @property
+    def satisfied(self) -> bool:
+        return self.chosen is not None and self.chosen.satisfied
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """Of the sigma found: asked for once the search at this depth has ended."""
+        return self.rule.interval(self.first, self.evaluations)
 
 
 def _search_depths(
@@ -249,7 +260,7 @@ def _search_depths(
     tried: list[_AtDepth] = []
     for depth in depths:
         first = adapter.first_random_block(depth)
-        here = _AtDepth(run, rule, first, _depth_name(adapter, first), early_stop)
+        here = _AtDepth(run, rule, first, adapter.depth_name(first), early_stop)
         here.found = find(here, plan if not tried else _moved(plan, tried[-1].found.sigma))
         tried.append(here)
     return tried
@@ -269,48 +280,39 @@ def _choose(
 ) -> tuple[_AtDepth, tuple[DepthResult, ...]]:
     """The depth to take and what was found at each."""
     total = len(adapter.anatomy.blocks)
-
-    def score(here: _AtDepth) -> float:
-        chosen = here.at(here.found.sigma)
-        if chosen is None:
-            return float("inf")
-        return chosen.nll if here.score == "nll" else -chosen.entropy
-
-    accepted = [h for h in tried if _satisfied(h)] or tried
-    top = min(accepted, key=score)
+    score = "entropy" if plan.objective == "tolerance" else "nll"
+    sign = -1.0 if score == "entropy" else 1.0
+    scores = {h.first: float("inf") if h.chosen is None else sign * getattr(h.chosen, score) for h in tried}
+    accepted = [h for h in tried if h.satisfied] or tried
+    top = min(accepted, key=lambda h: scores[h.first])
     behind = {
         h.first: (0.0, 0.0)
-        if h is top or h.at(h.found.sigma) is None or top.at(top.found.sigma) is None
-        else top.rule.behind((h.first, h.found.sigma), (top.first, top.found.sigma), top.score)
+        if h is top or h.chosen is None or top.chosen is None
+        else top.rule.behind((h.first, h.found.sigma), (top.first, top.found.sigma), score)
         for h in tried
     }
     equal = [h for h in accepted if h is top or behind[h.first][0] <= behind[h.first][1]]
     best = max(equal, key=lambda h: h.first)
     results = []
     for here in tried:
-        chosen = here.at(here.found.sigma) or here.rule.evaluation(here.first, 0.0, here.depth)
+        chosen = here.chosen or here.rule.evaluation(here.first, 0.0, here.depth)
         results.append(
             DepthResult(
                 depth=here.depth,
                 sigma=here.found.sigma,
-                satisfied=_satisfied(here),
-                interval=here.rule.interval(here.first, here.evaluations),
+                satisfied=here.satisfied,
+                interval=here.interval,
                 stop=here.found.stop,
                 nll=chosen.nll,
                 accuracy=chosen.accuracy,
                 flips=chosen.flips,
                 entropy=chosen.entropy,
-                score=score(here),
+                score=scores[here.first],
                 behind=behind[here.first],
                 forwards=(here.first + samples * (total - here.first)) / total,
             )
         )
     return best, tuple(results)
-
-
-def _satisfied(here: _AtDepth) -> bool:
-    chosen = here.at(here.found.sigma)
-    return chosen is not None and chosen.satisfied
 
 
 def _depths(adapter: BayesianAdapter, depth: Depth | Sequence[Depth] | None) -> list[Depth]:
@@ -322,12 +324,6 @@ def _depths(adapter: BayesianAdapter, depth: Depth | Sequence[Depth] | None) -> 
         raise ValueError("depth is an empty list, expected at least one depth")
     by_first = {adapter.first_random_block(d): d for d in given}
     return [by_first[first] for first in sorted(by_first)]
-
-
-def _depth_name(adapter: BayesianAdapter, first: int) -> int | str:
-    """The depth as the adapter spells it once it is set there."""
-    total = len(adapter.anatomy.blocks)
-    return "head" if first == total else "all" if first == 0 else total - first
 
 
 def _check_early_stop(early_stop: float | None, metric: Metric | None) -> None:

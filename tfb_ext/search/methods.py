@@ -216,7 +216,7 @@ def _crossing(below: Evaluation, above: Evaluation, tried: Tried) -> float | Non
 def _minimum(tried: Tried, plan: Plan) -> Found:
     """The sigma of the lowest NLL: a grid, widened while the lowest is at its end, then both sides of the lowest."""
     low, high = plan.bracket
-    points = tried.evaluate(log_grid(low, high, plan.steps))
+    tried.evaluate(log_grid(low, high, plan.steps))
     ratio = (high / low) ** (1 / (plan.steps - 1))
 
     def best() -> Evaluation:
@@ -238,8 +238,7 @@ def _minimum(tried: Tried, plan: Plan) -> Found:
             (low, high),
             f"no sigma lowers the anchors' NLL; this is the best of those tried ({found.sigma:.3g})",
         )
-    count = len({e.sigma for e in (*points, *tried.evaluations)})
-    stop = f"lowest NLL of {count} sigmas, known to a factor of {half:.2f}"
+    stop = f"lowest NLL of {len(tried.evaluations)} sigmas, known to a factor of {half:.2f}"
     if found.sigma in (low, high):
         stop += "; it lies on the edge of what was tried"
     if plan.objective == "one-se":

@@ -35,6 +35,10 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 }
 
 
+def metric_name(metric: Metric) -> str:
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", "custom")
+
+
 @dataclass(frozen=True)
 class Options:
     """What the caller asked for; ``None`` leaves it to the recipe. The fields are arguments of ``search_sigma``."""
@@ -106,7 +110,7 @@ class Plan:
 
     @property
     def metric_name(self) -> str:
-        return self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", "custom")
+        return metric_name(self.metric)
 
 
 def fixed_recipe(recipe: str) -> Plan | None:

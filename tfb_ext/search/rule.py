@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 from typing import Any
 
@@ -53,21 +54,19 @@ class Rule:
         self.plan = plan
         self.records = records
         self.size = len(records)
-        self._counts: Tensor | None = None
+        self._changes: dict[tuple[int, float], _Change] = {}
 
     # Resamples --------------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
         """(R, items) float64: how often each anchor is in each resample; the same for every sigma, so that they compare."""
-        if self._counts is None:
-            times = max(200, min(RESAMPLES, RESAMPLED_NUMBERS // max(self.size, 1)))
-            generator = torch.Generator().manual_seed(0)
-            drawn = torch.randint(self.size, (times, self.size), generator=generator)
-            counts = torch.zeros(times, self.size, dtype=torch.float32)
-            counts.scatter_add_(1, drawn, torch.ones_like(counts))
-            self._counts = counts.double()
-        return self._counts
+        times = max(200, min(RESAMPLES, RESAMPLED_NUMBERS // max(self.size, 1)))
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(self.size, (times, self.size), generator=generator)
+        counts = torch.zeros(times, self.size, dtype=torch.float32)
+        counts.scatter_add_(1, drawn, torch.ones_like(counts))
+        return counts.double()
 
     def _resampled_mean(self, values: Tensor, seen: Tensor) -> Tensor:
         counts = self.counts[:, seen]
@@ -81,19 +80,24 @@ class Rule:
     def harm(self, values: Tensor) -> Tensor:
         """(items,) what each anchor adds to the change, in the direction that is worse; NaN where it was not run."""
         base = self.records.baseline
-        if self.plan.metric == "flips":
-            return self.column("flip", values)
-        if self.plan.metric == "accuracy":
-            return self.column("right", base) - self.column("right", values)
-        name = self.plan.metric_name
-        return self.column(name, values) - self.column(name, base)
+        return self.worse * (self.column(self.field, values) - self.column(self.field, base))
 
+    @property
+    def field(self) -> str:
+        """The records' column that the metric is the mean of."""
+        return {"accuracy": "right", "flips": "flip"}.get(self.plan.metric_name, self.plan.metric_name)
+
+    @property
+    def worse(self) -> float:
+        """1 where a higher metric is worse, else -1."""
+        return -1.0 if self.plan.metric == "accuracy" else 1.0
+
+    @cached_property
     def base_value(self) -> float:
         """The mean adapter's metric."""
         if not isinstance(self.plan.metric, str):
             return self._custom(0.0, -1, slice(None))
-        name = {"accuracy": "right", "flips": "flip"}.get(self.plan.metric, self.plan.metric)
-        return float(self.column(name, self.records.baseline).mean())
+        return float(self.column(self.field, self.records.baseline).mean())
 
     def allowed(self, base: Any) -> Any:
         """The greatest amount that satisfies the tolerance, for a mean adapter whose metric is ``base``."""
@@ -106,21 +110,23 @@ class Rule:
         one_sided = self.plan.bound == "one-sided" or self.plan.metric == "flips"
         return harm if one_sided else abs(harm)
 
-    def change(self, first: int, sigma: float, values: Tensor) -> _Change:
-        if not isinstance(self.plan.metric, str):
-            return self._custom_change(first, sigma)
-        harm = self.harm(values)
+    def change(self, first: int, sigma: float) -> _Change:
+        """By the records as they are when it is asked for first: a sigma's run over the anchors has ended then."""
+        if (first, sigma) not in self._changes:
+            own = not isinstance(self.plan.metric, str)
+            self._changes[first, sigma] = (self._custom_change if own else self._named_change)(first, sigma)
+        return self._changes[first, sigma]
+
+    def _named_change(self, first: int, sigma: float) -> _Change:
+        harm = self.harm(self.records.values[first, sigma])
         seen = ~harm.isnan()
         harm = harm[seen]
         mean = float(harm.mean())
-        base = self.base_value()
-        sign = -1.0 if self.plan.metric == "accuracy" else 1.0
-        value = base + sign * mean
+        value = self.base_value + self.worse * mean
         if len(harm) < 2:
             return _Change(value, self._amount(mean), None, math.nan)
         drawn = self._resampled_mean(harm, seen)
-        name = {"accuracy": "right", "flips": "flip"}.get(self.plan.metric, self.plan.metric)
-        bases = self._resampled_mean(self.column(name, self.records.baseline)[seen], seen)
+        bases = self._resampled_mean(self.column(self.field, self.records.baseline)[seen], seen)
         used = drawn if self.plan.objective != "tolerance" else self._used(self._amount(drawn), self.allowed(bases))
         return _Change(value, self._amount(mean), used, float(drawn.std()))
 
@@ -144,18 +150,22 @@ class Rule:
         return float(result.mean())
 
     def _custom_change(self, first: int, sigma: float) -> _Change:
-        base = self.base_value()
         value = self._custom(sigma, first, slice(None))
+        amount = self._amount(value - self.base_value)
         if self.size < 2:
-            return _Change(value, self._amount(value - base), None, math.nan)
-        generator = torch.Generator().manual_seed(0)
+            return _Change(value, amount, None, math.nan)
         drawn, used = [], []
-        for _ in range(SET_RESAMPLES):
-            chosen = torch.randint(self.size, (self.size,), generator=generator)
-            before = self._custom(0.0, -1, chosen)
+        for chosen, before in self._custom_baselines:
             drawn.append(self._custom(sigma, first, chosen) - before)
             used.append(float(self._used(self._amount(drawn[-1]), self.allowed(before))))
-        return _Change(value, self._amount(value - base), torch.tensor(used), float(torch.tensor(drawn).std()))
+        return _Change(value, amount, torch.tensor(used), float(torch.tensor(drawn).std()))
+
+    @cached_property
+    def _custom_baselines(self) -> list[tuple[Tensor, float]]:
+        """Resamples of the anchors, each with the mean adapter's metric on it."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randint(self.size, (self.size,), generator=generator) for _ in range(SET_RESAMPLES)]
+        return [(chosen, self._custom(0.0, -1, chosen)) for chosen in drawn]
 
     # Verdicts ---------------------------------------------------------------------------------------------------------
 
@@ -167,8 +177,8 @@ class Rule:
         metrics = (base.mean(dim=0) + (values[seen] - base[seen]).mean(dim=0)).tolist()
         known = dict(zip(("nll", "accuracy", "flips", "brier", "entropy"), metrics, strict=True))
         if sigma == 0:
-            return Evaluation(0.0, self.base_value(), 0.0, True, 1.0, **known, items=self.size, depth=depth)
-        change = self.change(first, sigma, values)
+            return Evaluation(0.0, self.base_value, 0.0, True, 1.0, **known, items=self.size, depth=depth)
+        change = self.change(first, sigma)
         holds = self.holds(change)
         confidence = math.nan
         if change.resampled is not None:
@@ -180,17 +190,13 @@ class Rule:
 
     def holds(self, change: _Change) -> bool:
         if self.plan.objective != "tolerance":
-            return change.value < self.base_value()
-        return change.amount <= self.allowed(self.base_value())
+            return change.value < self.base_value
+        return change.amount <= self.allowed(self.base_value)
 
     def used(self, evaluation: Evaluation) -> float:
         """The share of the tolerance that is used up: 1 at its edge."""
-        base = self.base_value()
-        harm = evaluation.value - base
-        if self.plan.metric == "accuracy":
-            harm = -harm
-        allowed = float(self.allowed(base))
-        amount = float(self._amount(harm))
+        allowed = float(self.allowed(self.base_value))
+        amount = float(self._amount(self.worse * (evaluation.value - self.base_value)))
         return amount / allowed if allowed > 0 else math.inf if amount > 0 else 0.0
 
     # Early stopping ---------------------------------------------------------------------------------------------------
@@ -227,7 +233,7 @@ class Rule:
         error = reach * spread / math.sqrt(count) * left
         if self.plan.objective != "tolerance":
             return mean > error
-        allowed = float(self.allowed(self.base_value()))
+        allowed = float(self.allowed(self.base_value))
         if error <= SETTLED_SHARE * allowed:
             return True
         if self.plan.bound == "one-sided" or self.plan.metric == "flips":
@@ -245,7 +251,7 @@ class Rule:
     def interval(self, first: int, evaluations: list[Evaluation]) -> tuple[float, float]:
         """Sigmas between which the choice falls in 90 % of resamples of the anchors, from the sigmas that were tried."""
         tried = sorted(evaluations, key=lambda e: e.sigma)
-        drawn = [self.change(first, e.sigma, self.records.values[first, e.sigma]).resampled for e in tried]
+        drawn = [self.change(first, e.sigma).resampled for e in tried]
         if not tried or any(d is None for d in drawn):
             return math.nan, math.nan
         curves = torch.stack([d for d in drawn if d is not None], dim=1)
