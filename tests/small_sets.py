@@ -58,3 +58,12 @@ def rows_through(module: nn.Module) -> list[int]:
     rows: list[int] = []
     module.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     return rows
+
+
+def shapes_through(module: nn.Module) -> list[tuple[int, ...]]:
+    """A list that grows by the shape of the output at every call of ``module``."""
+    shapes: list[tuple[int, ...]] = []
+    module.register_forward_hook(
+        lambda _, args, output: shapes.append(tuple((output if isinstance(output, Tensor) else output[0]).shape))
+    )
+    return shapes

@@ -174,6 +174,30 @@ def test_only_the_label_rows_at_the_last_position_are_computed() -> None:
     assert (rows, 1, zoo.VOCAB) in whole.shapes  # the spy sees the head where it runs
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "phi3"])
+def test_the_last_block_makes_one_position_and_the_same_probabilities(name: str) -> None:
+    adapter, data = bayesian(name), small_sets.encoded(7)
+    alone = zoo.separate_passes(adapter, range(SAMPLES), SIGMA, small_sets.answers(adapter, data))
+    below, last = (small_sets.shapes_through(adapter.anatomy.blocks[i].mlp) for i in (-2, -1))
+    scorer = Scorer(adapter, data, batch_size=7)
+    assert torch.allclose(sampled(scorer), alone, atol=1e-5)
+    scorer.mean(scorer.batches[0])
+    longest = scorer.batches[0].inputs["input_ids"].shape[1]
+    assert [s[1] for s in below] == [longest, longest] and [s[1] for s in last] == [1, 1]
+    last.clear()
+    with torch.no_grad():  # outside, the model is the caller's
+        adapter.model(**zoo.inputs(2))
+    assert [s[1] for s in last] == [9]
+
+
+def test_noise_numbered_by_tokens_runs_them_all() -> None:
+    adapter = bayesian(mode="flipout")
+    last = small_sets.shapes_through(adapter.anatomy.blocks[-1].mlp)
+    scorer = Scorer(adapter, small_sets.encoded(7), batch_size=7)
+    sampled(scorer)
+    assert last[0][1] == scorer.batches[0].inputs["input_ids"].shape[1]
+
+
 # The trunk ----------------------------------------------------------------------------------------------------------
 
 

@@ -389,12 +389,14 @@ def test_token_labels_of_a_language_model(vocabulary_is_large: bool, monkeypatch
 # Recipes ------------------------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_the_lowest_nll_of_good_labels() -> None:
+def test_auto_takes_the_smallest_sigma_near_the_lowest_nll_of_good_labels() -> None:
     adapter, anchors = overconfident()
     result = look(adapter, anchors)
-    assert (result.objective, result.metric, result.method) == ("minimum", "nll", "grid") and result.antithetic
+    assert (result.objective, result.metric, result.method) == ("one-se", "nll", "grid") and result.antithetic
     assert "labelled and not memorised" in result.reason and result.satisfied
-    assert result.sigma == min(result.evaluations, key=lambda e: e.nll).sigma
+    lowest = min(result.evaluations, key=lambda e: e.nll)
+    assert result.sigma <= lowest.sigma and "lowest NLL of" in result.stop
+    assert look(adapter, anchors, objective="minimum", apply=False).sigma == lowest.sigma
     assert min(e.nll for e in result.evaluations) < result.baseline.nll - 0.05
 
 
@@ -420,7 +422,7 @@ def test_given_arguments_are_taken_and_named() -> None:
     def made(recipe: str, nll: float = 0.5, **given: Any) -> Plan:
         return make_plan(Options(recipe, **given), True, nll)
 
-    assert made("auto").objective == "minimum" and "given" not in made("auto").reason
+    assert made("auto").objective == "one-se" and "given" not in made("auto").reason
     assert made("auto", metric="flips").tolerance == 0.01
     assert made("auto", metric="accuracy").tolerance == 0.01
     assert made("auto", method="bisect").steps == 6

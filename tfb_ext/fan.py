@@ -494,6 +494,43 @@ class _Folding:
         return total, (torch.cat(self.samples) if self.keep else None)
 
 
+# What a decoder block consists of where attention and MLP are added to a residual stream, each behind norms.
+_RESIDUAL_BLOCK = {
+    "self_attn",
+    "mlp",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+}
+
+
+@contextmanager
+def last_position_only(anatomy: Anatomy) -> Iterator[None]:
+    """Inside, the last block makes its attention's output and its MLP for the last position alone, whose logits are asked for.
+
+    Both are added to the residual stream, so one position's result broadcasts over all and is right where it belongs; what the
+    other positions hold then is read by no one. Attention still sees every position. A block of an unknown structure is left
+    as it is, and so are the hidden states that the model returns: do not ask for them in here.
+    """
+    hooks = []
+    if len(anatomy.blocks):
+        block: Any = anatomy.blocks[-1]
+        names = {name for name, part in block.named_children() if not isinstance(part, nn.Dropout)}
+        output = getattr(getattr(block, "self_attn", None), "o_proj", None)
+        if {"self_attn", "mlp"} <= names <= _RESIDUAL_BLOCK and isinstance(output, nn.Module):
+            hooks = [module.register_forward_pre_hook(_last_position) for module in (output, block.mlp)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _last_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0][:, -1:].contiguous(), *args[1:])
+
+
 def repeat_rows(value: Tensor, size: int) -> Tensor:
     """(B, ...) -> (size * B, ...), sample-major: row ``s * B + b`` is row ``b``."""
     return value.repeat(size, *([1] * (value.dim() - 1)))

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .adapter import BayesianAdapter, Depth
 from .data import Encoded
-from .fan import CLASSIFIER_HEADS, Predictive, Trunk
+from .fan import CLASSIFIER_HEADS, Predictive, Trunk, last_position_only
 from .layers import SampleBatch
 
 IGNORED = -100
@@ -128,8 +129,7 @@ class Scorer:
         if batch_size is None and shuffle and isinstance(data, Encoded):
             self.batch_size = max(1, min(self.batch_size, len(data) // SHUFFLED_BATCHES))
         self.keep_trunk = bool(keep_trunk)
-        depths: Sequence[Depth] = keep_trunk if isinstance(keep_trunk, Sequence) else (self.depth,)
-        self._trunk_blocks = tuple(sorted({adapter.first_random_block(d) for d in depths} - {0}))
+        self._trunk_depths = tuple(keep_trunk) if isinstance(keep_trunk, Sequence) else (self.depth,)
         self._halves: dict[Hashable, tuple[Batch, Batch]] = {}
         self._accepts = set(inspect.signature(self.model.forward).parameters)
         self.batches = list(self._prepare(data, shuffle, shard))
@@ -227,7 +227,8 @@ class Scorer:
             with torch.no_grad():
                 self.adapter._check_call()  # dropout, or another adapter, would be no mean of this one
                 try:
-                    logits = self.model(**batch.inputs).logits
+                    with self._positions(batch):
+                        logits = self.model(**batch.inputs).logits
                 except torch.OutOfMemoryError:
                     raise _DoesNotFitError from None
             logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -314,22 +315,28 @@ class Scorer:
 
     def _fits(self, view: Predictive, batch: Batch, first: int) -> bool:
         try:
-            with self.adapter.fanned_at(first, view):
+            with self._positions(batch), self.adapter.fanned_at(first, view):
                 self.model(**batch.inputs)
         except torch.OutOfMemoryError:
             return False
         return True
 
+    def _positions(self, batch: Batch) -> AbstractContextManager[None]:
+        """What the last block may leave out. Noise that is numbered by tokens would be another's there."""
+        if batch.inputs.get("logits_to_keep") == 1 and self.adapter.mode == "weight":
+            return last_position_only(self.adapter.anatomy)
+        return nullcontext()
+
     def _trunk_for(self, first: int, several_passes: bool) -> Trunk | None:
-        if not self._trunk_blocks or first == 0 or not (self.keep_trunk or several_passes):
+        if first == 0 or not (self.keep_trunk or several_passes):
             return None
         if self._trunk is None:
-            device, limit = self._trunk_room()
-            self._trunk = Trunk(self._trunk_blocks, device, limit)
-        return self._trunk
+            self._trunk = self.adapter.trunk(*self._trunk_depths)
+            self._trunk.device, self._trunk.limit = self._trunk_room(len(self._trunk.firsts))
+        return self._trunk if self._trunk.firsts else None
 
-    def _trunk_room(self) -> tuple[torch.device | None, float]:
-        """Where the hidden states go and how many bytes of them: where the whole trunk would take more than a quarter of
+    def _trunk_room(self, kept: int) -> tuple[torch.device | None, float]:
+        """Where the inputs of so many blocks go and how many bytes of them: where the whole trunk would take more than a quarter of
         the device's free memory, to host memory, up to half of what is free there."""
         page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_AVPHYS_PAGES")
         host = page * pages / 2
@@ -337,7 +344,7 @@ class Scorer:
             return None, host if self.device.type == "cpu" else math.inf
         width = self.model.config.get_text_config().hidden_size
         tokens = sum(b.inputs["input_ids"].numel() for b in self.batches)
-        size = tokens * width * next(self.model.parameters()).element_size() * len(self._trunk_blocks)
+        size = tokens * width * next(self.model.parameters()).element_size() * kept
         free, _ = torch.cuda.mem_get_info(self.device)
         return (torch.device("cpu"), host) if size > free / 4 else (None, math.inf)
 

@@ -256,12 +256,16 @@ class UnitRun:
 
     def search(self, adapter: BayesianAdapter, search: Search, kept: Path) -> None:
         """``kept``: folder where searches with the same noise and targets find each other's evaluations."""
-        adapter.depth, adapter.mode, adapter.antithetic = search.depth, search.mode, search.recipe in ("auto", "one-se")
+        adapter.depth, adapter.mode, adapter.antithetic = (
+            search.depth,
+            search.mode,
+            search.recipe in ("auto", "minimum"),
+        )
         samples = self.study.search_samples
         rule: dict[str, Any] = {"recipe": search.recipe}
-        if search.recipe == "one-se":
-            rule = {"recipe": "auto", "objective": "one-se"}
-        same = kept / f"{search.recipe in ('auto', 'one-se')}-{search.recipe == 'official'}-{search.mode}.json"
+        if search.recipe == "minimum":
+            rule = {"recipe": "auto", "objective": "minimum"}
+        same = kept / f"{search.recipe in ('auto', 'minimum')}-{search.recipe == 'official'}-{search.mode}.json"
         found = tfb_ext.search_sigma(
             adapter, self.parts.anchor, **rule, samples=samples, checkpoint=same, progress=False
         )

@@ -28,7 +28,7 @@ class Search:
     """One sigma: how it is searched, and the predictions made with it.
 
     Attributes:
-        recipe: of ``search_sigma``; ``one-se`` is its objective of that name with the recipe ``auto``.
+        recipe: of ``search_sigma``; ``minimum`` is its objective of that name with the recipe ``auto``.
         depth, mode: of the posterior.
         draws: the predictions.
     """
@@ -147,11 +147,10 @@ class Study:
             return unit
         if not plain:
             return replace(unit, searches=tuple(self._recipes() if stop == "overfitted" else self._auto()))
-        if stop == "early":
-            return replace(unit, searches=tuple(self._recipes() + self._depths(self._all(targets)[1:])))
-        if main:
+        if main and stop == "overfitted":
             return replace(unit, searches=tuple(self._everything(self._all(targets))))
-        return replace(unit, searches=tuple(self._recipes() + self._depths(self._all(targets)[1:], self.recipes)))
+        published = self._others("head") if "head" in self._all(targets) else []
+        return replace(unit, searches=tuple(self._recipes() + self._depths(self._all(targets)[1:]) + published))
 
     def _all(self, targets: str) -> tuple[Depth, ...]:
         return (*self.depths, "head") if "head" in targets else self.depths
@@ -168,11 +167,11 @@ class Study:
     def _recipes(self) -> list[Search]:
         return self._auto() + self._others(self.depths[0])
 
-    def _depths(self, depths: tuple[Depth, ...], recipes: tuple[str, ...] = ("auto",)) -> list[Search]:
-        """Antithetic and independent samples at each depth, and the published recipes there if ``recipes`` has them."""
-        draws = (Draw(self.samples, True, self.few), Draw(self.samples, False, self.few))
-        searches = [Search("auto", depth, "weight", draws) for depth in depths]
-        if len(recipes) > 1:
+    def _depths(self, depths: tuple[Depth, ...], everything: bool = False) -> list[Search]:
+        """Antithetic samples at each depth; with ``everything`` independent ones too, and the published recipes there."""
+        draws = [Draw(self.samples, antithetic, self.few) for antithetic in ((True, False) if everything else (True,))]
+        searches = [Search("auto", depth, "weight", tuple(draws)) for depth in depths]
+        if everything:
             searches += [search for depth in depths for search in self._others(depth)]
         return searches
 
@@ -184,9 +183,9 @@ class Study:
         return [
             Search("auto", depths[0], "weight", base),
             Search("auto", depths[0], "flipout", flipout),
-            *(Search("one-se", depth, "weight", (Draw(self.samples, True, (self.samples,)),)) for depth in depths[:3]),
+            *(Search("minimum", depth, "weight", (Draw(self.samples, True, (self.samples,)),)) for depth in depths[:3]),
             *self._others(depths[0]),
-            *self._depths(depths[1:], self.recipes),
+            *self._depths(depths[1:], everything=True),
         ]
 
 

@@ -64,8 +64,8 @@ def search_sigma(
 
     Recipes fill in what is not given:
 
-    * ``"auto"`` looks at the anchors: labelled and not memorised: the sigma of the lowest NLL, by a fused grid; unlabelled or
-      memorised: the largest sigma that changes at most 1 % of the mean adapter's predictions.
+    * ``"auto"`` looks at the anchors: labelled and not memorised: the smallest sigma whose NLL is within a standard error of the
+      lowest, by a fused grid; unlabelled or memorised: the largest sigma that changes at most 1 % of the mean adapter's predictions.
     * ``"paper"``: NLL within 0.3 % of the mean adapter's, two-sided, five bisection steps in [0.001, 0.015], independent
       samples; labels, or the mean adapter's own predictions where there are none.
     * ``"official"``: what the authors' code does. Flipout noise, the mean adapter's own predictions as labels, the relative

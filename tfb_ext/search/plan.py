@@ -196,11 +196,11 @@ def _auto(options: Options, labelled: bool, nll: float) -> Plan:
     )
     if options.objective in ("minimum", "one-se") or (usable and not asks_tolerance):
         reason = (
-            f"the anchors are labelled and not memorised (NLL {nll:.3g} nats), so the lowest NLL on them decides"
+            f"the anchors are labelled and not memorised (NLL {nll:.3g} nats), so the NLL on them decides"
             if usable
-            else f"the lowest NLL decides, though the mean adapter has memorised the anchors (NLL {nll:.2g} nats)"
+            else f"the NLL decides, though the mean adapter has memorised the anchors (NLL {nll:.2g} nats)"
         )
-        return Plan("nll", 0.0, "two-sided", "minimum", "grid", (0.02, 0.08), 3, True, reason)
+        return Plan("nll", 0.0, "two-sided", "one-se", "grid", (0.02, 0.08), 3, True, reason)
     if usable:
         reason = f"the anchors are labelled and not memorised (NLL {nll:.3g} nats), so their NLL may be held"
     elif labelled:
