@@ -111,12 +111,12 @@ class Study:
             *self._of(self.datasets, first, "overfitted", self.kinds),
             *self._laplace(self.datasets, first, "overfitted"),
             *self._of(self.datasets, first, "early", self.kinds),
-            *self._laplace(self.datasets, first, "early"),
             *(unit for targets in others for unit in self._of(self.datasets, targets, "overfitted", ("mle",))),
             *self._of(self.late, first, "overfitted", self.kinds),
             *self._laplace(self.late, first, "overfitted"),
             *(unit for targets in others for unit in self._of(self.datasets, targets, "early", ("mle",))),
             *self._of(self.late, first, "early", self.kinds),
+            *self._laplace(self.datasets, first, "early"),
             *(unit for targets in others for unit in self._of(self.datasets, targets, "overfitted", KINDS[1:])),
         ]
         return [unit for unit in order if unit.member.kind in self.kinds]
