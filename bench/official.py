@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -92,11 +92,39 @@ class AnchorBatch:
     index: Tensor
 
 
+class Noise(Protocol):
+    """Where the draws of a stochastic forward come from."""
+
+    def begin(self, sample: int) -> None:
+        """A forward of one batch starts, the sample-th of them."""
+
+    def change(self, layer: int, x: Tensor, omega: Tensor) -> Tensor:
+        """What a layer's input x (rows, tokens, n) adds to A' x, (rows, tokens, r); ``omega`` is (r, 1)."""
+
+
+class FreshNoise:
+    """Torch's own draws, new ones for every forward, as the authors' code has them: ``signs * ((omega * E) (x * signs))``
+    with one E (r, n) a forward and signs for every token.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def begin(self, sample: int) -> None:
+        pass
+
+    def change(self, layer: int, x: Tensor, omega: Tensor) -> Tensor:
+        noise = omega.new_empty(omega.shape[0], x.shape[-1]).normal_(generator=self.generator).mul_(omega)
+        change = torch.nn.functional.linear(x * signs(x, self.generator), noise)
+        return change * signs(change, self.generator)
+
+
 class OfficialAdapter:
     """One LoRA adapter with the authors' noise; made by :func:`official_adapter`.
 
     Attributes:
         omegas: standard deviations (r, 1) of each layer's A' rows; ``None`` switches the noise off.
+        noise: its draws; set another before the first stochastic forward.
     """
 
     def __init__(self, peft: PeftModel, name: str, layers: Sequence[Any], seed: int) -> None:
@@ -104,7 +132,7 @@ class OfficialAdapter:
         self.name = name
         self.layers = layers
         self.device = layers[0].lora_A[name].weight.device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.noise: Noise = FreshNoise(seed, self.device)
         self.omegas: list[Tensor] | None = None
 
     def decompose(self, sigma: float) -> None:
@@ -116,17 +144,15 @@ class OfficialAdapter:
             self.omegas.append((sigma / (d + 1e-6))[:, None].to(weight.dtype))
 
     def forward(self, layer: int, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """``base(x) + s B' (A' x + signs * ((Omega * E) (x * signs)))``: one E (r, n) a call, signs for every token."""
+        """``base(x) + s B' (A' x + change)``."""
         if self.omegas is None:
             return plain(x)
         module = self.layers[layer]
         result = module.base_layer(x)
         down, up = module.lora_A[self.name], module.lora_B[self.name]
         x = x.to(down.weight.dtype)
-        noise = torch.empty_like(down.weight).normal_(generator=self.generator).mul_(self.omegas[layer])
-        change = torch.nn.functional.linear(x * signs(x, self.generator), noise)
         z = down(x)
-        z = z + change * signs(z, self.generator)
+        z = z + self.noise.change(layer, x, self.omegas[layer])
         return (result + up(z) * module.scaling[self.name]).to(result.dtype)
 
     @torch.no_grad()
@@ -135,7 +161,8 @@ class OfficialAdapter:
         parts = []
         for batch in batches:
             total: Tensor | float = 0.0
-            for _ in range(samples):
+            for sample in range(samples):
+                self.noise.begin(sample)
                 logits = self.peft(**batch.inputs).logits[:, -1]
                 if batch.columns is not None:
                     logits = logits[:, batch.columns]
@@ -254,6 +281,7 @@ def official_search(
     tolerance: float = TOLERANCE,
     batch_size: int = 8,
     seed: int = 0,
+    noise: Callable[[OfficialAdapter], Noise] | None = None,
 ) -> OfficialResult:
     """Run the authors' search on the active adapter of ``peft``, on whatever device it is; the model is restored.
 
@@ -267,8 +295,10 @@ def official_search(
         tolerance: of the NLL's relative change divided by the number of anchors.
         batch_size: anchors a forward.
         seed: of torch's generator on the model's device.
+        noise: other draws than that generator's.
     """
     with official_adapter(peft, adapter, seed) as twin:
+        twin.noise = twin.noise if noise is None else noise(twin)
         cuda = twin.device.type == "cuda"
         now = clock(twin.device)
         batches = twin.batches(anchors, batch_size)

@@ -1,5 +1,8 @@
 """Our search with ``recipe="official"`` and the authors' own on the same anchors: do they find the same sigma, and do their
-posteriors predict the same? The noise of the two has nothing in common but its distribution.
+posteriors predict the same?
+
+With ``--noise shared`` the authors' algorithm gets our draws, so that nothing but the two codes differs. With ``--noise fresh``
+it draws its own, and the two have nothing in common but the distribution.
 """
 
 from __future__ import annotations
@@ -17,13 +20,15 @@ import torch
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext import search_sigma
+from tfb_ext import ops, reference, search_sigma
+from tfb_ext.adapter import BayesianAdapter
 from tfb_ext.data import Encoded, encode
 from tfb_ext.demo.headlines import load_split
 from tfb_ext.loading import DEMO, load_adapter
 from tfb_ext.metrics import evaluate
 
-from .official import HIGH, SAMPLES, official_adapter, official_search
+from .llama import lora_layers
+from .official import HIGH, SAMPLES, Noise, OfficialAdapter, official_adapter, official_search
 from .record import environment, write_json
 
 
@@ -61,6 +66,51 @@ class Parity:
         return all(abs(self.metrics[m] - self.official_metrics[m]) <= 2 * e for m, e in self.errors.items())
 
 
+class SharedNoise:
+    """The draws of samples 0, 1, ... of a Bayesian adapter in mode flipout, for the authors' form of the same adapter.
+
+    Ours are in a basis of B's range that is not that of its singular vectors, so they are turned into that.
+
+    Raises:
+        ValueError: the two bases do not span the same range.
+    """
+
+    def __init__(self, adapter: BayesianAdapter, twin: OfficialAdapter) -> None:
+        self.seed = adapter.seed
+        self.sample = 0
+        self.drawn: dict[tuple[Any, ...], Tensor] = {}
+        modules = lora_layers(adapter.model, adapter.layers)
+        posteriors = {id(m): p for m, p in zip(modules, adapter.posteriors, strict=True)}
+        self.posteriors = [posteriors[id(module)] for module in twin.layers]
+        self.turns = []
+        for module, posterior in zip(twin.layers, self.posteriors, strict=True):
+            theirs = torch.nn.functional.normalize(module.lora_B[twin.name].weight.float(), dim=0)
+            turn = theirs.T @ posterior.basis.to(theirs)
+            off = float((turn @ turn.T - torch.eye(len(turn), device=turn.device)).abs().max())
+            if off > 0.01:
+                raise ValueError(f"layer {posterior.name!r}: turning our basis into theirs is {off:.2g} off a rotation")
+            self.turns.append(turn)
+
+    def begin(self, sample: int) -> None:
+        self.sample = sample
+
+    def change(self, layer: int, x: Tensor, omega: Tensor) -> Tensor:
+        word, turn = self.posteriors[layer].layer, self.turns[layer].to(x.dtype)
+        noise = ops.noise(len(omega), x.shape[-1], self.seed, word, self.sample, x.device).to(x.dtype)
+        change = torch.nn.functional.linear(x * self._signs(reference.input_signs, layer, x), noise)
+        change = change * self._signs(reference.rank_signs, layer, change)
+        return torch.nn.functional.linear(change, omega * turn)
+
+    def _signs(self, draw: Any, layer: int, like: Tensor) -> Tensor:
+        """A batch's tokens are numbered row by row; a larger batch goes on where a smaller one ends."""
+        tokens, width = like[..., 0].numel(), like.shape[-1]
+        key = (draw, layer, self.sample)
+        if key not in self.drawn or len(self.drawn[key]) < tokens:
+            word = self.posteriors[layer].layer
+            self.drawn[key] = draw(tokens, width, self.seed, word, self.sample, like.device).to(torch.int8)
+        return self.drawn[key][:tokens].view(like.shape).to(like.dtype)
+
+
 METRICS = ("accuracy", "ece", "nll")
 
 
@@ -82,9 +132,18 @@ def paired_errors(ours: Tensor, theirs: Tensor, labels: Tensor, resamples: int =
 
 
 def compare(
-    adapter: Any, anchors: Encoded, test: Encoded, run: int, *, samples: int, batch_size: int, tolerance: float
+    adapter: BayesianAdapter,
+    anchors: Encoded,
+    test: Encoded,
+    run: int,
+    *,
+    samples: int,
+    batch_size: int,
+    tolerance: float,
+    shared: bool,
 ) -> Parity:
-    """Both searches with seed ``run``. ``adapter`` is in mode flipout, not antithetic."""
+    """Both searches with seed ``run``, and with the same draws if they are ``shared``. ``adapter`` is in mode flipout, not
+    antithetic."""
     adapter.seed = run
     ours = search_sigma(
         adapter,
@@ -97,10 +156,16 @@ def compare(
         apply=False,
     )
     predicted = tfb_ext.predict(adapter, test, samples, sigma=ours.sigma, batch_size=batch_size).probabilities
+
+    def noise(twin: OfficialAdapter) -> Noise:
+        return SharedNoise(adapter, twin) if shared else twin.noise
+
     theirs = official_search(
-        adapter.model, adapter.name, anchors, samples=samples, tolerance=tolerance, batch_size=batch_size, seed=run
-    )
+        adapter.model, adapter.name, anchors, samples=samples, tolerance=tolerance, batch_size=batch_size, seed=run,
+        noise=noise,
+    )  # fmt: skip
     with official_adapter(adapter.model, adapter.name, 2**32 + run) as twin:
+        twin.noise = noise(twin)
         twin.decompose(theirs.sigma)
         official = twin.probabilities(twin.batches(test, batch_size), samples).cpu()
     first = theirs.evaluations[0]
@@ -176,6 +241,7 @@ def main() -> None:
     parser.add_argument(
         "--tolerance", type=float, default=0.001, help="of both searches (0.001: half the NLL, on 500 anchors)"
     )
+    parser.add_argument("--noise", choices=("shared", "fresh"), default="shared", help="of the authors' algorithm")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -185,28 +251,33 @@ def main() -> None:
     adapter = tfb_ext.bayesianize(loaded.model, antithetic=False, mode="flipout")
     anchors = encode(load_split("anchor", options.anchors), loaded.tokenizer)
     test = encode(load_split("test", options.test), loaded.tokenizer)
+    command = (
+        f"python -m bench.official --adapter {options.adapter} --runs {options.runs} --anchors {options.anchors} "
+        f"--test {options.test} --noise {options.noise}"
+    )
+    facts = {
+        "adapter": options.adapter,
+        "anchors": len(anchors),
+        "test_items": len(test),
+        "samples": options.samples,
+        "tolerance": options.tolerance,
+        "noise": options.noise,
+        **environment(next(loaded.model.parameters()).device, command),
+    }
     runs, rows = [], []
-    command = f"python -m bench.official --adapter {options.adapter} --runs {options.runs} --anchors {options.anchors}"
-    where = environment(next(loaded.model.parameters()).device, command)
     for number in range(options.runs):
         run = compare(
-            adapter, anchors, test, number,
-            samples=options.samples, batch_size=options.batch_size, tolerance=options.tolerance,
+            adapter, anchors, test, number, samples=options.samples, batch_size=options.batch_size,
+            tolerance=options.tolerance, shared=options.noise == "shared",
         )  # fmt: skip
         runs.append(run)
         rows.append(asdict(run) | {"same_sigma": run.same_sigma, "same_metrics": run.same_metrics})
         print(
             f"run {number}: sigma {run.sigma:.5g} ours, {run.official_sigma:.5g} theirs; NLL at the first step {run.nll:.4f} "
-            f"and {run.official_nll:.4f}; metrics within two standard errors: {run.same_metrics}",
+            f"and {run.official_nll:.4f}; metrics within two standard errors: {run.same_metrics}; {run.seconds:.1f} and "
+            f"{run.official_seconds:.1f} s",
             flush=True,
         )
-    found = summary(runs)
-    print(json.dumps(found, indent=1))
-    if options.out is not None:
-        facts = {
-            "adapter": options.adapter,
-            "anchors": len(anchors),
-            "test_items": len(test),
-            "samples": options.samples,
-        }
-        write_json(options.out, {"summary": found | facts | where, "runs": rows})
+        if options.out is not None:  # after each, for they take long
+            write_json(options.out, {"summary": summary(runs) | facts, "runs": rows})
+    print(json.dumps(summary(runs), indent=1))

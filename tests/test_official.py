@@ -224,11 +224,32 @@ def test_paired_errors_see_only_differences() -> None:
     assert errors["nll"] == pytest.approx(float(change.std()) / 60**0.5, rel=0.2)
 
 
-def test_compare_runs_both_searches() -> None:
+def both(samples: int, steps_apart: bool, **options: Any) -> parity.Parity:
     adapter = tfb_ext.bayesianize(sharp_model(), antithetic=False, mode="flipout")
     anchors = small_sets.encoded(ITEMS)
     test = small_sets.labelled(adapter, small_sets.encoded(ITEMS, seed=2), wrong_every=3)
-    run = parity.compare(adapter, anchors, test, 0, samples=2, batch_size=8, tolerance=0.005)
-    assert run.nll == pytest.approx(run.official_nll, rel=0.5)
+    run = parity.compare(adapter, anchors, test, 3, samples=samples, batch_size=8, tolerance=0.005, **options)
     assert run.metrics.keys() == run.official_metrics.keys() == run.errors.keys()
     assert adapter.sigma is None
+    assert steps_apart == (run.nll != pytest.approx(run.official_nll, rel=1e-4))
+    return run
+
+
+def test_with_the_same_draws_both_searches_are_the_same() -> None:
+    run = both(3, steps_apart=False, shared=True)
+    assert run.same_sigma and run.sigma < 0.0149
+    assert run.metrics == pytest.approx(run.official_metrics, abs=1e-3)
+
+
+def test_with_draws_of_their_own_they_are_alike() -> None:
+    run = both(3, steps_apart=True, shared=False)
+    assert run.nll == pytest.approx(run.official_nll, rel=0.5)
+
+
+def test_shared_draws_need_the_same_range() -> None:
+    adapter = tfb_ext.bayesianize(sharp_model(), antithetic=False, mode="flipout")
+    with official_adapter(adapter.model, adapter.name, 0) as twin:
+        weight = twin.layers[0].lora_B[adapter.name].weight
+        weight.data.copy_(torch.randn_like(weight))
+        with pytest.raises(ValueError, match="off a rotation"):
+            parity.SharedNoise(adapter, twin)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tfb_ext
 from tfb_ext.data import Encoded
 from tfb_ext.errors import SamplingError
+from tfb_ext.layers import MEAN
 from tfb_ext.scoring import IGNORED, Scorer, item_labels, original_order
 
 SIGMA, SAMPLES = 0.3, 5
@@ -77,6 +78,17 @@ def test_equals_separate_passes_however_it_is_cut(depth: int | str) -> None:
                     assert torch.allclose(sampled(scorer), alone, atol=1e-5), (batch_size, rows, keep)
         means = original_order([scorer.mean(b).exp() for b in scorer.batches], scorer.batches, dim=0)
         assert torch.allclose(means, mean, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", zoo.DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_adapter_at_the_head_is_the_models_own(dtype: torch.dtype, device: str) -> None:
+    """No layer below has anything to sample, and the head itself is called with no rows at all."""
+    adapter = tfb_ext.bayesianize(zoo.peft_model("llama-head", dtype=dtype).to(device), sigma=SIGMA, depth="head")
+    scorer = Scorer(adapter, small_sets.encoded(4))
+    for batch in scorer.batches:
+        logs = scorer.average(batch, MEAN, first=len(adapter.anatomy.blocks))
+        assert torch.allclose(logs, scorer.mean(batch), atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
 def test_depth_of_the_scorer_overrules_the_adapters() -> None:

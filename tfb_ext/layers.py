@@ -218,7 +218,7 @@ class TFBVariant(LoraVariant):
             self.state.shared = None
         base = module._modules["base_layer"]._parameters
         if shared.written:
-            return part.addmm_(shared.rows, base["weight"].t()).view(*x.shape[:-1], -1)
+            return part.addmm_(shared.rows, base["weight"].t()).view(*x.shape[:-1], part.shape[-1])
         basis = module._buffers[self.basis_buffer]
         return ops.linear(x, base["weight"], base["bias"], part, basis, module.scaling[self.adapter])
 

@@ -21,9 +21,9 @@ from .layers import SampleBatch
 IGNORED = -100
 # On a CPU, rows of a batch, and rows one fused forward may hold before its samples are split: what its caches like.
 BATCH_CPU, ROWS_CPU = 8, 64
-# On a GPU a forward takes so many operations that launching it costs little beside (a fifth of a second of an H100), as far as
+# On a GPU a forward takes so many operations that launching it costs little beside (most of a second of an H100), as far as
 # its tokens fit into this share of the free memory, by a rough count of what a block holds at a time.
-OPERATIONS, MEMORY_SHARE, MOST_TOKENS, FEWEST_TOKENS = 1e14, 1 / 6, 2**18, 2**10
+OPERATIONS, MEMORY_SHARE, MOST_TOKENS, FEWEST_TOKENS = 4e14, 1 / 6, 2**18, 2**10
 BATCH_CUDA = 1024  # most rows of a batch
 SHUFFLED_BATCHES = 16  # at least: who wants them in random order looks at the results after each
 # Above this many classes (a vocabulary) per-sample results are not kept, only their average.
