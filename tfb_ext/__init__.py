@@ -20,6 +20,8 @@ _PUBLIC = {
     "SigmaSearch": "search",
     "predict": "prediction",
     "Prediction": "prediction",
+    "generate": "generation",
+    "Generation": "generation",
     "head_gaussian": "head",
     "HeadGaussian": "head",
     "kl_divergence": "theory",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from .adapter import BayesianAdapter, bayesianize, load
     from .data import Encoded, Example, encode, read_dataset, read_jsonl
     from .errors import ConfigError, SamplingError, TFBError, UnsupportedModelError
+    from .generation import Generation, generate
     from .head import HeadGaussian, head_gaussian
     from .metrics import Metrics, evaluate
     from .prediction import Prediction, predict

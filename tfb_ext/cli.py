@@ -1,4 +1,4 @@
-"""The command ``tfb``: demo, search, evaluate, predict, info."""
+"""The command ``tfb``: demo, search, evaluate, predict, generate, info."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ try:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     raise SystemExit(f"the command line needs typer and rich ({error}): pip install 'tfb_ext[cli]'") from None
 
 if TYPE_CHECKING:
     from .adapter import BayesianAdapter
     from .data import Encoded, Example
+    from .generation import Generation
     from .loading import Loaded
 
 app = typer.Typer(
@@ -372,6 +374,65 @@ def predict(
 
 
 @app.command()
+def generate(
+    adapter: AdapterOption,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several. Default: standard input.")
+    ] = None,
+    base: BaseOption = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Posterior samples.")] = 10,
+    sigma: SigmaOption = None,
+    depth: DepthOption = None,
+    seed: SeedOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample tokens at this temperature; default: the most probable token.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the smallest set of this probability.")] = None,
+    chat: Annotated[
+        bool, typer.Option(help="Put the prompt through the tokenizer's chat template, as a user.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message before a --chat prompt.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the answers as one HTML file.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Answer prompts, every token coloured by how much the sampled adapters disagree about it."""
+    from .generation import generate as run
+    from .report import generation_page
+
+    texts = prompt or [sys.stdin.read().rstrip("\n")]
+    if system is not None and not chat:
+        raise typer.BadParameter("needs --chat", param_hint="--system")
+    loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, None)
+    _need_sigma(bayesian)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    if temperature is not None or top_p is not None:
+        options |= {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": 0}
+    first = [] if system is None else [{"role": "system", "content": system}]
+    prompts: Any = [[*first, {"role": "user", "content": text}] for text in texts] if chat else texts
+    found = run(bayesian, prompts, loaded.tokenizer, samples, **options)
+    if html is not None:
+        generation_page(found, texts, loaded.tokenizer, html)
+    if as_json:
+        print(json.dumps(found.to_dict() | {"prompts": texts}))
+        return
+    screen = Console()
+    for row, text in enumerate(texts):
+        if len(texts) > 1:
+            screen.print(_shorten(text), style="dim", markup=False, highlight=False)
+        screen.print(_doubt(found, row), soft_wrap=True)
+    screen.print(
+        f"epistemic uncertainty, nats: {_ramp()}; {len(found.samples)} samples, sigma {found.sigma:.3g}, "
+        f"{found.seconds:.1f} s",
+        highlight=False,
+    )
+    if html is not None:
+        screen.print(f"page: {html}", highlight=False)
+
+
+@app.command()
 def info(
     adapter: Annotated[Path | None, typer.Argument(help="An adapter folder with a saved posterior.")] = None,
     as_json: JsonOption = False,
@@ -421,6 +482,27 @@ def parse_depth(text: str) -> int | float | str:
         ) from None
 
 
+# Terminal colours by epistemic uncertainty, nats: from these values on.
+_DOUBT_STYLES = ((0.0, ""), (0.02, "yellow"), (0.1, "bold dark_orange3"), (0.3, "bold red"))
+
+
+def _doubt_style(value: float) -> str:
+    return [style for least, style in _DOUBT_STYLES if value >= least][-1]
+
+
+def _doubt(found: Generation, row: int) -> Text:
+    text = Text()
+    for piece, value in zip(found.pieces[row], found.epistemic[row].tolist(), strict=False):
+        text.append(piece, _doubt_style(value))
+    return text
+
+
+def _ramp() -> str:
+    ends = [least for least, _ in _DOUBT_STYLES[1:]]
+    parts = [f"below {ends[0]:g}", *(f"[{style}]from {least:g}[/]" for least, style in _DOUBT_STYLES[1:])]
+    return ", ".join(parts)
+
+
 def _bracket(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None
@@ -460,14 +542,15 @@ def _load(
     depth: str | None,
     seed: int | None,
     sigma: float | None,
-    examples: list[Example],
+    examples: list[Example] | None,
 ) -> tuple[Loaded, BayesianAdapter]:
     """The model with its posterior: the saved one where the folder has it, and what the options say instead."""
     from .adapter import bayesianize, load
     from .files import CONFIG_NAME
     from .loading import load_adapter
 
-    loaded = load_adapter(adapter, base, device, dtype, classes=len(examples[0].choices))
+    classes = None if examples is None else len(examples[0].choices)
+    loaded = load_adapter(adapter, base, device, dtype, classes=classes)
     saved = (loaded.adapter / CONFIG_NAME).is_file()
     bayesian = load(loaded.model, loaded.adapter) if saved else bayesianize(loaded.model)
     if depth is not None:

@@ -169,6 +169,8 @@ class Predictive:
         groups: number of equal groups that are averaged apart (several sigmas in one pass); the model returns group 0.
         columns: output features to keep (label tokens), or ``None`` for all; then the model returns only these.
         keep_samples: keep the per-sample results of the last forward.
+        observe: called with per-sample results (s, B, ..., V) as the fold makes them and the number of the first of these
+            samples, for what needs all of them once and none of them afterwards.
         folded: (groups, B, ..., V) result of the last forward: log mean probability, or the kind's own mean.
         sample_outputs: (S, B, ..., V) per-sample log probabilities (or outputs) of the last forward, if kept.
         key: which batch of the trunk the next forward is; ``None`` keeps no trunk.
@@ -178,6 +180,7 @@ class Predictive:
     groups: int = 1
     columns: Tensor | None = None
     keep_samples: bool = False
+    observe: Callable[[Tensor, int], None] | None = None
     trunk: Trunk | None = None
     key: Hashable | None = None
     folded: Tensor | None = None
@@ -402,7 +405,7 @@ class Fan:
         hidden, self.pending = self.pending, None
         assert hidden is not None
         size = len(view.batch)
-        folding = _Folding(self.anatomy.kind, view.groups, size, view.keep_samples)
+        folding = _Folding(self.anatomy.kind, view.groups, size, view.keep_samples, view.observe)
         if view.columns is not None:
             output = head_columns(head, hidden, view.columns)
             piece = size
@@ -445,8 +448,10 @@ class Fan:
 class _Folding:
     """Running average of per-sample outputs, in float32 or better, sample groups apart."""
 
-    def __init__(self, kind: Kind, groups: int, size: int, keep: bool) -> None:
-        self.kind, self.groups, self.size, self.keep = kind, groups, size, keep
+    def __init__(
+        self, kind: Kind, groups: int, size: int, keep: bool, observe: Callable[[Tensor, int], None] | None = None
+    ) -> None:
+        self.kind, self.groups, self.size, self.keep, self.observe = kind, groups, size, keep, observe
         self.total: list[Tensor | None] = [None] * groups
         self.samples: list[Tensor] = []
 
@@ -458,6 +463,8 @@ class _Folding:
         values = self.values(logits)
         if self.keep:
             self.samples.append(values)
+        if self.observe is not None:
+            self.observe(values, start)
         if self.kind == "multi_label":
             # Probabilities of both answers, so that the logit of a mean near 1 does not overflow.
             values = torch.stack([values, self.values(-logits)], dim=1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ from .metrics import BINS, check, evaluate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
 
+    from .generation import Generation
     from .search import SigmaSearch
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, RED, GREEN = "#2f6db3", "#d64545", "#2d8a5f"
 AXIS_NAMES = {"nll": "NLL (nats)", "accuracy": "accuracy", "flips": "changed predictions", "brier": "Brier score"}
+DOUBT_SCALE = 0.5  # nats of epistemic uncertainty at which a token's colour is fullest
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -201,8 +204,6 @@ def html_report(
     Raises:
         ValueError: a table's row is not as long as its header, or an image is no PNG.
     """
-    import jinja2
-
     for table in tables:
         for row in table.rows:
             if len(row) != len(table.columns):
@@ -210,12 +211,90 @@ def html_report(
                     f"table {table.title!r}: row {list(row)!r} has {len(row)} cells; expected {len(table.columns)}, "
                     f"one for each of {list(table.columns)!r}"
                 )
+    pictures = [(caption, _base64_png(Path(image))) for caption, image in images.items()]
+    page = _template("report.html").render(title=title, tables=tables, images=pictures, facts=facts)
+    write_atomically(Path(path), page)
+
+
+def generation_page(
+    generation: Generation,
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    title: str = "How sure is the model of every word?",
+    scale: float = DOUBT_SCALE,
+) -> None:
+    """Write the texts as one HTML file: each token coloured by its epistemic uncertainty, its alternatives on hover.
+
+    Args:
+        generation: made with a tokenizer.
+        prompts: one text a prompt; where a prompt has several rows, they follow each other.
+        tokenizer: names the alternatives.
+        scale: nats at which the colour is fullest.
+
+    Raises:
+        ValueError: no texts, or rows that are no multiple of the prompts.
+    """
+    count = len(generation.texts)
+    if not count or not prompts or count % len(prompts):
+        raise ValueError(
+            f"the generation has {count} texts for {len(prompts)} prompts; expected a generation that was given a tokenizer, and "
+            "its prompts"
+        )
+    rows = []
+    for row, length in enumerate(generation.lengths.tolist()):
+        tokens = [_page_token(generation, row, at, tokenizer, scale) for at in range(length)]
+        means = {
+            name: float(getattr(generation, name)[row, :length].mean()) if length else 0.0
+            for name in ("total", "aleatoric", "epistemic")
+        }
+        score = float(generation.sequence_scores[row])
+        rows.append(
+            {"prompt": prompts[row // (count // len(prompts))], "tokens": tokens, "sequence_score": score, **means}
+        )
+    facts = f"{len(generation.samples)} sampled adapters, sigma = {generation.sigma:.3g}"
+    page = _template("generation.html").render(title=title, rows=rows, scale=scale, facts=facts)
+    write_atomically(Path(path), page)
+
+
+def _page_token(
+    generation: Generation, row: int, at: int, tokenizer: PreTrainedTokenizerBase, scale: float
+) -> dict[str, Any]:
+    chosen = int(generation.tokens[row, at])
+    listed = dict(
+        zip(
+            generation.alternatives[row, at].tolist(),
+            generation.alternative_probabilities[row, at].tolist(),
+            strict=True,
+        )
+    )
+    listed.setdefault(chosen, float(generation.log_probabilities[row, at].exp()))  # a sampled token may be none of them
+    epistemic = float(generation.epistemic[row, at])
+    return {
+        "text": generation.pieces[row][at],
+        "share": min(epistemic / scale, 1.0),
+        "total": float(generation.total[row, at]),
+        "aleatoric": float(generation.aleatoric[row, at]),
+        "epistemic": epistemic,
+        "alternatives": [
+            {"text": _visible(str(tokenizer.decode([token]))), "probability": p, "chosen": token == chosen}
+            for token, p in listed.items()
+        ],
+    }
+
+
+def _visible(text: str) -> str:
+    """White space that would not show, shown."""
+    return text.replace("\n", "⏎").replace("\t", "⇥") if text.strip() else text.replace(" ", "␣").replace("\n", "⏎")
+
+
+def _template(name: str) -> Any:
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
-    pictures = [(caption, _base64_png(Path(image))) for caption, image in images.items()]
-    page = environment.get_template("report.html").render(title=title, tables=tables, images=pictures, facts=facts)
-    write_atomically(Path(path), page)
+    return environment.get_template(name)
 
 
 def _base64_png(path: Path) -> str:
