@@ -35,6 +35,11 @@ _PUBLIC = {
     "read_dataset": "data",
     "evaluate": "metrics",
     "Metrics": "metrics",
+    "uncertainty_scores": "uncertainty",
+    "detection": "uncertainty",
+    "Detection": "uncertainty",
+    "selective": "uncertainty",
+    "Selective": "uncertainty",
     "TFBError": "errors",
     "UnsupportedModelError": "errors",
     "SamplingError": "errors",
@@ -52,6 +57,7 @@ if TYPE_CHECKING:
     from .prediction import Prediction, predict
     from .search import SigmaSearch, search_sigma
     from .theory import ImpliedWeight, KLDivergence, PaperForm, implied_weight, kl_divergence, paper_form
+    from .uncertainty import Detection, Selective, detection, selective, uncertainty_scores
 
 
 def __getattr__(name: str) -> Any:
