@@ -210,10 +210,16 @@ def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
             assert found["ood"][name][score] == pytest.approx(expected, abs=1e-6)
     page = Path(found["report"]).read_text()
     assert page.count("data:image/png;base64,") == 3 and "risk at 90%" in page and "FPR at 95 % TPR" in page
-    for picture in ("risk_coverage.png", "strangers.png"):
+    for picture in ("risk_coverage.png", "out_of_distribution.png"):
         assert (tmp_path / "r" / picture).read_bytes().startswith(b"\x89PNG")
     table = plain(tfb(*common, "--selective", "--ood", strange).stdout)
-    for text in ("Selective prediction: 10 items", "AURC", "Strangers: 7 items", "FPR at 95 % TPR", "epistemic"):
+    for text in (
+        "Selective prediction: 10 items",
+        "AURC",
+        "Out of distribution: 7 items",
+        "FPR at 95 % TPR",
+        "epistemic",
+    ):
         assert text in table
 
 

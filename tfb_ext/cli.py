@@ -251,7 +251,7 @@ def evaluate(
     ood: Annotated[
         str | None,
         typer.Option(
-            help="Also: does it know strangers? Out-of-distribution items, unlabelled or not, as --data reads them."
+            help="Also: does it know strangers? Out-of-distribution items, read as --data is, labelled or not."
         ),
     ] = None,
     out: Annotated[
@@ -318,11 +318,11 @@ def evaluate(
             pictures["Errors among the answers given, the surest first"] = out / "risk_coverage.png"
             report.risk_coverage_diagram(chosen, out / "risk_coverage.png")
         if strange is not None:
-            pictures["Uncertainty of the data's own items and of strangers"] = out / "strangers.png"
+            pictures["Uncertainty in and out of distribution"] = out / "out_of_distribution.png"
             panels = {
                 name: (uncertainty_scores(p), uncertainty_scores(strange[name])) for name, p in predictions.items()
             }
-            report.score_histograms(panels, out / "strangers.png")
+            report.score_histograms(panels, out / "out_of_distribution.png")
         facts = {
             "command": _command(),
             "adapter": str(loaded.adapter),
@@ -581,10 +581,15 @@ def _detection_table(found: dict[str, dict[str, Detection]], ood: str) -> _Rows:
     first = next(iter(next(iter(found.values())).values()))
     share = first.items_out / (first.items_in + first.items_out)
     note = (
-        "Strangers are the positive class; AUPR in: the data's own items are. By chance: AUROC 50 %, AUPR "
+        "Items out of distribution are the positive class; AUPR in: those of the data are. By chance: AUROC 50 %, AUPR "
         f"{share:.1%}, AUPR in {1 - share:.1%}, FPR 95 %. The mean adapter cannot disagree with itself: it has no epistemic score."
     )
-    return f"Strangers: {first.items_out} items of {ood} against {first.items_in} of the data", columns, rows, note
+    return (
+        f"Out of distribution: {first.items_out} items of {ood} against {first.items_in} of the data",
+        columns,
+        rows,
+        note,
+    )
 
 
 def _load(

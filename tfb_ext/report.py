@@ -149,12 +149,12 @@ def risk_coverage_diagram(panels: Mapping[str, Mapping[str, Selective]], path: s
 
 
 def score_histograms(panels: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], path: str | Path) -> None:
-    """Draw how scores of uncertainty are distributed over own items (blue) and strangers (red) as a PNG file.
+    """Draw how scores of uncertainty are distributed in (blue) and out of distribution (red), as a PNG file.
 
     One row a set of predictions, one column a score; both kinds share bins and count as densities.
 
     Args:
-        panels: name of the predictions -> (scores of the own items, scores of the strangers), each name -> (N,).
+        panels: name of the predictions -> (scores in distribution, scores out of distribution), each name -> (N,).
         path: the file to write; its folder is made.
 
     Raises:
@@ -172,7 +172,10 @@ def score_histograms(panels: Mapping[str, tuple[Mapping[str, Tensor], Mapping[st
             axes = figure.add_subplot(grid[row, column])
             _plain(axes)
             top = max(float(own[score].max()), float(strange[score].max()), 1e-12)
-            for values, label, colour in ((own[score], "own items", BLUE), (strange[score], "strangers", RED)):
+            for values, label, colour in (
+                (own[score], "in distribution", BLUE),
+                (strange[score], "out of distribution", RED),
+            ):
                 axes.hist(values.tolist(), bins=30, range=(0, top), density=True, color=colour, alpha=0.5, label=label)
             unit = "1 - top probability" if score == "confidence" else "nats"
             axes.set_title(f"{name}: {score}", fontsize=10, color=INK)
