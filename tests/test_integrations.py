@@ -26,11 +26,17 @@ def bayesian(name: str, **options: Any) -> Any:
 
 
 def labelled_batch(name: str) -> dict[str, Tensor]:
-    """Rows of different lengths with labels: the classes, or the tokens themselves, but for what the padding would predict."""
+    """Rows of different lengths with labels: the classes, or the tokens themselves, but for what nothing or padding predicts.
+
+    The first token is no target of a language model's loss, but Trainer counts its label as one for GPT-2, whose loss type it
+    does not know.
+    """
     batch = zoo.batch_for(name, ROWS)
     if name in zoo.CAUSAL:
-        after_padding = batch["attention_mask"].roll(1, 1) * batch["attention_mask"] == 0
-        return {**batch, "labels": batch["input_ids"].masked_fill(after_padding, -100)}
+        labels = batch["input_ids"].clone()
+        labels[:, 1:].masked_fill_(batch["attention_mask"][:, :-1] == 0, -100)
+        labels[:, 0] = -100
+        return {**batch, "labels": labels}
     return {**batch, "labels": torch.arange(ROWS) % 3}
 
 
