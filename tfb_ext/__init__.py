@@ -19,7 +19,11 @@ _PUBLIC = {
     "search_sigma": "search",
     "SigmaSearch": "search",
     "predict": "prediction",
+    "predict_multi_label": "prediction",
+    "predict_regression": "prediction",
     "Prediction": "prediction",
+    "MultiLabelPrediction": "prediction",
+    "RegressionPrediction": "prediction",
     "head_gaussian": "head",
     "HeadGaussian": "head",
     "kl_divergence": "theory",
@@ -54,7 +58,14 @@ if TYPE_CHECKING:
     from .errors import ConfigError, SamplingError, TFBError, UnsupportedModelError
     from .head import HeadGaussian, head_gaussian
     from .metrics import Metrics, evaluate
-    from .prediction import Prediction, predict
+    from .prediction import (
+        MultiLabelPrediction,
+        Prediction,
+        RegressionPrediction,
+        predict,
+        predict_multi_label,
+        predict_regression,
+    )
     from .search import SigmaSearch, search_sigma
     from .theory import ImpliedWeight, KLDivergence, PaperForm, implied_weight, kl_divergence, paper_form
     from .uncertainty import Detection, Selective, detection, selective, uncertainty_scores
