@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -21,10 +21,17 @@ except ImportError as error:
     raise SystemExit(f"the command line needs typer and rich ({error}): pip install 'tfb_ext[cli]'") from None
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .adapter import BayesianAdapter
     from .data import Encoded, Example
     from .generation import Generation
     from .loading import Loaded
+    from .prediction import Prediction
+    from .uncertainty import Detection, Selective
+
+# A table: title, header, rows, note.
+_Rows = tuple[str, tuple[str, ...], Sequence[tuple[str, ...]], str]
 
 app = typer.Typer(
     name="tfb",
@@ -239,26 +246,47 @@ def evaluate(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder for report.html with reliability diagrams.")] = None,
+    selective: Annotated[
+        bool,
+        typer.Option("--selective", help="Also: does the uncertainty know the errors? Risk-coverage, AURC, AUROC."),
+    ] = False,
+    ood: Annotated[
+        str | None,
+        typer.Option(
+            help="Also: does it know strangers? Out-of-distribution items, read as --data is, labelled or not."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html with reliability diagrams, curves and histograms.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Calibration before and after, on labelled data: accuracy, ECE, NLL and Brier of mean adapter and posterior.
 
-    Example: tfb evaluate -a my-bayesian-adapter -d test.jsonl --out report
+    Example: tfb evaluate -a my-bayesian-adapter -d test.jsonl --selective --ood elsewhere.jsonl --out report
     """
     from . import metrics
     from .loading import device_name, versions
     from .prediction import predict as run
 
     examples = _examples(data, split, prompt, label, choices, limit)
+    strangers = None if ood is None else _strangers(ood, split, prompt, choices, limit, examples)
     loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, examples)
     _need_sigma(bayesian)
     encoded = _encode(examples, loaded)
     labels = encoded.labels_tensor()
-    predictions = {
-        "mean adapter": run(bayesian, encoded, samples=0, batch_size=batch_size, progress=True),
-        f"TFB, {samples} samples": run(bayesian, encoded, samples=samples, batch_size=batch_size, progress=True),
-    }
+
+    def both(items: Encoded) -> dict[str, Prediction]:
+        return {
+            "mean adapter": run(bayesian, items, samples=0, batch_size=batch_size, progress=True),
+            f"TFB, {samples} samples": run(bayesian, items, samples=samples, batch_size=batch_size, progress=True),
+        }
+
+    stranger_items = None if strangers is None else _encode(strangers, loaded)
+    predictions = both(encoded)
+    strange = None if stranger_items is None else both(stranger_items)
+    chosen = _selective(predictions, labels) if selective else None
+    detected = None if strange is None else _detection(predictions, strange)
     measured = {name: metrics.evaluate(p.probabilities, labels) for name, p in predictions.items()}
     rows = [
         (
@@ -273,13 +301,30 @@ def evaluate(
         for (name, p), m in zip(predictions.items(), measured.values(), strict=True)
     ]
     columns = ("model", "sigma", "accuracy", "ECE", "NLL", "Brier", "time")
+    tables: list[_Rows] = [(f"{data}: {len(labels)} items", columns, rows, "ECE: 15 bins, l1, top label.")]
+    if chosen is not None:
+        tables.append(_selective_table(chosen, len(labels)))
+    if detected is not None:
+        tables.append(_detection_table(detected, str(ood)))
     written = None
     if out is not None:
         from . import report
+        from .uncertainty import uncertainty_scores
 
         out.mkdir(parents=True, exist_ok=True)
-        picture = out / "reliability.png"
-        report.reliability_diagram({name: (p.probabilities, labels) for name, p in predictions.items()}, picture)
+        pictures = {"Reliability before and after": out / "reliability.png"}
+        report.reliability_diagram(
+            {name: (p.probabilities, labels) for name, p in predictions.items()}, out / "reliability.png"
+        )
+        if chosen is not None:
+            pictures["Errors among the answers given, the surest first"] = out / "risk_coverage.png"
+            report.risk_coverage_diagram(chosen, out / "risk_coverage.png")
+        if strange is not None:
+            pictures["Uncertainty in and out of distribution"] = out / "out_of_distribution.png"
+            panels = {
+                name: (uncertainty_scores(p), uncertainty_scores(strange[name])) for name, p in predictions.items()
+            }
+            report.score_histograms(panels, out / "out_of_distribution.png")
         facts = {
             "command": _command(),
             "adapter": str(loaded.adapter),
@@ -289,15 +334,19 @@ def evaluate(
             **versions(),
         }
         written = out / "report.html"
-        table = report.Table(f"{data}: {len(labels)} items", columns, rows, "ECE: 15 bins, l1, top label.")
-        report.html_report(written, "tfb_ext: evaluation", [table], {"Reliability before and after": picture}, facts)
+        report.html_report(written, "tfb_ext: evaluation", [report.Table(*t) for t in tables], pictures, facts)
     if as_json:
         names = ("mean", "tfb")
         document: dict[str, Any] = {n: m.to_dict() for n, m in zip(names, measured.values(), strict=True)}
         document |= {"sigma": bayesian.sigma, "samples": samples, "depth": bayesian.depth, "seed": bayesian.seed}
+        if chosen is not None:
+            document["selective"] = _by_score(names, chosen)
+        if detected is not None:
+            document["ood"] = {"data": ood, **_by_score(names, detected)}
         print(json.dumps({**document, "report": None if written is None else str(written)}))
         return
-    _table(f"{data}: {len(labels)} items", columns, rows, Console())
+    for title, header, lines, _ in tables:
+        _table(title, header, lines, Console())
     if written is not None:
         print(f"report: {written}")
 
@@ -532,6 +581,97 @@ def _examples(
     if limit is not None and limit < 1:
         raise typer.BadParameter(f"{limit}, expected at least 1", param_hint="--limit")
     return examples[:limit]
+
+
+def _strangers(
+    ood: str, split: str, prompt: str | None, choices: str | None, limit: int | None, examples: list[Example]
+) -> list[Example]:
+    found = _examples(ood, split, prompt, None, choices, limit)
+    for number, example in enumerate(found):
+        if example.choices != examples[0].choices:
+            raise ValueError(
+                f"--ood {ood}: item {number} has the choices {list(example.choices)!r}, --data has "
+                f"{list(examples[0].choices)!r}; expected the same, for the uncertainty about other answers is not comparable: "
+                "give the strangers the choices of the data (they need no label)"
+            )
+    return found
+
+
+def _selective(predictions: dict[str, Prediction], labels: Tensor) -> dict[str, dict[str, Selective]]:
+    from .uncertainty import selective, uncertainty_scores
+
+    return {
+        name: {score: selective(values, p.labels != labels) for score, values in uncertainty_scores(p).items()}
+        for name, p in predictions.items()
+    }
+
+
+def _detection(predictions: dict[str, Prediction], strange: dict[str, Prediction]) -> dict[str, dict[str, Detection]]:
+    from .uncertainty import detection, uncertainty_scores
+
+    return {
+        name: {
+            score: detection(own, other)
+            for (score, own), other in zip(
+                uncertainty_scores(p).items(), uncertainty_scores(strange[name]).values(), strict=True
+            )
+        }
+        for name, p in predictions.items()
+    }
+
+
+def _by_score(
+    names: tuple[str, ...], found: Mapping[str, Mapping[str, Selective | Detection]]
+) -> dict[str, dict[str, Any]]:
+    return {
+        name: {score: value.to_dict() for score, value in scores.items()}
+        for name, scores in zip(names, found.values(), strict=True)
+    }
+
+
+def _selective_table(found: dict[str, dict[str, Selective]], items: int) -> _Rows:
+    from .uncertainty import COVERAGES, RISKS
+
+    shares = *(f"risk at {c:.0%}" for c in COVERAGES), *(f"coverage at {r:.0%}" for r in RISKS)
+    columns = ("model", "score", "AURC", "excess", "AUROC of errors", *shares)
+    rows = [
+        (
+            name,
+            score,
+            f"{s.aurc:.4f}",
+            f"{s.eaurc:.4f}",
+            "n/a" if s.auroc is None else f"{s.auroc:.1%}",
+            *(f"{s.risk_at(c):.1%}" for c in COVERAGES),
+            *(f"{s.coverage_at(r):.1%}" for r in RISKS),
+        )
+        for name, scores in found.items()
+        for score, s in scores.items()
+    ]
+    note = "Risk: error rate among the surest share of the items that is answered; AURC: its mean over all shares. Lower is better."
+    if any(s.auroc is None for scores in found.values() for s in scores.values()):
+        note += " n/a: all answers of one kind, right or wrong, so there is nothing to tell apart."
+    return f"Selective prediction: {items} items, the surest first", columns, rows, note
+
+
+def _detection_table(found: dict[str, dict[str, Detection]], ood: str) -> _Rows:
+    columns = ("model", "score", "AUROC", "AUPR", "AUPR in", "FPR at 95 % TPR")
+    rows = [
+        (name, score, f"{d.auroc:.1%}", f"{d.aupr:.1%}", f"{d.aupr_in:.1%}", f"{d.fpr95:.1%}")
+        for name, scores in found.items()
+        for score, d in scores.items()
+    ]
+    first = next(iter(next(iter(found.values())).values()))
+    share = first.items_out / (first.items_in + first.items_out)
+    note = (
+        "Items out of distribution are the positive class; AUPR in: those of the data are. By chance: AUROC 50 %, AUPR "
+        f"{share:.1%}, AUPR in {1 - share:.1%}, FPR 95 %. The mean adapter cannot disagree with itself: it has no epistemic score."
+    )
+    return (
+        f"Out of distribution: {first.items_out} items of {ood} against {first.items_in} of the data",
+        columns,
+        rows,
+        note,
+    )
 
 
 def _load(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from .generation import Generation
     from .search import SigmaSearch
+    from .uncertainty import Selective
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, RED, GREEN = "#2f6db3", "#d64545", "#2d8a5f"
@@ -112,6 +113,85 @@ def reliability_diagram(panels: Mapping[str, tuple[Tensor, Tensor]], path: str |
             upper.tick_params(labelleft=False)
             lower.tick_params(labelleft=False)
     _write(figure, path)
+
+
+def risk_coverage_diagram(panels: Mapping[str, Mapping[str, Selective]], path: str | Path) -> None:
+    """Draw the error rate among the answers given against the share of items answered, one panel a score, as a PNG file.
+
+    Args:
+        panels: name of the predictions -> name of the score -> its curve; a score that only some of them have is drawn for
+            these.
+        path: the file to write; its folder is made.
+
+    Raises:
+        ValueError: no panels.
+    """
+    scores = list(dict.fromkeys(score for curves in panels.values() for score in curves))
+    if not scores:
+        raise ValueError(f"panels: {dict(panels)!r}; expected at least one name with at least one score")
+    figure = _figure(3.4 * len(scores) + 0.6, 3.6)
+    first = None
+    for column, score in enumerate(scores):
+        axes = figure.add_subplot(1, len(scores), column + 1, sharey=first)
+        first = first or axes
+        _plain(axes)
+        for number, (name, curves) in enumerate(panels.items()):
+            if score in curves:
+                curve = curves[score]
+                label = f"{name}: AURC {curve.aurc:.3g}"
+                axes.plot(curve.coverage.tolist(), curve.risk.tolist(), color=_colour(number), lw=1.6, label=label)
+        axes.set_xlim(0, 1)
+        axes.set_title(score, fontsize=11, color=INK)
+        axes.set_xlabel("coverage: share answered")
+        axes.legend(frameon=False, fontsize=8)
+        if column == 0:
+            axes.set_ylabel("risk: error rate among these")
+        else:
+            axes.tick_params(labelleft=False)
+    _write(figure, path)
+
+
+def score_histograms(panels: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], path: str | Path) -> None:
+    """Draw how scores of uncertainty are distributed in (blue) and out of distribution (red), as a PNG file.
+
+    One row a set of predictions, one column a score; both kinds share bins and count as densities.
+
+    Args:
+        panels: name of the predictions -> (scores in distribution, scores out of distribution), each name -> (N,).
+        path: the file to write; its folder is made.
+
+    Raises:
+        ValueError: no panels.
+    """
+    scores = list(dict.fromkeys(score for own, _ in panels.values() for score in own))
+    if not scores:
+        raise ValueError(f"panels: {dict(panels)!r}; expected at least one name with at least one score")
+    figure = _figure(3.2 * len(scores) + 0.6, 2.7 * len(panels) + 0.4)
+    grid = figure.add_gridspec(len(panels), len(scores), hspace=0.5, wspace=0.28)
+    for row, (name, (own, strange)) in enumerate(panels.items()):
+        for column, score in enumerate(scores):
+            if score not in own:
+                continue
+            axes = figure.add_subplot(grid[row, column])
+            _plain(axes)
+            top = max(float(own[score].max()), float(strange[score].max()), 1e-12)
+            for values, label, colour in (
+                (own[score], "in distribution", BLUE),
+                (strange[score], "out of distribution", RED),
+            ):
+                axes.hist(values.tolist(), bins=30, range=(0, top), density=True, color=colour, alpha=0.5, label=label)
+            unit = "1 - top probability" if score == "confidence" else "nats"
+            axes.set_title(f"{name}: {score}", fontsize=10, color=INK)
+            axes.set_xlabel(unit)
+            if row == column == 0:
+                axes.legend(frameon=False, fontsize=9)
+            if column == 0:
+                axes.set_ylabel("density")
+    _write(figure, path)
+
+
+def _colour(number: int) -> str:
+    return (MUTED, BLUE, RED, GREEN)[number % 4]
 
 
 def search_trace(search: SigmaSearch, path: str | Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adapter import BayesianAdapter, Depth
 from .data import Encoded
-from .fan import CLASSIFIER_HEADS, Predictive, Trunk, last_position_only
+from .fan import CLASSIFIER_HEADS, Kind, Predictive, Trunk, last_position_only
 from .layers import SampleBatch
 
 IGNORED = -100
@@ -89,6 +89,10 @@ class Scorer:
         shuffle: batches in a random order (always the same), instead of the longest first.
         shard: (rank, world size): run every ``world size``-th batch only, from ``rank`` on.
         may_be_empty: whether no batch at all is no error.
+        kind: what the head's outputs must be; other than classes, labels are not looked at, and the methods below give log
+            probabilities of each label, or the outputs themselves, where they say log probabilities of the classes.
+
+    A model that labels tokens has an item for every labelled position, or for every attended one where there are no labels.
     """
 
     def __init__(
@@ -103,16 +107,14 @@ class Scorer:
         shuffle: bool = False,
         shard: tuple[int, int] = (0, 1),
         may_be_empty: bool = False,
+        kind: Kind = "categorical",
     ) -> None:
         self.adapter = adapter
         self.model = adapter.anatomy.model
         self.device = next(self.model.parameters()).device
-        kind = adapter.anatomy.kind
-        if kind != "categorical":
-            raise ValueError(
-                f"the model's head is {kind.replace('_', '-')}, whose outputs are no class probabilities; call the model inside "
-                "adapter.predictive(...) instead"
-            )
+        _check_kind(adapter.anatomy.kind, kind)
+        self.kind: Kind = kind
+        self.labels_tokens = type(self.model).__name__.endswith("ForTokenClassification")
         self.depth: Depth = adapter.depth if depth is None else depth
         self.first = adapter.first_random_block(self.depth)
         cuda = self.device.type == "cuda"
@@ -177,7 +179,7 @@ class Scorer:
             if key % world != rank:
                 continue
             inputs = {n: v.to(self.device) for n, v in raw.items() if n != "labels" and isinstance(v, Tensor)}
-            found = raw.get("labels")
+            found = raw.get("labels") if self.kind == "categorical" else None
             yield Batch(
                 key,
                 self._plain(inputs),
@@ -195,6 +197,13 @@ class Scorer:
                 f"the model has a classification head ({name!r}, {classes} classes), but the data names label tokens; encode "
                 "it with tfb_ext.encode(examples, tokenizer, head=True)"
             )
+        if self.labels_tokens:
+            raise ValueError(
+                f"{type(self.model).__name__} labels every token, but an Encoded set has one answer a prompt; pass batches of "
+                "model arguments (input_ids, attention_mask, and labels (B, T) with -100 where no item is)"
+            )
+        if self.kind == "regression":
+            return
         if data.choice_ids is None and len(data.choices) != classes:
             raise ValueError(
                 f"the data has {len(data.choices)} choices, {list(data.choices)!r}, and the model's head {name!r} {classes} "
@@ -234,7 +243,11 @@ class Scorer:
             logits = logits if logits.dtype == torch.float64 else logits.float()
             if batch.columns is not None:
                 logits = logits.index_select(-1, batch.columns)
-            return self.items(torch.log_softmax(logits, dim=-1), batch)
+            if self.kind == "multi_label":
+                logits = torch.nn.functional.logsigmoid(logits)
+            elif self.kind == "categorical":
+                logits = torch.log_softmax(logits, dim=-1)
+            return self.items(logits, batch)
 
         return self._whole_or_halves(batch, run, dim=0)
 
@@ -354,6 +367,8 @@ class Scorer:
         lead = (slice(None),) if stacked else ()
         if values.dim() == len(lead) + 2:  # a head over pooled rows
             return values
+        if self.labels_tokens and batch.labels is None:
+            return values[(*lead, _mask(batch).bool())]
         if batch.columns is not None or not batch.token_labelled:
             position = self._last_position(values.shape[-2], batch)
             return values[(*lead, torch.arange(len(batch.index), device=values.device), position)]
@@ -367,6 +382,21 @@ class Scorer:
         """Rightmost attended position of each row, among the ``width`` positions that the head computed."""
         mask = _mask(batch)[:, -width:]
         return (torch.arange(width, device=mask.device) * mask).argmax(-1)
+
+
+def _check_kind(found: Kind, expected: Kind) -> None:
+    if found == expected:
+        return
+    calls = {"categorical": "predict", "multi_label": "predict_multi_label", "regression": "predict_regression"}
+    what = {
+        "categorical": "no class probabilities",
+        "multi_label": "no independent probabilities of labels",
+        "regression": "no values of a regression",
+    }[expected]
+    raise ValueError(
+        f"the model's head is {found.replace('_', '-')}, whose outputs are {what}; use tfb_ext.{calls[found]}(...), or call the "
+        "model inside adapter.predictive(...)"
+    )
 
 
 def item_labels(batch: Batch) -> Tensor:
