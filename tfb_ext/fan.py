@@ -171,8 +171,14 @@ class Predictive:
         keep_samples: keep the per-sample results of the last forward.
         observe: called with per-sample results (s, B, ..., V) as the fold makes them and the number of the first of these
             samples, for what needs all of them once and none of them afterwards.
+        targets: outputs (token ids; with ``columns``, places among them) whose log probability every sample is asked for, int64,
+            of the shape of the head's output without its last axis: (B, T) for a language model, or (B, T, K) for K of them a
+            position. A target belongs to the position that predicts it; negative ones (-100) are not looked up. May be set anew
+            before each forward.
         folded: (groups, B, ..., V) result of the last forward: log mean probability, or the kind's own mean.
         sample_outputs: (S, B, ..., V) per-sample log probabilities (or outputs) of the last forward, if kept.
+        target_log_probabilities: (S, *targets.shape) per-sample log probabilities of the targets in the last forward, 0 for
+            those that are not looked up, so that a sum over positions is that of a sequence. All that is kept of S * B * T * V.
         key: which batch of the trunk the next forward is; ``None`` keeps no trunk.
     """
 
@@ -181,10 +187,12 @@ class Predictive:
     columns: Tensor | None = None
     keep_samples: bool = False
     observe: Callable[[Tensor, int], None] | None = None
+    targets: Tensor | None = None
     trunk: Trunk | None = None
     key: Hashable | None = None
     folded: Tensor | None = None
     sample_outputs: Tensor | None = None
+    target_log_probabilities: Tensor | None = None
 
 
 class Fan:
@@ -405,7 +413,8 @@ class Fan:
         hidden, self.pending = self.pending, None
         assert hidden is not None
         size = len(view.batch)
-        folding = _Folding(self.anatomy.kind, view.groups, size, view.keep_samples, view.observe)
+        targets = self.checked_targets(head, hidden)
+        folding = _Folding(self.anatomy.kind, view.groups, size, view.keep_samples, targets, view.observe)
         if view.columns is not None:
             output = head_columns(head, hidden, view.columns)
             piece = size
@@ -421,7 +430,33 @@ class Fan:
         finally:
             state.batch = view.batch
         view.folded, view.sample_outputs = folding.result()
+        view.target_log_probabilities = None if targets is None else torch.cat(folding.targeted)
         return view.folded[0]
+
+    def checked_targets(self, head: nn.Module, hidden: Tensor) -> Tensor | None:
+        """The view's targets on the head's device, once they are known to fit its input (S * B, ..., n)."""
+        targets, columns = self.view.targets, self.view.columns
+        if targets is None:
+            return None
+        if self.anatomy.kind != "categorical":
+            raise SamplingError(
+                f"targets need class probabilities, and the model's head is {self.anatomy.kind.replace('_', '-')}; use "
+                "keep_samples=True and take what you need of .sample_outputs"
+            )
+        expected = (self.rows, *hidden.shape[1:-1])
+        axes = len(expected)
+        fits = tuple(targets.shape[:axes]) == expected and targets.dim() in (axes, axes + 1)
+        if targets.dtype != torch.int64 or not fits:
+            raise SamplingError(
+                f"targets are {targets.dtype} of shape {tuple(targets.shape)}, expected int64 of shape {expected}, one for every "
+                "position whose logits the head makes, or that with one more axis for several a position"
+            )
+        width = len(columns) if columns is not None else getattr(head, "out_features", None)
+        if width is not None and not torch.compiler.is_compiling() and targets.numel() and int(targets.max()) >= width:
+            raise SamplingError(
+                f"targets reach {int(targets.max())}, expected numbers below {width}, one for each output that the head makes"
+            )
+        return targets.to(hidden.device)
 
     def capped(self, logits: Tensor) -> Tensor:
         if self.soft_cap is None:
@@ -449,11 +484,19 @@ class _Folding:
     """Running average of per-sample outputs, in float32 or better, sample groups apart."""
 
     def __init__(
-        self, kind: Kind, groups: int, size: int, keep: bool, observe: Callable[[Tensor, int], None] | None = None
+        self,
+        kind: Kind,
+        groups: int,
+        size: int,
+        keep: bool,
+        targets: Tensor | None = None,
+        observe: Callable[[Tensor, int], None] | None = None,
     ) -> None:
-        self.kind, self.groups, self.size, self.keep, self.observe = kind, groups, size, keep, observe
+        self.kind, self.groups, self.size, self.keep = kind, groups, size, keep
+        self.targets, self.observe = targets, observe
         self.total: list[Tensor | None] = [None] * groups
         self.samples: list[Tensor] = []
+        self.targeted: list[Tensor] = []
 
     def add(self, logits: Tensor, start: int, rows: int) -> None:
         """Take the logits (samples * rows, ..., V) of consecutive samples from ``start`` on."""
@@ -465,6 +508,8 @@ class _Folding:
             self.samples.append(values)
         if self.observe is not None:
             self.observe(values, start)
+        if self.targets is not None:
+            self.targeted.append(at_targets(values, self.targets))
         if self.kind == "multi_label":
             # Probabilities of both answers, so that the logit of a mean near 1 does not overflow.
             values = torch.stack([values, self.values(-logits)], dim=1)
@@ -536,6 +581,13 @@ def last_position_only(anatomy: Anatomy) -> Iterator[None]:
 
 def _last_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0][:, -1:].contiguous(), *args[1:])
+
+
+def at_targets(values: Tensor, targets: Tensor) -> Tensor:
+    """Of values (S, B, ..., V), those at targets (B, ...) or (B, ..., K) in each sample: (S, *targets.shape), 0 at negative ones."""
+    index = targets if targets.dim() == values.dim() - 1 else targets[..., None]
+    found = values.gather(-1, index.clamp(min=0).expand(values.shape[0], *index.shape))
+    return found.masked_fill(index < 0, 0.0).reshape(values.shape[0], *targets.shape)
 
 
 def repeat_rows(value: Tensor, size: int) -> Tensor:

@@ -252,15 +252,13 @@ def _score(
     model = adapter.anatomy.model
     count = sequences.shape[1] - start
     targets = sequences[:, start:]
-    per_sample: list[Tensor] = []
     entropies: list[Tensor] = []
 
     def observe(values: Tensor, _: int) -> None:
         """``values`` (s, R, kept positions, V); the last position says what would follow the last token."""
-        values = values[..., -count - 1 : -1, :]
-        at = targets.to(values.device)[None, ..., None].expand(len(values), -1, -1, 1)
-        per_sample.append(values.gather(-1, at)[..., 0])
-        for one in values:  # one at a time: an entropy's temporaries are as large as the logits
+        for one in values[
+            ..., -count - 1 : -1, :
+        ]:  # one at a time: an entropy's temporaries are as large as the logits
             entropies.append(torch.special.entr(one.exp()).sum(dim=-1))
 
     accepted = inspect.signature(model.forward).parameters
@@ -269,11 +267,15 @@ def _score(
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = count + 1
-    with adapter.fanned(Predictive(batch, observe=observe)):
+    following = torch.nn.functional.pad(targets, (0, 1), value=-1)  # the token that each kept position predicts
+    if "logits_to_keep" not in accepted:
+        following = torch.nn.functional.pad(following, (start - 1, 0), value=-1)
+    with adapter.fanned(Predictive(batch, observe=observe, targets=following)) as view:
         mean = model(**inputs).logits[:, -count - 1 : -1]
+    assert view.target_log_probabilities is not None
     top = mean.topk(min(alternatives, mean.shape[-1]), dim=-1)
     return _Scores(
-        torch.cat(per_sample),
+        view.target_log_probabilities[..., -count - 1 : -1],
         mean.gather(-1, targets.to(mean.device)[..., None])[..., 0],
         torch.special.entr(mean.exp()).sum(dim=-1),
         torch.stack(entropies).mean(dim=0),
