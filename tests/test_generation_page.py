@@ -112,6 +112,14 @@ def test_a_browser_colours_the_uncertain_token(tmp_path: Path) -> None:
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,700"]
     options += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}"]
     subprocess.run([BROWSER, *options, path.as_uri()], check=True, timeout=120, capture_output=True)
+    # A browser that found the nesting wrong would have moved the cards out of their tokens.
+    seen = subprocess.run(
+        [BROWSER, *options[:-1], "--dump-dom", path.as_uri()], check=True, timeout=120, capture_output=True
+    )
+    sent, shown = Tokens(), Tokens()
+    sent.feed(path.read_text())
+    shown.feed(seen.stdout.decode())
+    assert shown.found == sent.found
     pixels = torch.from_numpy(image_module.imread(shot))[..., :3]
     assert pixels.shape[1] == 900
     red, green, blue = pixels.unbind(-1)
