@@ -59,16 +59,15 @@ class Batch:
 
     def halves(self) -> tuple[Batch, Batch]:
         """The upper and the lower half of the rows, of at least two."""
-        rows = len(self.index)
+        middle = len(self.index) // 2
+        return self.part((self.key, 0), slice(middle)), self.part((self.key, 1), slice(middle, None))
 
-        def part(number: int, at: slice) -> Batch:
-            inputs = {
-                n: v[at] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for n, v in self.inputs.items()
-            }
-            labels = None if self.labels is None else self.labels[at]
-            return replace(self, key=(self.key, number), inputs=inputs, labels=labels, index=self.index[at])
-
-        return part(0, slice(rows // 2)), part(1, slice(rows // 2, rows))
+    def part(self, key: Hashable, rows: slice | Tensor) -> Batch:
+        """Some of the rows, under a key of their own."""
+        size = len(self.index)
+        inputs = {n: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (size,) else v for n, v in self.inputs.items()}
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, key=key, inputs=inputs, labels=labels, index=self.index[rows])
 
 
 class _DoesNotFitError(Exception):
@@ -122,6 +121,10 @@ class Scorer:
             raise ValueError(f"batch_size is {batch_size!r}, expected a count of rows, at least 1")
         longest = max(map(len, data.token_ids), default=1) if isinstance(data, Encoded) else None
         room = self._room_for_tokens() if cuda else 0
+        self._most_rows = batch_size or BATCH_CUDA
+        self._data = data if isinstance(data, Encoded) else None
+        self._labels = data.labels_tensor() if isinstance(data, Encoded) and data.labelled else None
+        self._selections = 0
         if cuda and longest:
             self.batch_size = batch_size or max(1, min(BATCH_CUDA, room // (longest * max(samples, 1))))
         else:
@@ -146,24 +149,13 @@ class Scorer:
     def _prepare(self, data: Data, shuffle: bool, shard: tuple[int, int]) -> Iterator[Batch]:
         rank, world = shard
         if isinstance(data, Encoded):
-            head = data.choice_ids is None
             self._check_head(data)
-            columns = None if head else torch.tensor(data.choice_ids, device=self.device)
-            labels = data.labels_tensor() if data.labelled else None
-            # Encoders read their first position, so padding goes to the right of it.
-            left = not head or self.adapter.anatomy.head_name != "classifier"
             groups = data.groups(self.batch_size)
             order = list(range(len(groups)))
             if shuffle:
                 order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
             for key in order[rank::world]:
-                made = data.collate(groups[key], self.device, left=left)
-                index = made.pop("index")
-                inputs: dict[str, Any] = {n: v for n, v in made.items() if n in self._accepts}
-                if not head and "logits_to_keep" in self._accepts:
-                    inputs["logits_to_keep"] = 1
-                known = None if labels is None else labels[index].to(self.device)
-                yield Batch(key, self._plain(inputs), known, index, columns, shifted=False)
+                yield self._encoded_batch(data, key, groups[key])
             return
         start = 0
         for key, raw in enumerate(data):
@@ -187,6 +179,22 @@ class Scorer:
                 # A model that generates predicts the next token; others label the token they stand on.
                 shifted=self.adapter.anatomy.head_name not in CLASSIFIER_HEADS and self.model.can_generate(),
             )
+
+    def _encoded_batch(self, data: Encoded, key: Hashable, items: Sequence[int]) -> Batch:
+        head = data.choice_ids is None
+        columns = None if head else torch.tensor(data.choice_ids, device=self.device)
+        made = data.collate(items, self.device, left=self._padded_left)
+        index = made.pop("index")
+        inputs: dict[str, Any] = {n: v for n, v in made.items() if n in self._accepts}
+        if not head and "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = 1
+        labels = None if self._labels is None else self._labels[index].to(self.device)
+        return Batch(key, self._plain(inputs), labels, index, columns, shifted=False)
+
+    @property
+    def _padded_left(self) -> bool:
+        # Encoders read their first position, so padding goes to the right of it.
+        return self.adapter.anatomy.head_name != "classifier"
 
     def _check_head(self, data: Encoded) -> None:
         name, classes = self.adapter.anatomy.head_name, head_outputs(self.adapter)
@@ -280,11 +288,12 @@ class Scorer:
                     "the model in a smaller type"
                 )
             self.rows = max(1, min(self.rows, rows // 2))
+            halves = self._halves[batch.key] = batch.halves()
             if self._trunk is not None:
-                self._trunk.forget(batch.key)
+                middle = len(halves[0].index)
+                self._trunk.split(batch.key, [(halves[0].key, slice(middle)), (halves[1].key, slice(middle, None))])
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._halves[batch.key] = batch.halves()
         return torch.cat([self._whole_or_halves(half, run, dim) for half in self._halves[batch.key]], dim=dim)
 
     def _passes(self, batch: Batch, samples: SampleBatch, first: int | None, keep: bool) -> Iterator[Predictive]:
@@ -326,6 +335,100 @@ class Scorer:
         if batch.inputs.get("logits_to_keep") == 1 and self.adapter.mode == "weight":
             return last_position_only(self.adapter.anatomy)
         return nullcontext()
+
+    def select(self, items: Tensor, samples: int) -> Iterator[Batch]:
+        """Batches of some items of the data set, each good until the next is asked for, for another call with new samples.
+
+        Their hidden states are rows of the kept trunk, moved to where the padding of the new batch has them, so that no block
+        below the first random one runs again (but for items that the trunk's limit left out, and where nothing is kept). Items
+        of an :class:`~tfb_ext.data.Encoded` set are packed anew, in the order of their lengths; those of other batches stay
+        with the rest of their batch.
+
+        Args:
+            items: int64 (n,), positions of rows in the data set.
+            samples: sample groups that the call will have; a batch takes about as many rows as one forward may hold.
+        """
+        homes = [leaf for batch in self.batches for leaf in self._leaves(batch)]
+        if self._trunk is not None and self._trunk.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # rows are picked on the host, where copies may still be on their way
+        wanted = torch.isin(torch.cat([home.index for home in homes]), items)
+        for batch in self._packed(homes, wanted, samples) if self._data is not None else self._shrunk(homes, wanted):
+            yield batch
+            self._forget(batch)
+
+    def _leaves(self, batch: Batch) -> Iterator[Batch]:
+        """The batch, or the halves of it that were found to fit into memory."""
+        if batch.key not in self._halves:
+            yield batch
+        else:
+            for half in self._halves[batch.key]:
+                yield from self._leaves(half)
+
+    def _forget(self, batch: Batch) -> None:
+        if self._trunk is not None:
+            self._trunk.forget(batch.key)
+        for half in self._halves.pop(batch.key, ()):
+            self._forget(half)
+
+    def _shrunk(self, homes: Sequence[Batch], wanted: Tensor) -> Iterator[Batch]:
+        for home, here in zip(homes, wanted.split([len(home.index) for home in homes]), strict=True):
+            if not here.any():
+                continue
+            rows = here.nonzero()[:, 0]
+            batch = home.part(self._next_key(), rows)
+            self._move_trunk(batch, [(home, rows.tolist(), list(range(len(rows))))])
+            yield batch
+
+    def _packed(self, homes: Sequence[Batch], wanted: Tensor, samples: int) -> Iterator[Batch]:
+        data = self._data
+        assert data is not None
+        number = torch.repeat_interleave(torch.tensor([len(home.index) for home in homes]))
+        row = torch.cat([torch.arange(len(home.index)) for home in homes])
+        index = torch.cat([home.index for home in homes])
+        places = list(zip(index[wanted].tolist(), number[wanted].tolist(), row[wanted].tolist(), strict=True))
+        kept = [p for p in places if self._is_kept(homes[p[1]])]
+        rest = [p for p in places if not self._is_kept(homes[p[1]])]
+        size = max(1, min(self.rows // samples, self._most_rows))
+        for some in (kept, rest):
+            for group in data.select(item for item, _, _ in some).groups(size) if some else ():
+                batch = self._encoded_batch(data, self._next_key(), [some[i][0] for i in group])
+                sources: dict[int, tuple[list[int], list[int]]] = {}
+                for target, i in enumerate(group):
+                    rows, targets = sources.setdefault(some[i][1], ([], []))
+                    rows.append(some[i][2])
+                    targets.append(target)
+                if some is kept:
+                    self._move_trunk(batch, [(homes[home], *rows) for home, rows in sources.items()])
+                yield batch
+
+    def _is_kept(self, home: Batch) -> bool:
+        return self._trunk is not None and (self.first, home.key) in self._trunk.hidden
+
+    def _next_key(self) -> Hashable:
+        self._selections += 1
+        return "selection", self._selections
+
+    def _move_trunk(self, batch: Batch, sources: Sequence[tuple[Batch, list[int], list[int]]]) -> None:
+        """Keep for ``batch`` what its rows have in the trunk: of each source the rows, and which rows of ``batch`` they are."""
+        trunk, width = self._trunk, batch.inputs["input_ids"].shape[1]
+        if trunk is None or not all(self._is_kept(home) for home, _, _ in sources):
+            return
+        # At the head there may be less than a hidden state a position: the last one's, or a pooled one.
+        last = self.first == len(self.adapter.anatomy.blocks) and "logits_to_keep" in batch.inputs
+        moved: Tensor | None = None
+        for home, rows, targets in sources:
+            hidden = trunk.hidden[self.first, home.key][rows].to(self.device)
+            if hidden.dim() == 3 and not last:
+                missing = width - hidden.shape[1]
+                # A negative number cuts padding off.
+                hidden = torch.nn.functional.pad(
+                    hidden, (0, 0, missing, 0) if self._padded_left else (0, 0, 0, missing)
+                )
+            if moved is None:
+                moved = hidden.new_empty(len(batch.index), *hidden.shape[1:])
+            moved[targets] = hidden
+        assert moved is not None
+        trunk.hidden[self.first, batch.key] = moved
 
     def _trunk_for(self, first: int, several_passes: bool) -> Trunk | None:
         if first == 0 or not (self.keep_trunk or several_passes):
