@@ -192,6 +192,16 @@ def test_one_text(llama: Folders) -> None:
     assert item["prompt"].startswith("senate") and sum(item["probabilities"].values()) == pytest.approx(1)
 
 
+def test_adaptive_samples(llama: Folders) -> None:
+    common = ("-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.1, "-n", 14, "--adaptive", 0.9)
+    items = document("predict", *common)["items"]
+    drawn = [item["samples_drawn"] for item in items]
+    assert min(drawn) == 8 and max(drawn) <= 14
+    assert document("evaluate", *common)["samples_drawn"] == pytest.approx(sum(drawn) / len(drawn))
+    said = f"{sum(drawn) / len(drawn):.1f} of 14 samples"
+    assert said in plain(tfb("predict", *common).stdout) and f"TFB, {said}" in plain(tfb("evaluate", *common).stdout)
+
+
 def test_classifier(classifier: Folders, tmp_path: Path) -> None:
     common = ("-a", classifier.adapter, *HERE, "-n", 4)
     found = document("search", *common, "-d", classifier.anchors, "--save", tmp_path / "bayes")

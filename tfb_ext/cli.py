@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .adapter import BayesianAdapter
     from .data import Encoded, Example
     from .loading import Loaded
+    from .prediction import Prediction
 
 app = typer.Typer(
     name="tfb",
@@ -54,6 +55,12 @@ ChoicesOption = Annotated[
 LimitOption = Annotated[int | None, typer.Option(help="Use only the first N items.")]
 SamplesOption = Annotated[
     int, typer.Option("--samples", "-n", help="Posterior samples; predict takes 0 for the mean adapter.")
+]
+AdaptiveOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Stop an item's samples once its answer is that of all --samples at this confidence, such as 0.99."
+    ),
 ]
 SigmaOption = Annotated[float | None, typer.Option(help="Posterior scale; default: the one saved beside the adapter.")]
 DepthOption = Annotated[
@@ -227,6 +234,7 @@ def evaluate(
     base: BaseOption = None,
     sigma: SigmaOption = None,
     samples: SamplesOption = 10,
+    adaptive: AdaptiveOption = None,
     depth: DepthOption = None,
     seed: SeedOption = None,
     split: SplitOption = "test",
@@ -253,10 +261,9 @@ def evaluate(
     _need_sigma(bayesian)
     encoded = _encode(examples, loaded)
     labels = encoded.labels_tensor()
-    predictions = {
-        "mean adapter": run(bayesian, encoded, samples=0, batch_size=batch_size, progress=True),
-        f"TFB, {samples} samples": run(bayesian, encoded, samples=samples, batch_size=batch_size, progress=True),
-    }
+    mean = run(bayesian, encoded, samples=0, batch_size=batch_size, progress=True)
+    tfb = run(bayesian, encoded, samples=samples, adaptive=adaptive, batch_size=batch_size, progress=True)
+    predictions = {"mean adapter": mean, f"TFB, {_drawn(tfb)} samples": tfb}
     measured = {name: metrics.evaluate(p.probabilities, labels) for name, p in predictions.items()}
     rows = [
         (
@@ -293,6 +300,7 @@ def evaluate(
         names = ("mean", "tfb")
         document: dict[str, Any] = {n: m.to_dict() for n, m in zip(names, measured.values(), strict=True)}
         document |= {"sigma": bayesian.sigma, "samples": samples, "depth": bayesian.depth, "seed": bayesian.seed}
+        document |= {"samples_drawn": float(tfb.samples_drawn.double().mean())}
         print(json.dumps({**document, "report": None if written is None else str(written)}))
         return
     _table(f"{data}: {len(labels)} items", columns, rows, Console())
@@ -308,6 +316,7 @@ def predict(
     base: BaseOption = None,
     sigma: SigmaOption = None,
     samples: SamplesOption = 10,
+    adaptive: AdaptiveOption = None,
     depth: DepthOption = None,
     seed: SeedOption = None,
     split: SplitOption = "test",
@@ -338,7 +347,14 @@ def predict(
     loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, examples)
     if samples > 0:
         _need_sigma(bayesian)
-    found = run(bayesian, _encode(examples, loaded), samples=samples, batch_size=batch_size, progress=data is not None)
+    found = run(
+        bayesian,
+        _encode(examples, loaded),
+        samples=samples,
+        adaptive=adaptive,
+        batch_size=batch_size,
+        progress=data is not None,
+    )
     columns = {"total": found.total, "aleatoric": found.aleatoric, "epistemic": found.epistemic}
     if as_json:
         items = [
@@ -348,6 +364,7 @@ def predict(
                 "probabilities": dict(zip(found.choices, found.probabilities[i].tolist(), strict=True)),
                 "standard_error": [None if v != v else v for v in found.standard_error[i].tolist()],
                 **{name: float(value[i]) for name, value in columns.items()},
+                "samples_drawn": int(found.samples_drawn[i]),
             }
             for i, example in enumerate(examples)
         ]
@@ -364,7 +381,7 @@ def predict(
     ]
     header = ("prompt", "prediction", "probability", *columns)
     _table(
-        f"{len(examples)} items, {samples} samples, sigma {found.sigma:.3g} (uncertainty in nats)",
+        f"{len(examples)} items, {_drawn(found)} samples, sigma {found.sigma:.3g} (uncertainty in nats)",
         header,
         rows,
         Console(),
@@ -488,6 +505,12 @@ def _encode(examples: list[Example], loaded: Loaded) -> Encoded:
 def _need_sigma(bayesian: BayesianAdapter) -> None:
     if bayesian.sigma is None:
         raise ValueError("this adapter has no saved sigma; run `tfb search ... --save FOLDER` first, or pass --sigma")
+
+
+def _drawn(prediction: Prediction) -> str:
+    """How many samples an item got; on average, and of how many, where that differs."""
+    most, mean = len(prediction.samples), float(prediction.samples_drawn.double().mean())
+    return str(most) if prediction.drawn is None else f"{mean:.1f} of {most}"
 
 
 def _screen() -> Console:
