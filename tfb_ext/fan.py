@@ -175,6 +175,9 @@ class Predictive:
         batch: the samples of the context.
         groups: number of equal groups that are averaged apart (several sigmas in one pass); the model returns group 0.
         columns: output features to keep (label tokens), or ``None`` for all; then the model returns only these.
+        targets: (B, m) int64, the tokens after each row's last m positions (any negative number where there is none to look up):
+            then only these positions go through the head, in pieces, and V of the results below is no axis: they hold the
+            log probabilities (..., B, m) of these tokens, normalised over the whole vocabulary.
         keep_samples: keep the per-sample results of the last forward.
         folded: (groups, B, ..., V) result of the last forward: log mean probability, or the kind's own mean.
         sample_outputs: (S, B, ..., V) per-sample log probabilities (or outputs) of the last forward, if kept.
@@ -184,6 +187,7 @@ class Predictive:
     batch: SampleBatch
     groups: int = 1
     columns: Tensor | None = None
+    targets: Tensor | None = None
     keep_samples: bool = False
     trunk: Trunk | None = None
     key: Hashable | None = None
@@ -385,6 +389,8 @@ class Fan:
         hidden = args[0]
         if not self.state.fanned:
             hidden = self.fan_out(hidden)
+        if self.view.targets is not None:
+            hidden = hidden[:, -self.view.targets.shape[1] :]
         # The last positions of a longer sequence are a slice, which torch would multiply row by row, reading the head's
         # weight once a row.
         hidden = hidden.contiguous()
@@ -409,7 +415,7 @@ class Fan:
         hidden, self.pending = self.pending, None
         assert hidden is not None
         size = len(view.batch)
-        folding = _Folding(self.anatomy.kind, view.groups, size, view.keep_samples)
+        folding = _Folding(self.anatomy.kind, view.groups, size, view.keep_samples, view.targets)
         if view.columns is not None:
             output = head_columns(head, hidden, view.columns)
             piece = size
@@ -452,8 +458,8 @@ class Fan:
 class _Folding:
     """Running average of per-sample outputs, in float32 or better, sample groups apart."""
 
-    def __init__(self, kind: Kind, groups: int, size: int, keep: bool) -> None:
-        self.kind, self.groups, self.size, self.keep = kind, groups, size, keep
+    def __init__(self, kind: Kind, groups: int, size: int, keep: bool, targets: Tensor | None = None) -> None:
+        self.kind, self.groups, self.size, self.keep, self.targets = kind, groups, size, keep, targets
         self.total: list[Tensor | None] = [None] * groups
         self.samples: list[Tensor] = []
 
@@ -478,6 +484,8 @@ class _Folding:
             done += take
 
     def values(self, logits: Tensor) -> Tensor:
+        if self.targets is not None:
+            return target_log_probabilities(logits, self.targets)
         if self.kind == "categorical":
             return torch.log_softmax(logits, dim=-1)
         return nn.functional.logsigmoid(logits) if self.kind == "multi_label" else logits
@@ -536,6 +544,12 @@ def last_position_only(anatomy: Anatomy) -> Iterator[None]:
 
 def _last_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0][:, -1:].contiguous(), *args[1:])
+
+
+def target_log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log probabilities (..., B, m) of the tokens ``targets`` (B, m) under ``logits`` (..., B, m, V)."""
+    at = targets.clamp(min=0).expand(logits.shape[:-1])
+    return logits.gather(-1, at[..., None])[..., 0] - logits.logsumexp(dim=-1)
 
 
 def repeat_rows(value: Tensor, size: int) -> Tensor:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .adapter import BayesianAdapter, check_samples
 from .adaptive import StoppingRule, draw_size, is_paired
+from .data import Encoded
 from .layers import SampleBatch
 from .scoring import MANY_CLASSES, Data, Scorer, head_outputs, original_order
 
@@ -22,8 +23,8 @@ class Prediction:
     """Predictive distribution of N items over C classes, float32 on the CPU; entropies in nats.
 
     Attributes:
-        sample_probabilities: (S, N, C), one distribution a sample; S = 1 for the mean adapter. NaN where an item did not need
-            the sample.
+        sample_probabilities: (S, N, C), one distribution a sample; S = 1 for the mean adapter, and for choices scored by
+            tokens. NaN where an item did not need the sample.
         choices: names of the classes, where they are known.
         sigma: posterior scale; 0 for the mean adapter.
         samples: sample numbers; empty for the mean adapter.
@@ -73,10 +74,15 @@ class Prediction:
 
     @property
     def standard_error(self) -> Tensor:
-        """(N, C) Monte-Carlo standard error of ``probabilities``; antithetic samples count as pairs; NaN below two of them."""
+        """(N, C) Monte-Carlo standard error of ``probabilities``; antithetic samples count as pairs.
+
+        NaN below two of them, and where there is no distribution per sample.
+        """
         p = self.sample_probabilities
         if not self.samples:
             return torch.zeros_like(p[0])
+        if len(p) < len(self.samples):
+            return torch.full_like(p[0], math.nan)
         size = 2 if self.antithetic and is_paired(self.samples) else 1
         p = p.reshape(-1, size, *p.shape[1:]).mean(dim=1)
         if len(p) < 2:
@@ -137,9 +143,15 @@ def predict(
     batch = None if mean else adapter.batch(check_samples(samples), sigma)
     stopping = None if adaptive is None and precision is None else _stopping(batch, adaptive, precision, samples)
     first = 1 if batch is None else len(batch) if stopping is None else stopping.stops[0]
-    scorer = Scorer(adapter, data, batch_size=batch_size, samples=first, keep_trunk=stopping is not None)
+    sequences = data if isinstance(data, Encoded) and data.choice_tokens is not None else None
+    if sequences is not None and stopping is not None:
+        raise ValueError(
+            "the data scores its choices as sequences, which adaptive= does not serve; predict it with adaptive=None"
+        )
+    rows = data if sequences is None else sequences.sequences()
+    scorer = Scorer(adapter, rows, batch_size=batch_size, samples=first, keep_trunk=stopping is not None)
     classes = head_outputs(adapter)
-    if classes > MANY_CLASSES and any(item.columns is None for item in scorer.batches):
+    if sequences is None and classes > MANY_CLASSES and any(item.columns is None for item in scorer.batches):
         raise ValueError(
             f"the model's head has {classes} outputs; predict() is for label tokens (tfb_ext.encode) and "
             "classification heads: for a vocabulary call the model inside adapter.predictive(...)"
@@ -154,10 +166,16 @@ def predict(
         if batch is None or stopping is None:
             parts = []
             for item in scorer.batches:
-                logs = scorer.mean(item)[None] if batch is None else scorer.samples(item, batch)
-                parts.append(logs.exp().float().cpu())
+                if batch is None:
+                    logs = scorer.mean(item)[None]
+                elif sequences is not None and sequences.score == "token":
+                    logs = scorer.average(item, batch)[None]
+                else:
+                    logs = scorer.samples(item, batch)
+                parts.append((logs.exp() if sequences is None else logs).float().cpu())
                 bar.update(len(item.index))
             p = original_order(parts, scorer.batches, dim=1)
+            p = p if sequences is None else sequences.choice_probabilities(p[..., 0])
         else:
             p, drawn = _until_settled(scorer, batch, stopping, bar.update)
     choices = getattr(data, "choices", ())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adapter import BayesianAdapter, Depth
 from .data import Encoded
-from .fan import CLASSIFIER_HEADS, Predictive, Trunk, last_position_only
+from .fan import CLASSIFIER_HEADS, Predictive, Trunk, last_position_only, target_log_probabilities
 from .layers import SampleBatch
 
 IGNORED = -100
@@ -42,6 +42,7 @@ class Batch:
         labels: (B,) or (B, T) int64, or ``None``; ``-100`` is not counted.
         index: (B,) positions of the rows in the data set.
         columns: label tokens (C,), or ``None`` for the whole head.
+        targets: (B, m) tokens after the last m positions, to score as sequences, ``-100`` before shorter ones; or ``None``.
         shifted: whether the logits at a position are about the next one (language models with (B, T) labels).
     """
 
@@ -51,6 +52,7 @@ class Batch:
     index: Tensor
     columns: Tensor | None
     shifted: bool
+    targets: Tensor | None = None
 
     @property
     def token_labelled(self) -> bool:
@@ -67,7 +69,8 @@ class Batch:
         size = len(self.index)
         inputs = {n: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (size,) else v for n, v in self.inputs.items()}
         labels = None if self.labels is None else self.labels[rows]
-        return replace(self, key=key, inputs=inputs, labels=labels, index=self.index[rows])
+        targets = None if self.targets is None else self.targets[rows]
+        return replace(self, key=key, inputs=inputs, labels=labels, index=self.index[rows], targets=targets)
 
 
 class _DoesNotFitError(Exception):
@@ -181,15 +184,19 @@ class Scorer:
             )
 
     def _encoded_batch(self, data: Encoded, key: Hashable, items: Sequence[int]) -> Batch:
-        head = data.choice_ids is None
-        columns = None if head else torch.tensor(data.choice_ids, device=self.device)
+        columns = None if data.choice_ids is None else torch.tensor(data.choice_ids, device=self.device)
+        targets: Tensor | None = None
+        if data.targets is not None:
+            wanted = [data.targets[i] for i in items]
+            most = max(map(len, wanted))
+            targets = torch.tensor([[IGNORED] * (most - len(w)) + list(w) for w in wanted], device=self.device)
         made = data.collate(items, self.device, left=self._padded_left)
         index = made.pop("index")
         inputs: dict[str, Any] = {n: v for n, v in made.items() if n in self._accepts}
-        if not head and "logits_to_keep" in self._accepts:
-            inputs["logits_to_keep"] = 1
+        if (columns is not None or targets is not None) and "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = 1 if targets is None else targets.shape[1]
         labels = None if self._labels is None else self._labels[index].to(self.device)
-        return Batch(key, self._plain(inputs), labels, index, columns, shifted=False)
+        return Batch(key, self._plain(inputs), labels, index, columns, shifted=False, targets=targets)
 
     @property
     def _padded_left(self) -> bool:
@@ -198,12 +205,18 @@ class Scorer:
 
     def _check_head(self, data: Encoded) -> None:
         name, classes = self.adapter.anatomy.head_name, head_outputs(self.adapter)
-        if data.choice_ids is not None and name in CLASSIFIER_HEADS:
+        if data.choice_tokens is not None:
+            raise ValueError(
+                f"the data scores its choices as sequences (score={data.score!r}), which only tfb_ext.predict() serves; encode "
+                "choices of one token without score="
+            )
+        tokens = data.choice_ids is not None or data.targets is not None
+        if tokens and name in CLASSIFIER_HEADS:
             raise ValueError(
                 f"the model has a classification head ({name!r}, {classes} classes), but the data names label tokens; encode "
                 "it with tfb_ext.encode(examples, tokenizer, head=True)"
             )
-        if data.choice_ids is None and len(data.choices) != classes:
+        if not tokens and len(data.choices) != classes:
             raise ValueError(
                 f"the data has {len(data.choices)} choices, {list(data.choices)!r}, and the model's head {name!r} {classes} "
                 "outputs; expected one choice for each (for label tokens of a language model encode without head=True)"
@@ -240,6 +253,8 @@ class Scorer:
                 except torch.OutOfMemoryError:
                     raise _DoesNotFitError from None
             logits = logits if logits.dtype == torch.float64 else logits.float()
+            if batch.targets is not None:
+                return self.items(target_log_probabilities(logits[:, -batch.targets.shape[1] :], batch.targets), batch)
             if batch.columns is not None:
                 logits = logits.index_select(-1, batch.columns)
             return self.items(torch.log_softmax(logits, dim=-1), batch)
@@ -306,7 +321,9 @@ class Scorer:
         start = 0
         while start < len(samples):
             part = samples.part(start, min(start + chunk, len(samples)))
-            view = Predictive(part, columns=batch.columns, keep_samples=keep, trunk=trunk, key=batch.key)
+            view = Predictive(
+                part, columns=batch.columns, targets=batch.targets, keep_samples=keep, trunk=trunk, key=batch.key
+            )
             if not self._fits(view, batch, first):
                 if chunk == 1:
                     raise _DoesNotFitError
@@ -452,8 +469,13 @@ class Scorer:
         return (torch.device("cpu"), host) if size > free / 4 else (None, math.inf)
 
     def items(self, values: Tensor | None, batch: Batch, stacked: bool = False) -> Tensor:
-        """The positions that carry a prediction: (B, C) or (B, T, C) -> (items, C), with a sample axis first if ``stacked``."""
+        """The positions that carry a prediction: (B, C) or (B, T, C) -> (items, C), with a sample axis first if ``stacked``.
+
+        With targets (B, m) -> (B, 1): the sum over a sequence's tokens.
+        """
         assert values is not None
+        if batch.targets is not None:
+            return values.masked_fill(batch.targets == IGNORED, 0).sum(dim=-1, keepdim=True)
         lead = (slice(None),) if stacked else ()
         if values.dim() == len(lead) + 2:  # a head over pooled rows
             return values
