@@ -86,7 +86,10 @@ def test_help_names_commands_and_data_format() -> None:
             ["--anchors", "--test-items", "--samples", "--seed", "--depth", "--out", "--save", "Downloads two wheels"],
         ),
         ("search", ["--adapter", "--data", "[required]", "--recipe", "--save", "--plot", "Example: tfb search"]),
-        ("evaluate", ["--adapter", "--data", "[required]", "--sigma", "--out", "Example: tfb evaluate"]),
+        (
+            "evaluate",
+            ["--adapter", "--data", "[required]", "--sigma", "--selective", "--ood", "--out", "Example: tfb evaluate"],
+        ),
         ("predict", ["--adapter", "--text", "--choices", "[required]", "epistemic", "Example: tfb predict"]),
         ("info", ["adapter", "--json"]),
     ],
@@ -183,6 +186,80 @@ def test_report_of_an_evaluation_holds_everything(llama: Folders, tmp_path: Path
     loaded = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'>]*)", page)
     assert len(loaded) == 1 and loaded[0].startswith("data:image/png;base64,")
     assert (tmp_path / "r" / "reliability.png").is_file() and str(llama.adapter) in page
+
+
+def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
+    strange = tmp_path / "strange.jsonl"
+    items = [{"prompt": f"{'on ' * n}budget", "choices": small_folders.CHOICES} for n in range(1, 8)]
+    strange.write_text("".join(json.dumps(i) + "\n" for i in items))
+    common = ("evaluate", "-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.2, "-n", 4)
+    found = document(*common, "--selective", "--ood", strange, "--out", tmp_path / "r")
+    assert found["ood"].pop("data") == str(strange) and "selective" not in document(*common)
+
+    model = load_adapter(str(llama.adapter), device="cpu", dtype="float32")
+    adapter = tfb_ext.bayesianize(model.model, sigma=0.2)
+    own, other = (encode(read_jsonl(f), model.tokenizer) for f in (llama.test, strange))
+    for name, samples in (("mean", 0), ("tfb", 4)):
+        p, q = (tfb_ext.predict(adapter, data, samples) for data in (own, other))
+        wrong, ours, theirs = p.labels != own.labels_tensor(), *map(tfb_ext.uncertainty_scores, (p, q))
+        scores = ["confidence", "total", "aleatoric", *(["epistemic"] if samples else [])]
+        assert list(found["selective"][name]) == list(found["ood"][name]) == scores
+        for score in scores:
+            assert found["selective"][name][score]["aurc"] == pytest.approx(tfb_ext.selective(ours[score], wrong).aurc)
+            expected = tfb_ext.detection(ours[score], theirs[score]).to_dict()
+            assert found["ood"][name][score] == pytest.approx(expected, abs=1e-6)
+    page = Path(found["report"]).read_text()
+    assert page.count("data:image/png;base64,") == 3 and "risk at 90%" in page and "FPR at 95 % TPR" in page
+    for picture in ("risk_coverage.png", "out_of_distribution.png"):
+        assert (tmp_path / "r" / picture).read_bytes().startswith(b"\x89PNG")
+    table = plain(tfb(*common, "--selective", "--ood", strange).stdout)
+    for text in (
+        "Selective prediction: 10 items",
+        "AURC",
+        "Out of distribution: 7 items",
+        "FPR at 95 % TPR",
+        "epistemic",
+    ):
+        assert text in table
+
+
+def test_strangers_with_samples_of_their_own_number(llama: Folders, tmp_path: Path) -> None:
+    """With adaptive sampling the two sets draw differently, and what was not drawn counts for nothing."""
+    common = ("evaluate", "-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.05, "-n", 12, "--adaptive", 0.9)
+    found = document(*common, "--selective", "--ood", llama.anchors, "--out", tmp_path / "r")
+    assert 8 <= found["samples_drawn"] <= 12
+    scores = found["ood"]["tfb"]
+    assert list(scores) == ["confidence", "total", "aleatoric", "epistemic"]
+    assert all(0 <= s["auroc"] <= 1 for s in scores.values())
+    assert 0 <= found["selective"]["tfb"]["total"]["aurc"] <= 1
+
+
+def test_selective_without_errors_has_no_auroc(llama: Folders, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in llama.test.read_text().splitlines()][:3]
+    common = ("-a", llama.adapter, *HERE, "--sigma", 1e-6, "-n", 2)
+    answers = document("predict", *common, "-d", llama.test, "--limit", 3)["items"]
+    right = tmp_path / "right.jsonl"
+    labelled = [{**line, "label": answer["prediction"]} for line, answer in zip(lines, answers, strict=True)]
+    right.write_text("".join(json.dumps(line) + "\n" for line in labelled))
+    found = document("evaluate", *common, "-d", right, "--selective")["selective"]["tfb"]["total"]
+    assert (found["auroc"], found["aurc"], found["coverage_at_risk"]["0.01"]) == (None, 0, 1)
+    assert "n/a" in tfb("evaluate", *common, "-d", right, "--selective").stdout
+
+
+def test_strangers_must_have_the_datas_choices(llama: Folders, tmp_path: Path, fails: Any) -> None:
+    other, empty = tmp_path / "other.jsonl", tmp_path / "empty.jsonl"
+    other.write_text(json.dumps({"prompt": "area", "choices": [" yes", " no"]}) + "\n")
+    empty.write_text("\n")
+    cases = [
+        (other, "other.jsonl: item 0 has the choices [' yes', ' no'], --data has [' no', ' yes']; expected the same"),
+        (empty, "empty.jsonl: no examples in it"),
+        (tmp_path / "gone.jsonl", "gone.jsonl does not exist"),
+    ]
+    for file, sentence in cases:
+        status, said = fails(
+            "evaluate", "-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.1, "--ood", file, "--selective"
+        )
+        assert status == 1 and sentence in plain(said)
 
 
 def test_one_text(llama: Folders) -> None:

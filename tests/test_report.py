@@ -11,8 +11,17 @@ import pytest
 import torch
 
 from tfb_ext.metrics import evaluate
-from tfb_ext.report import Table, html_report, reliability, reliability_diagram, search_trace
+from tfb_ext.report import (
+    Table,
+    html_report,
+    reliability,
+    reliability_diagram,
+    risk_coverage_diagram,
+    score_histograms,
+    search_trace,
+)
 from tfb_ext.search import DepthResult, Evaluation, SigmaSearch
+from tfb_ext.uncertainty import selective
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 
@@ -238,3 +247,22 @@ class TestHtmlReport:
         (tmp_path / "a.png").write_bytes(b"GIF89a")
         with pytest.raises(ValueError, match="expected a PNG"):
             html_report(tmp_path / "a.html", "Title", [], {"a": tmp_path / "a.png"}, {})
+
+
+class TestUncertaintyPictures:
+    def test_curves_and_histograms(self, tmp_path: Path) -> None:
+        generator = torch.Generator().manual_seed(0)
+        own, strange = torch.rand(300, generator=generator), torch.rand(80, generator=generator) * 1.5
+        curve = selective(own, torch.rand(300, generator=generator) < own)
+        panels = {"mean": {"total": curve}, "TFB": {"total": curve, "epistemic": curve}}
+        risk_coverage_diagram(panels, tmp_path / "new" / "curves.png")
+        both = ({"total": own, "epistemic": own}, {"total": strange, "epistemic": strange})
+        score_histograms({"mean": ({"total": own}, {"total": strange}), "TFB": both}, tmp_path / "histograms.png")
+        curves, histograms = read_png(tmp_path / "new" / "curves.png"), read_png(tmp_path / "histograms.png")
+        assert curves.shape[1] > curves.shape[0] and histograms.std() > 0.05
+        score_histograms({"mean": ({"epistemic": own * 0}, {"epistemic": own * 0})}, tmp_path / "zero.png")
+
+    @pytest.mark.parametrize("draw", [risk_coverage_diagram, score_histograms])
+    def test_refuses_nothing(self, draw: Any, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="panels: {}; expected at least one name"):
+            draw({}, tmp_path / "none.png")

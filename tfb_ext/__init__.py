@@ -19,7 +19,13 @@ _PUBLIC = {
     "search_sigma": "search",
     "SigmaSearch": "search",
     "predict": "prediction",
+    "predict_multi_label": "prediction",
+    "predict_regression": "prediction",
     "Prediction": "prediction",
+    "generate": "generation",
+    "Generation": "generation",
+    "MultiLabelPrediction": "prediction",
+    "RegressionPrediction": "prediction",
     "head_gaussian": "head",
     "HeadGaussian": "head",
     "kl_divergence": "theory",
@@ -35,6 +41,11 @@ _PUBLIC = {
     "read_dataset": "data",
     "evaluate": "metrics",
     "Metrics": "metrics",
+    "uncertainty_scores": "uncertainty",
+    "detection": "uncertainty",
+    "Detection": "uncertainty",
+    "selective": "uncertainty",
+    "Selective": "uncertainty",
     "TFBError": "errors",
     "UnsupportedModelError": "errors",
     "SamplingError": "errors",
@@ -47,11 +58,20 @@ if TYPE_CHECKING:
     from .adapter import BayesianAdapter, bayesianize, load
     from .data import Encoded, Example, encode, read_dataset, read_jsonl
     from .errors import ConfigError, SamplingError, TFBError, UnsupportedModelError
+    from .generation import Generation, generate
     from .head import HeadGaussian, head_gaussian
     from .metrics import Metrics, evaluate
-    from .prediction import Prediction, predict
+    from .prediction import (
+        MultiLabelPrediction,
+        Prediction,
+        RegressionPrediction,
+        predict,
+        predict_multi_label,
+        predict_regression,
+    )
     from .search import SigmaSearch, search_sigma
     from .theory import ImpliedWeight, KLDivergence, PaperForm, implied_weight, kl_divergence, paper_form
+    from .uncertainty import Detection, Selective, detection, selective, uncertainty_scores
 
 
 def __getattr__(name: str) -> Any:

@@ -189,6 +189,7 @@ class BayesianAdapter:
         *,
         keep_samples: bool = False,
         columns: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Iterator[Predictive]:
         """Inside, the model *is* its posterior predictive: B rows in, B rows of ``log mean_k softmax`` (float32) out.
 
@@ -198,16 +199,19 @@ class BayesianAdapter:
             keep_samples: keep each forward's per-sample log probabilities in ``.sample_outputs`` (S, B, ..., V).
             columns: output features to compute (int64 (C,)), normalised among themselves; the model's logits then have
                 C columns. For classification over label tokens.
+            targets: token ids (B, T) or (B, T, K) whose log probability under each sample to keep in
+                ``.target_log_probabilities``; also to be set on what the context gives, before each call. See
+                :class:`~tfb_ext.fan.Predictive`.
 
         Regression heads give the mean of the outputs, multi-label heads the logit of the mean probability.
 
         Raises:
             ValueError: no sigma, or a bad one; no samples.
             SamplingError: at the model call: gradients are on, the model is in training mode, the adapter is not the active
-                one or is merged, rows are packed.
+                one or is merged, rows are packed, targets do not fit.
         """
         batch = self.batch(samples, sigma)
-        with self.fanned(Predictive(batch, keep_samples=keep_samples, columns=columns)) as view:
+        with self.fanned(Predictive(batch, keep_samples=keep_samples, columns=columns, targets=targets)) as view:
             yield view
 
     @contextmanager

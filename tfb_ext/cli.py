@@ -1,4 +1,4 @@
-"""The command ``tfb``: demo, search, evaluate, predict, info."""
+"""The command ``tfb``: demo, search, evaluate, predict, generate, info."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -16,14 +16,22 @@ try:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     raise SystemExit(f"the command line needs typer and rich ({error}): pip install 'tfb_ext[cli]'") from None
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .adapter import BayesianAdapter
     from .data import Encoded, Example
+    from .generation import Generation
     from .loading import Loaded
     from .prediction import Prediction
+    from .uncertainty import Detection, Selective
+
+# A table: title, header, rows, note.
+_Rows = tuple[str, tuple[str, ...], Sequence[tuple[str, ...]], str]
 
 app = typer.Typer(
     name="tfb",
@@ -245,25 +253,46 @@ def evaluate(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder for report.html with reliability diagrams.")] = None,
+    selective: Annotated[
+        bool,
+        typer.Option("--selective", help="Also: does the uncertainty know the errors? Risk-coverage, AURC, AUROC."),
+    ] = False,
+    ood: Annotated[
+        str | None,
+        typer.Option(
+            help="Also: does it know strangers? Out-of-distribution items, read as --data is, labelled or not."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html with reliability diagrams, curves and histograms.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Calibration before and after, on labelled data: accuracy, ECE, NLL and Brier of mean adapter and posterior.
 
-    Example: tfb evaluate -a my-bayesian-adapter -d test.jsonl --out report
+    Example: tfb evaluate -a my-bayesian-adapter -d test.jsonl --selective --ood elsewhere.jsonl --out report
     """
     from . import metrics
     from .loading import device_name, versions
     from .prediction import predict as run
 
     examples = _examples(data, split, prompt, label, choices, limit)
+    strangers = None if ood is None else _strangers(ood, split, prompt, choices, limit, examples)
     loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, examples)
     _need_sigma(bayesian)
     encoded = _encode(examples, loaded)
     labels = encoded.labels_tensor()
-    mean = run(bayesian, encoded, samples=0, batch_size=batch_size, progress=True)
-    tfb = run(bayesian, encoded, samples=samples, adaptive=adaptive, batch_size=batch_size, progress=True)
-    predictions = {"mean adapter": mean, f"TFB, {_drawn(tfb)} samples": tfb}
+
+    def both(items: Encoded) -> dict[str, Prediction]:
+        mean = run(bayesian, items, samples=0, batch_size=batch_size, progress=True)
+        tfb = run(bayesian, items, samples=samples, adaptive=adaptive, batch_size=batch_size, progress=True)
+        return {"mean adapter": mean, f"TFB, {_drawn(tfb)} samples": tfb}
+
+    stranger_items = None if strangers is None else _encode(strangers, loaded)
+    predictions = both(encoded)
+    strange = None if stranger_items is None else both(stranger_items)
+    chosen = _selective(predictions, labels) if selective else None
+    detected = None if strange is None else _detection(predictions, strange)
     measured = {name: metrics.evaluate(p.probabilities, labels) for name, p in predictions.items()}
     rows = [
         (
@@ -278,13 +307,31 @@ def evaluate(
         for (name, p), m in zip(predictions.items(), measured.values(), strict=True)
     ]
     columns = ("model", "sigma", "accuracy", "ECE", "NLL", "Brier", "time")
+    tables: list[_Rows] = [(f"{data}: {len(labels)} items", columns, rows, "ECE: 15 bins, l1, top label.")]
+    if chosen is not None:
+        tables.append(_selective_table(chosen, len(labels)))
+    if detected is not None:
+        tables.append(_detection_table(detected, str(ood)))
     written = None
     if out is not None:
         from . import report
+        from .uncertainty import uncertainty_scores
 
         out.mkdir(parents=True, exist_ok=True)
-        picture = out / "reliability.png"
-        report.reliability_diagram({name: (p.probabilities, labels) for name, p in predictions.items()}, picture)
+        pictures = {"Reliability before and after": out / "reliability.png"}
+        report.reliability_diagram(
+            {name: (p.probabilities, labels) for name, p in predictions.items()}, out / "reliability.png"
+        )
+        if chosen is not None:
+            pictures["Errors among the answers given, the surest first"] = out / "risk_coverage.png"
+            report.risk_coverage_diagram(chosen, out / "risk_coverage.png")
+        if strange is not None:
+            pictures["Uncertainty in and out of distribution"] = out / "out_of_distribution.png"
+            panels = {
+                name: (uncertainty_scores(p), uncertainty_scores(stranger))
+                for (name, p), stranger in zip(predictions.items(), strange.values(), strict=True)
+            }
+            report.score_histograms(panels, out / "out_of_distribution.png")
         facts = {
             "command": _command(),
             "adapter": str(loaded.adapter),
@@ -294,16 +341,20 @@ def evaluate(
             **versions(),
         }
         written = out / "report.html"
-        table = report.Table(f"{data}: {len(labels)} items", columns, rows, "ECE: 15 bins, l1, top label.")
-        report.html_report(written, "tfb_ext: evaluation", [table], {"Reliability before and after": picture}, facts)
+        report.html_report(written, "tfb_ext: evaluation", [report.Table(*t) for t in tables], pictures, facts)
     if as_json:
         names = ("mean", "tfb")
         document: dict[str, Any] = {n: m.to_dict() for n, m in zip(names, measured.values(), strict=True)}
         document |= {"sigma": bayesian.sigma, "samples": samples, "depth": bayesian.depth, "seed": bayesian.seed}
-        document |= {"samples_drawn": float(tfb.samples_drawn.double().mean())}
+        document |= {"samples_drawn": float(list(predictions.values())[1].samples_drawn.double().mean())}
+        if chosen is not None:
+            document["selective"] = _by_score(names, chosen)
+        if detected is not None:
+            document["ood"] = {"data": ood, **_by_score(names, detected)}
         print(json.dumps({**document, "report": None if written is None else str(written)}))
         return
-    _table(f"{data}: {len(labels)} items", columns, rows, Console())
+    for title, header, lines, _ in tables:
+        _table(title, header, lines, Console())
     if written is not None:
         print(f"report: {written}")
 
@@ -389,6 +440,65 @@ def predict(
 
 
 @app.command()
+def generate(
+    adapter: AdapterOption,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several. Default: standard input.")
+    ] = None,
+    base: BaseOption = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Posterior samples.")] = 10,
+    sigma: SigmaOption = None,
+    depth: DepthOption = None,
+    seed: SeedOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample tokens at this temperature; default: the most probable token.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the smallest set of this probability.")] = None,
+    chat: Annotated[
+        bool, typer.Option(help="Put the prompt through the tokenizer's chat template, as a user.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message before a --chat prompt.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the answers as one HTML file.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Answer prompts, every token coloured by how much the sampled adapters disagree about it."""
+    from .generation import generate as run
+    from .report import generation_page
+
+    texts = prompt or [sys.stdin.read().rstrip("\n")]
+    if system is not None and not chat:
+        raise typer.BadParameter("needs --chat", param_hint="--system")
+    loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, None)
+    _need_sigma(bayesian)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    if temperature is not None or top_p is not None:
+        options |= {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": 0}
+    first = [] if system is None else [{"role": "system", "content": system}]
+    prompts: Any = [[*first, {"role": "user", "content": text}] for text in texts] if chat else texts
+    found = run(bayesian, prompts, loaded.tokenizer, samples, **options)
+    if html is not None:
+        generation_page(found, texts, loaded.tokenizer, html)
+    if as_json:
+        print(json.dumps(found.to_dict() | {"prompts": texts}))
+        return
+    screen = Console()
+    for row, text in enumerate(texts):
+        if len(texts) > 1:
+            screen.print(_shorten(text), style="dim", markup=False, highlight=False)
+        screen.print(_doubt(found, row), soft_wrap=True)
+    screen.print(
+        f"epistemic uncertainty, nats: {_ramp()}; {len(found.samples)} samples, sigma {found.sigma:.3g}, "
+        f"{found.seconds:.1f} s",
+        highlight=False,
+    )
+    if html is not None:
+        screen.print(f"page: {html}", highlight=False)
+
+
+@app.command()
 def info(
     adapter: Annotated[Path | None, typer.Argument(help="An adapter folder with a saved posterior.")] = None,
     as_json: JsonOption = False,
@@ -438,6 +548,27 @@ def parse_depth(text: str) -> int | float | str:
         ) from None
 
 
+# Terminal colours by epistemic uncertainty, nats: from these values on.
+_DOUBT_STYLES = ((0.0, ""), (0.02, "yellow"), (0.1, "bold dark_orange3"), (0.3, "bold red"))
+
+
+def _doubt_style(value: float) -> str:
+    return [style for least, style in _DOUBT_STYLES if value >= least][-1]
+
+
+def _doubt(found: Generation, row: int) -> Text:
+    text = Text()
+    for piece, value in zip(found.pieces[row], found.epistemic[row].tolist(), strict=False):
+        text.append(piece, _doubt_style(value))
+    return text
+
+
+def _ramp() -> str:
+    ends = [least for least, _ in _DOUBT_STYLES[1:]]
+    parts = [f"below {ends[0]:g}", *(f"[{style}]from {least:g}[/]" for least, style in _DOUBT_STYLES[1:])]
+    return ", ".join(parts)
+
+
 def _bracket(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None
@@ -469,6 +600,97 @@ def _examples(
     return examples[:limit]
 
 
+def _strangers(
+    ood: str, split: str, prompt: str | None, choices: str | None, limit: int | None, examples: list[Example]
+) -> list[Example]:
+    found = _examples(ood, split, prompt, None, choices, limit)
+    for number, example in enumerate(found):
+        if example.choices != examples[0].choices:
+            raise ValueError(
+                f"--ood {ood}: item {number} has the choices {list(example.choices)!r}, --data has "
+                f"{list(examples[0].choices)!r}; expected the same, for the uncertainty about other answers is not comparable: "
+                "give the strangers the choices of the data (they need no label)"
+            )
+    return found
+
+
+def _selective(predictions: dict[str, Prediction], labels: Tensor) -> dict[str, dict[str, Selective]]:
+    from .uncertainty import selective, uncertainty_scores
+
+    return {
+        name: {score: selective(values, p.labels != labels) for score, values in uncertainty_scores(p).items()}
+        for name, p in predictions.items()
+    }
+
+
+def _detection(predictions: dict[str, Prediction], strange: dict[str, Prediction]) -> dict[str, dict[str, Detection]]:
+    from .uncertainty import detection, uncertainty_scores
+
+    return {
+        name: {
+            score: detection(own, other)
+            for (score, own), other in zip(
+                uncertainty_scores(p).items(), uncertainty_scores(stranger).values(), strict=True
+            )
+        }
+        for (name, p), stranger in zip(predictions.items(), strange.values(), strict=True)
+    }
+
+
+def _by_score(
+    names: tuple[str, ...], found: Mapping[str, Mapping[str, Selective | Detection]]
+) -> dict[str, dict[str, Any]]:
+    return {
+        name: {score: value.to_dict() for score, value in scores.items()}
+        for name, scores in zip(names, found.values(), strict=True)
+    }
+
+
+def _selective_table(found: dict[str, dict[str, Selective]], items: int) -> _Rows:
+    from .uncertainty import COVERAGES, RISKS
+
+    shares = *(f"risk at {c:.0%}" for c in COVERAGES), *(f"coverage at {r:.0%}" for r in RISKS)
+    columns = ("model", "score", "AURC", "excess", "AUROC of errors", *shares)
+    rows = [
+        (
+            name,
+            score,
+            f"{s.aurc:.4f}",
+            f"{s.eaurc:.4f}",
+            "n/a" if s.auroc is None else f"{s.auroc:.1%}",
+            *(f"{s.risk_at(c):.1%}" for c in COVERAGES),
+            *(f"{s.coverage_at(r):.1%}" for r in RISKS),
+        )
+        for name, scores in found.items()
+        for score, s in scores.items()
+    ]
+    note = "Risk: error rate among the surest share of the items that is answered; AURC: its mean over all shares. Lower is better."
+    if any(s.auroc is None for scores in found.values() for s in scores.values()):
+        note += " n/a: all answers of one kind, right or wrong, so there is nothing to tell apart."
+    return f"Selective prediction: {items} items, the surest first", columns, rows, note
+
+
+def _detection_table(found: dict[str, dict[str, Detection]], ood: str) -> _Rows:
+    columns = ("model", "score", "AUROC", "AUPR", "AUPR in", "FPR at 95 % TPR")
+    rows = [
+        (name, score, f"{d.auroc:.1%}", f"{d.aupr:.1%}", f"{d.aupr_in:.1%}", f"{d.fpr95:.1%}")
+        for name, scores in found.items()
+        for score, d in scores.items()
+    ]
+    first = next(iter(next(iter(found.values())).values()))
+    share = first.items_out / (first.items_in + first.items_out)
+    note = (
+        "Items out of distribution are the positive class; AUPR in: those of the data are. By chance: AUROC 50 %, AUPR "
+        f"{share:.1%}, AUPR in {1 - share:.1%}, FPR 95 %. The mean adapter cannot disagree with itself: it has no epistemic score."
+    )
+    return (
+        f"Out of distribution: {first.items_out} items of {ood} against {first.items_in} of the data",
+        columns,
+        rows,
+        note,
+    )
+
+
 def _load(
     adapter: str,
     base: str | None,
@@ -477,14 +699,15 @@ def _load(
     depth: str | None,
     seed: int | None,
     sigma: float | None,
-    examples: list[Example],
+    examples: list[Example] | None,
 ) -> tuple[Loaded, BayesianAdapter]:
     """The model with its posterior: the saved one where the folder has it, and what the options say instead."""
     from .adapter import bayesianize, load
     from .files import CONFIG_NAME
     from .loading import load_adapter
 
-    loaded = load_adapter(adapter, base, device, dtype, classes=len(examples[0].choices))
+    classes = None if examples is None else len(examples[0].choices)
+    loaded = load_adapter(adapter, base, device, dtype, classes=classes)
     saved = (loaded.adapter / CONFIG_NAME).is_file()
     bayesian = load(loaded.model, loaded.adapter) if saved else bayesianize(loaded.model)
     if depth is not None:

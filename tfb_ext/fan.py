@@ -175,24 +175,31 @@ class Predictive:
         batch: the samples of the context.
         groups: number of equal groups that are averaged apart (several sigmas in one pass); the model returns group 0.
         columns: output features to keep (label tokens), or ``None`` for all; then the model returns only these.
-        targets: (B, m) int64, the tokens after each row's last m positions (any negative number where there is none to look up):
-            then only these positions go through the head, in pieces, and V of the results below is no axis: they hold the
-            log probabilities (..., B, m) of these tokens, normalised over the whole vocabulary.
         keep_samples: keep the per-sample results of the last forward.
+        observe: called with per-sample results (s, B, ..., V) as the fold makes them and the number of the first of these
+            samples, for what needs all of them once and none of them afterwards.
+        targets: outputs (token ids; with ``columns``, places among them) whose log probability every sample is asked for, int64,
+            of the shape of the head's output without its last axis: (B, T) for a language model, or (B, T, K) for K of them a
+            position. A target belongs to the position that predicts it; negative ones (-100) are not looked up. May be set anew
+            before each forward.
         folded: (groups, B, ..., V) result of the last forward: log mean probability, or the kind's own mean.
         sample_outputs: (S, B, ..., V) per-sample log probabilities (or outputs) of the last forward, if kept.
+        target_log_probabilities: (S, *targets.shape) per-sample log probabilities of the targets in the last forward, 0 for
+            those that are not looked up, so that a sum over positions is that of a sequence. All that is kept of S * B * T * V.
         key: which batch of the trunk the next forward is; ``None`` keeps no trunk.
     """
 
     batch: SampleBatch
     groups: int = 1
     columns: Tensor | None = None
-    targets: Tensor | None = None
     keep_samples: bool = False
+    observe: Callable[[Tensor, int], None] | None = None
+    targets: Tensor | None = None
     trunk: Trunk | None = None
     key: Hashable | None = None
     folded: Tensor | None = None
     sample_outputs: Tensor | None = None
+    target_log_probabilities: Tensor | None = None
 
 
 class Fan:
@@ -389,8 +396,6 @@ class Fan:
         hidden = args[0]
         if not self.state.fanned:
             hidden = self.fan_out(hidden)
-        if self.view.targets is not None:
-            hidden = hidden[:, -self.view.targets.shape[1] :]
         # The last positions of a longer sequence are a slice, which torch would multiply row by row, reading the head's
         # weight once a row.
         hidden = hidden.contiguous()
@@ -415,7 +420,8 @@ class Fan:
         hidden, self.pending = self.pending, None
         assert hidden is not None
         size = len(view.batch)
-        folding = _Folding(self.anatomy.kind, view.groups, size, view.keep_samples, view.targets)
+        targets = self.checked_targets(head, hidden)
+        folding = _Folding(self.anatomy.kind, view.groups, size, view.keep_samples, targets, view.observe)
         if view.columns is not None:
             output = head_columns(head, hidden, view.columns)
             piece = size
@@ -431,7 +437,33 @@ class Fan:
         finally:
             state.batch = view.batch
         view.folded, view.sample_outputs = folding.result()
+        view.target_log_probabilities = None if targets is None else torch.cat(folding.targeted)
         return view.folded[0]
+
+    def checked_targets(self, head: nn.Module, hidden: Tensor) -> Tensor | None:
+        """The view's targets on the head's device, once they are known to fit its input (S * B, ..., n)."""
+        targets, columns = self.view.targets, self.view.columns
+        if targets is None:
+            return None
+        if self.anatomy.kind != "categorical":
+            raise SamplingError(
+                f"targets need class probabilities, and the model's head is {self.anatomy.kind.replace('_', '-')}; use "
+                "keep_samples=True and take what you need of .sample_outputs"
+            )
+        expected = (self.rows, *hidden.shape[1:-1])
+        axes = len(expected)
+        fits = tuple(targets.shape[:axes]) == expected and targets.dim() in (axes, axes + 1)
+        if targets.dtype != torch.int64 or not fits:
+            raise SamplingError(
+                f"targets are {targets.dtype} of shape {tuple(targets.shape)}, expected int64 of shape {expected}, one for every "
+                "position whose logits the head makes, or that with one more axis for several a position"
+            )
+        width = len(columns) if columns is not None else getattr(head, "out_features", None)
+        if width is not None and not torch.compiler.is_compiling() and targets.numel() and int(targets.max()) >= width:
+            raise SamplingError(
+                f"targets reach {int(targets.max())}, expected numbers below {width}, one for each output that the head makes"
+            )
+        return targets.to(hidden.device)
 
     def capped(self, logits: Tensor) -> Tensor:
         if self.soft_cap is None:
@@ -458,10 +490,20 @@ class Fan:
 class _Folding:
     """Running average of per-sample outputs, in float32 or better, sample groups apart."""
 
-    def __init__(self, kind: Kind, groups: int, size: int, keep: bool, targets: Tensor | None = None) -> None:
-        self.kind, self.groups, self.size, self.keep, self.targets = kind, groups, size, keep, targets
+    def __init__(
+        self,
+        kind: Kind,
+        groups: int,
+        size: int,
+        keep: bool,
+        targets: Tensor | None = None,
+        observe: Callable[[Tensor, int], None] | None = None,
+    ) -> None:
+        self.kind, self.groups, self.size, self.keep = kind, groups, size, keep
+        self.targets, self.observe = targets, observe
         self.total: list[Tensor | None] = [None] * groups
         self.samples: list[Tensor] = []
+        self.targeted: list[Tensor] = []
 
     def add(self, logits: Tensor, start: int, rows: int) -> None:
         """Take the logits (samples * rows, ..., V) of consecutive samples from ``start`` on."""
@@ -471,6 +513,10 @@ class _Folding:
         values = self.values(logits)
         if self.keep:
             self.samples.append(values)
+        if self.observe is not None:
+            self.observe(values, start)
+        if self.targets is not None:
+            self.targeted.append(at_targets(values, self.targets))
         if self.kind == "multi_label":
             # Probabilities of both answers, so that the logit of a mean near 1 does not overflow.
             values = torch.stack([values, self.values(-logits)], dim=1)
@@ -484,8 +530,6 @@ class _Folding:
             done += take
 
     def values(self, logits: Tensor) -> Tensor:
-        if self.targets is not None:
-            return target_log_probabilities(logits, self.targets)
         if self.kind == "categorical":
             return torch.log_softmax(logits, dim=-1)
         return nn.functional.logsigmoid(logits) if self.kind == "multi_label" else logits
@@ -546,10 +590,11 @@ def _last_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0][:, -1:].contiguous(), *args[1:])
 
 
-def target_log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log probabilities (..., B, m) of the tokens ``targets`` (B, m) under ``logits`` (..., B, m, V)."""
-    at = targets.clamp(min=0).expand(logits.shape[:-1])
-    return logits.gather(-1, at[..., None])[..., 0] - logits.logsumexp(dim=-1)
+def at_targets(values: Tensor, targets: Tensor) -> Tensor:
+    """Of values (S, B, ..., V), those at targets (B, ...) or (B, ..., K) in each sample: (S, *targets.shape), 0 at negative ones."""
+    index = targets if targets.dim() == values.dim() - 1 else targets[..., None]
+    found = values.gather(-1, index.clamp(min=0).expand(values.shape[0], *index.shape))
+    return found.masked_fill(index < 0, 0.0).reshape(values.shape[0], *targets.shape)
 
 
 def repeat_rows(value: Tensor, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Class probabilities averaged over posterior samples, and the uncertainty that the samples' disagreement shows."""
+"""Predictions averaged over posterior samples, and the uncertainty that the samples' disagreement shows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .adapter import BayesianAdapter, check_samples
 from .adaptive import StoppingRule, draw_size, is_paired
 from .data import Encoded
+from .fan import Kind
 from .layers import SampleBatch
 from .scoring import MANY_CLASSES, Data, Scorer, head_outputs, original_order
 
@@ -102,6 +103,103 @@ class Prediction:
         return values.where(got.reshape(shape), 0).sum(dim=0) / self.drawn.reshape(shape[1:])
 
 
+@dataclass(frozen=True)
+class MultiLabelPrediction:
+    """Predictive probabilities of L independent labels of N items, float32 on the CPU; entropies in nats.
+
+    Attributes:
+        sample_probabilities: (S, N, L), the sigmoid of each sample's outputs; S = 1 for the mean adapter.
+        choices: names of the labels, where they are known.
+        sigma: posterior scale; 0 for the mean adapter.
+        samples: sample numbers; empty for the mean adapter.
+        antithetic: whether samples come in mirrored pairs.
+        seconds: wall time of the forwards.
+    """
+
+    sample_probabilities: Tensor
+    choices: tuple[str, ...]
+    sigma: float
+    samples: tuple[int, ...]
+    antithetic: bool
+    seconds: float
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(N, L): the average of the samples' probabilities."""
+        return self.sample_probabilities.mean(dim=0)
+
+    @property
+    def labels(self) -> Tensor:
+        """(N, L) bool: the labels that are more probable than not."""
+        return self.probabilities > 0.5
+
+    @property
+    def total(self) -> Tensor:
+        """(N, L) entropy of each label's average."""
+        return _binary_entropy(self.probabilities)
+
+    @property
+    def aleatoric(self) -> Tensor:
+        """(N, L) average entropy of the samples."""
+        return _binary_entropy(self.sample_probabilities).mean(dim=0)
+
+    @property
+    def epistemic(self) -> Tensor:
+        """(N, L) mutual information of each label and the weights, total minus aleatoric (never below 0)."""
+        return (self.total - self.aleatoric).clamp(min=0)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """(N, L) Monte-Carlo standard error of ``probabilities``, as :attr:`Prediction.standard_error`."""
+        return _standard_error(self.sample_probabilities, self.samples, self.antithetic)
+
+
+@dataclass(frozen=True)
+class RegressionPrediction:
+    """Predictive mean of D outputs of N items and the spread of the samples around it, float32 on the CPU, in the outputs' units.
+
+    The variance is the weights' alone (epistemic): a regression head says nothing about the noise of its targets.
+
+    Attributes:
+        sample_outputs: (S, N, D), the outputs of each sample; S = 1 for the mean adapter.
+        sigma: posterior scale; 0 for the mean adapter.
+        samples: sample numbers; empty for the mean adapter.
+        antithetic: whether samples come in mirrored pairs.
+        seconds: wall time of the forwards.
+    """
+
+    sample_outputs: Tensor
+    sigma: float
+    samples: tuple[int, ...]
+    antithetic: bool
+    seconds: float
+
+    @property
+    def mean(self) -> Tensor:
+        """(N, D): the average of the samples' outputs."""
+        return self.sample_outputs.mean(dim=0)
+
+    @property
+    def variance(self) -> Tensor:
+        """(N, D) variance of one sample's output; 0 for the mean adapter; NaN below two samples, or two mirrored pairs.
+
+        ``mean_s (y_s - mean)^2 + standard_error^2``: squares around the average of the samples fall short of the variance by
+        that average's own, which mirrored pairs make smaller than the 1 / S of independent samples. For these it is the usual
+        sum of squares over S - 1.
+        """
+        return self.sample_outputs.var(dim=0, correction=0) + self.standard_error.square()
+
+    @property
+    def standard_deviation(self) -> Tensor:
+        """(N, D) square root of ``variance``."""
+        return self.variance.sqrt()
+
+    @property
+    def standard_error(self) -> Tensor:
+        """(N, D) Monte-Carlo standard error of ``mean``, as :attr:`Prediction.standard_error`."""
+        return _standard_error(self.sample_outputs, self.samples, self.antithetic)
+
+
 def predict(
     adapter: BayesianAdapter,
     data: Data,
@@ -120,7 +218,8 @@ def predict(
 
     Args:
         adapter: a Bayesian adapter with a sigma.
-        data: an encoded set, or batches of model arguments for a classification head.
+        data: an encoded set, or batches of model arguments for a classification head. One that labels tokens gives an item for
+            every label (B, T) other than -100, or for every attended token without labels, row by row.
         samples: how many samples, or their numbers; 0 for the mean adapter. With ``adaptive`` the most that an item gets.
         adaptive: stop drawing samples of an item once its answer, the arg max of the mean probability, is settled: with this
             confidence, such as 0.99, that of all ``samples``. :class:`~tfb_ext.adaptive.StoppingRule` says what is promised and
@@ -135,10 +234,69 @@ def predict(
 
     Raises:
         ValueError: empty data, bad samples or sigma, or a head of more than 1024 classes (a vocabulary: call the model under
-            ``adapter.predictive`` instead); with ``adaptive`` also a confidence outside (0.5, 1), too few samples, samples that
+            ``adapter.predictive`` instead); a regression or multi-label head (:func:`predict_regression`,
+            :func:`predict_multi_label`); with ``adaptive`` also a confidence outside (0.5, 1), too few samples, samples that
             are neither all in pairs nor all independent, noise that depends on an item's place in its batch (a ``mode`` other
             than ``"weight"``), labels of single tokens.
     """
+    run = _run(adapter, data, samples, sigma, batch_size, progress, "categorical", adaptive, precision)
+    return Prediction(run.values, tuple(getattr(data, "choices", ())), *run.facts, run.drawn)
+
+
+def predict_multi_label(
+    adapter: BayesianAdapter,
+    data: Data,
+    samples: int | Sequence[int] = 10,
+    *,
+    sigma: float | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> MultiLabelPrediction:
+    """Predictive probability of every label for every item of ``data``; arguments as :func:`predict`, labels are not looked at.
+
+    Raises:
+        ValueError: as :func:`predict`, or a head of another kind (``problem_type`` of the model's configuration).
+    """
+    run = _run(adapter, data, samples, sigma, batch_size, progress, "multi_label")
+    return MultiLabelPrediction(run.values, tuple(getattr(data, "choices", ())), *run.facts)
+
+
+def predict_regression(
+    adapter: BayesianAdapter,
+    data: Data,
+    samples: int | Sequence[int] = 10,
+    *,
+    sigma: float | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> RegressionPrediction:
+    """Predictive mean and variance for every item of ``data``; arguments as :func:`predict`, labels are not looked at.
+
+    Raises:
+        ValueError: as :func:`predict`, or a head of another kind (``problem_type`` of the model's configuration).
+    """
+    run = _run(adapter, data, samples, sigma, batch_size, progress, "regression")
+    return RegressionPrediction(run.values, *run.facts)
+
+
+@dataclass(frozen=True)
+class _Run:
+    values: Tensor  # (S, N, C): probabilities, or a regression head's outputs
+    facts: tuple[float, tuple[int, ...], bool, float]  # sigma, samples, antithetic, seconds
+    drawn: Tensor | None  # (N,) samples of each item, where they differ
+
+
+def _run(
+    adapter: BayesianAdapter,
+    data: Data,
+    samples: int | Sequence[int],
+    sigma: float | None,
+    batch_size: int | None,
+    progress: bool,
+    kind: Kind,
+    adaptive: float | None = None,
+    precision: float | None = None,
+) -> _Run:
     mean = isinstance(samples, int) and not isinstance(samples, bool) and samples == 0
     batch = None if mean else adapter.batch(check_samples(samples), sigma)
     stopping = None if adaptive is None and precision is None else _stopping(batch, adaptive, precision, samples)
@@ -149,7 +307,7 @@ def predict(
             "the data scores its choices as sequences, which adaptive= does not serve; predict it with adaptive=None"
         )
     rows = data if sequences is None else sequences.sequences()
-    scorer = Scorer(adapter, rows, batch_size=batch_size, samples=first, keep_trunk=stopping is not None)
+    scorer = Scorer(adapter, rows, batch_size=batch_size, samples=first, keep_trunk=stopping is not None, kind=kind)
     classes = head_outputs(adapter)
     if sequences is None and classes > MANY_CLASSES and any(item.columns is None for item in scorer.batches):
         raise ValueError(
@@ -167,27 +325,20 @@ def predict(
             parts = []
             for item in scorer.batches:
                 if batch is None:
-                    logs = scorer.mean(item)[None]
+                    found = scorer.mean(item)[None]
                 elif sequences is not None and sequences.score == "token":
-                    logs = scorer.average(item, batch)[None]
+                    found = scorer.average(item, batch)[None]
                 else:
-                    logs = scorer.samples(item, batch)
-                parts.append((logs.exp() if sequences is None else logs).float().cpu())
+                    found = scorer.samples(item, batch)
+                as_it_is = sequences is not None or kind == "regression"
+                parts.append((found if as_it_is else found.exp()).float().cpu())
                 bar.update(len(item.index))
-            p = original_order(parts, scorer.batches, dim=1)
-            p = p if sequences is None else sequences.choice_probabilities(p[..., 0])
+            values = original_order(parts, scorer.batches, dim=1)
+            values = values if sequences is None else sequences.choice_probabilities(values[..., 0])
         else:
-            p, drawn = _until_settled(scorer, batch, stopping, bar.update)
-    choices = getattr(data, "choices", ())
-    return Prediction(
-        p,
-        tuple(choices),
-        0.0 if batch is None else batch.sigma[0],
-        () if batch is None else batch.samples,
-        adapter.antithetic,
-        time.perf_counter() - started,
-        drawn,
-    )
+            values, drawn = _until_settled(scorer, batch, stopping, bar.update)
+    facts = 0.0 if batch is None else batch.sigma[0], () if batch is None else batch.samples
+    return _Run(values, (*facts, adapter.antithetic, time.perf_counter() - started), drawn)
 
 
 @dataclass(frozen=True)
@@ -249,3 +400,18 @@ def _until_settled(
 
 def _entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p).sum(dim=-1)
+
+
+def _binary_entropy(p: Tensor) -> Tensor:
+    return torch.special.entr(p) + torch.special.entr(1 - p)
+
+
+def _standard_error(values: Tensor, samples: Sequence[int], antithetic: bool) -> Tensor:
+    """Standard error of the mean over the first axis; mirrored pairs count as one."""
+    if not samples:
+        return torch.zeros_like(values[0])
+    if antithetic and is_paired(samples):
+        values = values.reshape(-1, 2, *values.shape[1:]).mean(dim=1)
+    if len(values) < 2:
+        return torch.full_like(values[0], float("nan"))
+    return values.std(dim=0) / len(values) ** 0.5

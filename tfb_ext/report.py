@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,16 @@ from .metrics import BINS, check, evaluate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
 
+    from .generation import Generation
     from .search import SigmaSearch
+    from .uncertainty import Selective
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, RED, GREEN = "#2f6db3", "#d64545", "#2d8a5f"
 AXIS_NAMES = {"nll": "NLL (nats)", "accuracy": "accuracy", "flips": "changed predictions", "brier": "Brier score"}
+DOUBT_SCALE = 0.5  # nats of epistemic uncertainty at which a token's colour is fullest
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -109,6 +113,85 @@ def reliability_diagram(panels: Mapping[str, tuple[Tensor, Tensor]], path: str |
             upper.tick_params(labelleft=False)
             lower.tick_params(labelleft=False)
     _write(figure, path)
+
+
+def risk_coverage_diagram(panels: Mapping[str, Mapping[str, Selective]], path: str | Path) -> None:
+    """Draw the error rate among the answers given against the share of items answered, one panel a score, as a PNG file.
+
+    Args:
+        panels: name of the predictions -> name of the score -> its curve; a score that only some of them have is drawn for
+            these.
+        path: the file to write; its folder is made.
+
+    Raises:
+        ValueError: no panels.
+    """
+    scores = list(dict.fromkeys(score for curves in panels.values() for score in curves))
+    if not scores:
+        raise ValueError(f"panels: {dict(panels)!r}; expected at least one name with at least one score")
+    figure = _figure(3.4 * len(scores) + 0.6, 3.6)
+    first = None
+    for column, score in enumerate(scores):
+        axes = figure.add_subplot(1, len(scores), column + 1, sharey=first)
+        first = first or axes
+        _plain(axes)
+        for number, (name, curves) in enumerate(panels.items()):
+            if score in curves:
+                curve = curves[score]
+                label = f"{name}: AURC {curve.aurc:.3g}"
+                axes.plot(curve.coverage.tolist(), curve.risk.tolist(), color=_colour(number), lw=1.6, label=label)
+        axes.set_xlim(0, 1)
+        axes.set_title(score, fontsize=11, color=INK)
+        axes.set_xlabel("coverage: share answered")
+        axes.legend(frameon=False, fontsize=8)
+        if column == 0:
+            axes.set_ylabel("risk: error rate among these")
+        else:
+            axes.tick_params(labelleft=False)
+    _write(figure, path)
+
+
+def score_histograms(panels: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], path: str | Path) -> None:
+    """Draw how scores of uncertainty are distributed in (blue) and out of distribution (red), as a PNG file.
+
+    One row a set of predictions, one column a score; both kinds share bins and count as densities.
+
+    Args:
+        panels: name of the predictions -> (scores in distribution, scores out of distribution), each name -> (N,).
+        path: the file to write; its folder is made.
+
+    Raises:
+        ValueError: no panels.
+    """
+    scores = list(dict.fromkeys(score for own, _ in panels.values() for score in own))
+    if not scores:
+        raise ValueError(f"panels: {dict(panels)!r}; expected at least one name with at least one score")
+    figure = _figure(3.2 * len(scores) + 0.6, 2.7 * len(panels) + 0.4)
+    grid = figure.add_gridspec(len(panels), len(scores), hspace=0.5, wspace=0.28)
+    for row, (name, (own, strange)) in enumerate(panels.items()):
+        for column, score in enumerate(scores):
+            if score not in own:
+                continue
+            axes = figure.add_subplot(grid[row, column])
+            _plain(axes)
+            top = max(float(own[score].max()), float(strange[score].max()), 1e-12)
+            for values, label, colour in (
+                (own[score], "in distribution", BLUE),
+                (strange[score], "out of distribution", RED),
+            ):
+                axes.hist(values.tolist(), bins=30, range=(0, top), density=True, color=colour, alpha=0.5, label=label)
+            unit = "1 - top probability" if score == "confidence" else "nats"
+            axes.set_title(f"{name}: {score}", fontsize=10, color=INK)
+            axes.set_xlabel(unit)
+            if row == column == 0:
+                axes.legend(frameon=False, fontsize=9)
+            if column == 0:
+                axes.set_ylabel("density")
+    _write(figure, path)
+
+
+def _colour(number: int) -> str:
+    return (MUTED, BLUE, RED, GREEN)[number % 4]
 
 
 def search_trace(search: SigmaSearch, path: str | Path) -> None:
@@ -201,8 +284,6 @@ def html_report(
     Raises:
         ValueError: a table's row is not as long as its header, or an image is no PNG.
     """
-    import jinja2
-
     for table in tables:
         for row in table.rows:
             if len(row) != len(table.columns):
@@ -210,12 +291,90 @@ def html_report(
                     f"table {table.title!r}: row {list(row)!r} has {len(row)} cells; expected {len(table.columns)}, "
                     f"one for each of {list(table.columns)!r}"
                 )
+    pictures = [(caption, _base64_png(Path(image))) for caption, image in images.items()]
+    page = _template("report.html").render(title=title, tables=tables, images=pictures, facts=facts)
+    write_atomically(Path(path), page)
+
+
+def generation_page(
+    generation: Generation,
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    title: str = "How sure is the model of every word?",
+    scale: float = DOUBT_SCALE,
+) -> None:
+    """Write the texts as one HTML file: each token coloured by its epistemic uncertainty, its alternatives on hover.
+
+    Args:
+        generation: made with a tokenizer.
+        prompts: one text a prompt; where a prompt has several rows, they follow each other.
+        tokenizer: names the alternatives.
+        scale: nats at which the colour is fullest.
+
+    Raises:
+        ValueError: no texts, or rows that are no multiple of the prompts.
+    """
+    count = len(generation.texts)
+    if not count or not prompts or count % len(prompts):
+        raise ValueError(
+            f"the generation has {count} texts for {len(prompts)} prompts; expected a generation that was given a tokenizer, and "
+            "its prompts"
+        )
+    rows = []
+    for row, length in enumerate(generation.lengths.tolist()):
+        tokens = [_page_token(generation, row, at, tokenizer, scale) for at in range(length)]
+        means = {
+            name: float(getattr(generation, name)[row, :length].mean()) if length else 0.0
+            for name in ("total", "aleatoric", "epistemic")
+        }
+        score = float(generation.sequence_scores[row])
+        rows.append(
+            {"prompt": prompts[row // (count // len(prompts))], "tokens": tokens, "sequence_score": score, **means}
+        )
+    facts = f"{len(generation.samples)} sampled adapters, sigma = {generation.sigma:.3g}"
+    page = _template("generation.html").render(title=title, rows=rows, scale=scale, facts=facts)
+    write_atomically(Path(path), page)
+
+
+def _page_token(
+    generation: Generation, row: int, at: int, tokenizer: PreTrainedTokenizerBase, scale: float
+) -> dict[str, Any]:
+    chosen = int(generation.tokens[row, at])
+    listed = dict(
+        zip(
+            generation.alternatives[row, at].tolist(),
+            generation.alternative_probabilities[row, at].tolist(),
+            strict=True,
+        )
+    )
+    listed.setdefault(chosen, float(generation.log_probabilities[row, at].exp()))  # a sampled token may be none of them
+    epistemic = float(generation.epistemic[row, at])
+    return {
+        "text": generation.pieces[row][at],
+        "share": min(epistemic / scale, 1.0),
+        "total": float(generation.total[row, at]),
+        "aleatoric": float(generation.aleatoric[row, at]),
+        "epistemic": epistemic,
+        "alternatives": [
+            {"text": _visible(str(tokenizer.decode([token]))), "probability": p, "chosen": token == chosen}
+            for token, p in listed.items()
+        ],
+    }
+
+
+def _visible(text: str) -> str:
+    """White space that would not show, shown."""
+    return text.replace("\n", "⏎").replace("\t", "⇥") if text.strip() else text.replace(" ", "␣").replace("\n", "⏎")
+
+
+def _template(name: str) -> Any:
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
-    pictures = [(caption, _base64_png(Path(image))) for caption, image in images.items()]
-    page = environment.get_template("report.html").render(title=title, tables=tables, images=pictures, facts=facts)
-    write_atomically(Path(path), page)
+    return environment.get_template(name)
 
 
 def _base64_png(path: Path) -> str:

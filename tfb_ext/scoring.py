@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adapter import BayesianAdapter, Depth
 from .data import Encoded
-from .fan import CLASSIFIER_HEADS, Predictive, Trunk, last_position_only, target_log_probabilities
+from .fan import CLASSIFIER_HEADS, Kind, Predictive, Trunk, at_targets, last_position_only
 from .layers import SampleBatch
 
 IGNORED = -100
@@ -91,6 +91,10 @@ class Scorer:
         shuffle: batches in a random order (always the same), instead of the longest first.
         shard: (rank, world size): run every ``world size``-th batch only, from ``rank`` on.
         may_be_empty: whether no batch at all is no error.
+        kind: what the head's outputs must be; other than classes, labels are not looked at, and the methods below give log
+            probabilities of each label, or the outputs themselves, where they say log probabilities of the classes.
+
+    A model that labels tokens has an item for every labelled position, or for every attended one where there are no labels.
     """
 
     def __init__(
@@ -105,16 +109,14 @@ class Scorer:
         shuffle: bool = False,
         shard: tuple[int, int] = (0, 1),
         may_be_empty: bool = False,
+        kind: Kind = "categorical",
     ) -> None:
         self.adapter = adapter
         self.model = adapter.anatomy.model
         self.device = next(self.model.parameters()).device
-        kind = adapter.anatomy.kind
-        if kind != "categorical":
-            raise ValueError(
-                f"the model's head is {kind.replace('_', '-')}, whose outputs are no class probabilities; call the model inside "
-                "adapter.predictive(...) instead"
-            )
+        _check_kind(adapter.anatomy.kind, kind)
+        self.kind: Kind = kind
+        self.labels_tokens = type(self.model).__name__.endswith("ForTokenClassification")
         self.depth: Depth = adapter.depth if depth is None else depth
         self.first = adapter.first_random_block(self.depth)
         cuda = self.device.type == "cuda"
@@ -172,7 +174,7 @@ class Scorer:
             if key % world != rank:
                 continue
             inputs = {n: v.to(self.device) for n, v in raw.items() if n != "labels" and isinstance(v, Tensor)}
-            found = raw.get("labels")
+            found = raw.get("labels") if self.kind == "categorical" else None
             yield Batch(
                 key,
                 self._plain(inputs),
@@ -195,6 +197,10 @@ class Scorer:
         inputs: dict[str, Any] = {n: v for n, v in made.items() if n in self._accepts}
         if (columns is not None or targets is not None) and "logits_to_keep" in self._accepts:
             inputs["logits_to_keep"] = 1 if targets is None else targets.shape[1]
+        elif targets is not None:  # the head makes every position
+            targets = torch.nn.functional.pad(
+                targets, (made["input_ids"].shape[1] - targets.shape[1], 0), value=IGNORED
+            )
         labels = None if self._labels is None else self._labels[index].to(self.device)
         return Batch(key, self._plain(inputs), labels, index, columns, shifted=False, targets=targets)
 
@@ -216,6 +222,13 @@ class Scorer:
                 f"the model has a classification head ({name!r}, {classes} classes), but the data names label tokens; encode "
                 "it with tfb_ext.encode(examples, tokenizer, head=True)"
             )
+        if self.labels_tokens:
+            raise ValueError(
+                f"{type(self.model).__name__} labels every token, but an Encoded set has one answer a prompt; pass batches of "
+                "model arguments (input_ids, attention_mask, and labels (B, T) with -100 where no item is)"
+            )
+        if self.kind == "regression":
+            return
         if not tokens and len(data.choices) != classes:
             raise ValueError(
                 f"the data has {len(data.choices)} choices, {list(data.choices)!r}, and the model's head {name!r} {classes} "
@@ -254,10 +267,14 @@ class Scorer:
                     raise _DoesNotFitError from None
             logits = logits if logits.dtype == torch.float64 else logits.float()
             if batch.targets is not None:
-                return self.items(target_log_probabilities(logits[:, -batch.targets.shape[1] :], batch.targets), batch)
+                return self.items(at_targets(torch.log_softmax(logits, dim=-1)[None], batch.targets)[0], batch)
             if batch.columns is not None:
                 logits = logits.index_select(-1, batch.columns)
-            return self.items(torch.log_softmax(logits, dim=-1), batch)
+            if self.kind == "multi_label":
+                logits = torch.nn.functional.logsigmoid(logits)
+            elif self.kind == "categorical":
+                logits = torch.log_softmax(logits, dim=-1)
+            return self.items(logits, batch)
 
         return self._whole_or_halves(batch, run, dim=0)
 
@@ -269,7 +286,8 @@ class Scorer:
 
         def run(batch: Batch) -> Tensor:
             passes = self._passes(batch, samples, first, keep=True)
-            return torch.cat([self.items(view.sample_outputs, batch, stacked=True) for view in passes])
+            found = (view.sample_outputs if batch.targets is None else view.target_log_probabilities for view in passes)
+            return torch.cat([self.items(values, batch, stacked=True) for values in found if values is not None])
 
         return self._whole_or_halves(batch, run, dim=1)
 
@@ -280,7 +298,8 @@ class Scorer:
             total: Tensor | None = None
             for view in self._passes(batch, samples, first, keep=False):
                 assert view.folded is not None
-                part = view.folded[0] + math.log(len(view.batch))
+                each = view.target_log_probabilities
+                part = view.folded[0] + math.log(len(view.batch)) if each is None else torch.logsumexp(each, dim=0)
                 total = part if total is None else torch.logaddexp(total, part)
             assert total is not None
             return self.items(total - math.log(len(samples)), batch)
@@ -322,7 +341,12 @@ class Scorer:
         while start < len(samples):
             part = samples.part(start, min(start + chunk, len(samples)))
             view = Predictive(
-                part, columns=batch.columns, targets=batch.targets, keep_samples=keep, trunk=trunk, key=batch.key
+                part,
+                columns=batch.columns,
+                targets=batch.targets,
+                keep_samples=keep and batch.targets is None,
+                trunk=trunk,
+                key=batch.key,
             )
             if not self._fits(view, batch, first):
                 if chunk == 1:
@@ -479,6 +503,8 @@ class Scorer:
         lead = (slice(None),) if stacked else ()
         if values.dim() == len(lead) + 2:  # a head over pooled rows
             return values
+        if self.labels_tokens and batch.labels is None:
+            return values[(*lead, _mask(batch).bool())]
         if batch.columns is not None or not batch.token_labelled:
             position = self._last_position(values.shape[-2], batch)
             return values[(*lead, torch.arange(len(batch.index), device=values.device), position)]
@@ -492,6 +518,21 @@ class Scorer:
         """Rightmost attended position of each row, among the ``width`` positions that the head computed."""
         mask = _mask(batch)[:, -width:]
         return (torch.arange(width, device=mask.device) * mask).argmax(-1)
+
+
+def _check_kind(found: Kind, expected: Kind) -> None:
+    if found == expected:
+        return
+    calls = {"categorical": "predict", "multi_label": "predict_multi_label", "regression": "predict_regression"}
+    what = {
+        "categorical": "no class probabilities",
+        "multi_label": "no independent probabilities of labels",
+        "regression": "no values of a regression",
+    }[expected]
+    raise ValueError(
+        f"the model's head is {found.replace('_', '-')}, whose outputs are {what}; use tfb_ext.{calls[found]}(...), or call the "
+        "model inside adapter.predictive(...)"
+    )
 
 
 def item_labels(batch: Batch) -> Tensor:

@@ -1,0 +1,362 @@
+"""``tfb_ext.generate``: the same text as an oracle of separate uncached passes for every option, and what it says about it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor
+
+import tfb_ext
+from tfb_ext import Generation
+
+SAMPLES, SIGMA, NEW, PROMPT = 3, 0.3, 6, 6
+
+
+def tokenizer(**options: Any) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, zoo.VOCAB)}
+    words["abcdef"] = zoo.VOCAB  # the text with which transformers tries out a tokenizer for stop strings
+    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left", **options
+    )
+
+
+def bayesian(name: str = "llama", depth: Any = 2, device: str = "cpu", **options: Any) -> Any:
+    return tfb_ext.bayesianize(zoo.peft_model(name).to(device), depth=depth, sigma=SIGMA, **options)
+
+
+def prompt(rows: int = 3, device: str = "cpu") -> dict[str, Tensor]:
+    batch = zoo.inputs(rows, tokens=PROMPT)
+    del batch["position_ids"]
+    return zoo.moved(batch, device)
+
+
+def generate(adapter: Any, prompts: Any, **options: Any) -> Generation:
+    defaults = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "samples": SAMPLES}
+    return tfb_ext.generate(adapter, prompts, **{**defaults, **options})
+
+
+@contextmanager
+def separate(adapter: Any) -> Iterator[None]:
+    """Inside, the model's forward is the mean of separate passes, one for each sample's written weights."""
+    model = adapter.anatomy.model
+    plain = model.forward
+
+    @functools.wraps(plain)  # generate looks at its arguments
+    def forward(**inputs: Any) -> Any:
+        outputs: list[Any] = []
+
+        def call() -> Tensor:
+            outputs.append(plain(**inputs))
+            return torch.log_softmax(outputs[-1].logits.float(), dim=-1)
+
+        mean = zoo.average(zoo.separate_passes(adapter, range(SAMPLES), SIGMA, call))
+        outputs[-1].logits = mean
+        return outputs[-1]
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+
+
+def oracle(adapter: Any, prompts: dict[str, Tensor], **options: Any) -> Tensor:
+    """Sequences of transformers' own ``generate``, without a cache, over the mean of separate passes."""
+    defaults = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with separate(adapter), torch.no_grad():
+        sequences: Tensor = adapter.model.generate(**prompts, **{**defaults, **options}, use_cache=False)
+    return sequences
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, atol=1e-4, equal_nan=True)
+
+
+# What it says about a text ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", zoo.DEVICES)
+@pytest.mark.parametrize("depth", ["all", 2])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "llama-head"])
+def test_scores_are_those_of_separate_passes(name: str, depth: Any, device: str) -> None:
+    adapter, batch = bayesian(name, depth, device), prompt(3, device)
+    found = generate(adapter, batch, alternatives=4)
+    assert torch.equal(found.sequences, oracle(adapter, batch).cpu())
+    ids = found.sequences.to(device)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(ids[:, PROMPT:])], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def call() -> Tensor:
+        out = adapter.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        return torch.log_softmax(out.logits[:, PROMPT - 1 : -1].float(), dim=-1)
+
+    each = zoo.separate_passes(adapter, range(SAMPLES), SIGMA, call).cpu()
+    mean, at = zoo.average(each), found.tokens[..., None]
+    assert close(found.sample_log_probabilities, each.gather(-1, at.expand(SAMPLES, -1, -1, 1))[..., 0])
+    assert close(found.log_probabilities, mean.gather(-1, at)[..., 0])
+    assert close(found.total, torch.special.entr(mean.exp()).sum(-1))
+    assert close(found.aleatoric, torch.special.entr(each.exp()).sum(-1).mean(0))
+    assert (found.epistemic > 1e-3).all() and close(found.epistemic, found.total - found.aleatoric)
+    assert torch.equal(found.alternatives, mean.topk(4).indices)
+    assert close(found.alternative_probabilities, mean.topk(4).values.exp())
+    products = found.sample_log_probabilities.double().exp().prod(-1)
+    assert close(found.sequence_scores, products.mean(0).log().float())
+    assert close(found.token_scores, found.log_probabilities.sum(-1))
+    assert (found.sequence_scores - found.token_scores).abs().max() > 1e-3
+    assert found.lengths.tolist() == [NEW] * 3 and found.sigma == SIGMA and found.samples == (0, 1, 2)
+
+
+def test_rows_end_at_their_end() -> None:
+    adapter, batch = bayesian(), prompt(2)
+    free = generate(adapter, batch)
+    end = int(free.tokens[0, 2])
+    assert end not in free.tokens[1]
+    found = generate(adapter, batch, eos_token_id=end)
+    first = free.tokens[0].tolist().index(end) + 1
+    assert found.lengths.tolist() == [first, NEW]
+    assert (found.tokens[0, first:] == 0).all() and found.total[0, first:].isnan().all()
+    assert not found.total[0, :first].isnan().any() and not found.total[1].isnan().any()
+    for name in ("log_probabilities", "total", "aleatoric"):
+        assert close(getattr(found, name)[0, :first], getattr(free, name)[0, :first])
+    assert found.sequence_scores.isfinite().all()
+
+
+def test_scoring_is_cut_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tfb_ext import generation
+
+    adapter, batch = bayesian(), prompt(3)
+    whole, score, asked = generate(adapter, batch), generation._score, []
+
+    def tight(adapter: Any, sequences: Tensor, *rest: Any) -> Any:
+        asked.append(len(sequences))
+        if len(sequences) > 1:
+            raise torch.OutOfMemoryError
+        return score(adapter, sequences, *rest)
+
+    monkeypatch.setattr(generation, "_score", tight)
+    cut = generate(adapter, batch)
+    assert asked == [3, 1, 2, 1, 1]
+    for name in ("sample_log_probabilities", "log_probabilities", "total", "aleatoric", "alternative_probabilities"):
+        assert close(getattr(cut, name), getattr(whole, name)), name
+
+
+def test_per_sample_logits_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little room for the fold, scores come from several pieces of samples and are the same."""
+    from tfb_ext import fan
+
+    adapter, batch = bayesian(), prompt(3)
+    whole = generate(adapter, batch)
+    monkeypatch.setattr(fan, "FOLD_BYTES", 1)
+    pieces = generate(adapter, batch)
+    assert close(pieces.sample_log_probabilities, whole.sample_log_probabilities)
+    assert close(pieces.aleatoric, whole.aleatoric)
+
+
+# Every option of generate -------------------------------------------------------------------------------------------
+
+SEARCHES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 0},
+    "temperature": {"do_sample": True, "top_k": 0, "temperature": 0.5},
+    "top_k": {"do_sample": True, "top_k": 5},
+    "top_p": {"do_sample": True, "top_k": 0, "top_p": 0.6},
+    "min_p": {"do_sample": True, "top_k": 0, "min_p": 0.2},
+    "typical_p": {"do_sample": True, "top_k": 0, "typical_p": 0.5},
+    "repetition_penalty": {"repetition_penalty": 3.0},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "suppress_tokens": {"suppress_tokens": list(range(3, 50))},
+    "min_new_tokens": {"min_new_tokens": 4, "eos_token_id": list(range(3, 60))},
+    "bad_words_ids": {"bad_words_ids": [[i] for i in range(40, zoo.VOCAB)]},
+    "beams": {"num_beams": 3},
+    "beam sampling": {"num_beams": 3, "do_sample": True, "top_k": 20},
+    "return sequences": {"num_return_sequences": 2, "do_sample": True},
+    "return beams": {"num_return_sequences": 2, "num_beams": 3},
+}
+CACHES: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 4},
+}
+
+
+# What reorders or multiplies rows meets every cache; the rest only changes probabilities.
+MOVING = ("greedy", "beams", "return sequences", "return beams")
+
+
+@pytest.mark.parametrize(
+    ("search", "cache"),
+    [(search, cache) for cache in CACHES for search in (MOVING if cache != "dynamic" else SEARCHES)],
+)
+def test_every_search_is_the_oracles(search: str, cache: str) -> None:
+    adapter, batch, options = bayesian("qwen2"), prompt(2), SEARCHES[search]
+    torch.manual_seed(1)
+    expected = oracle(adapter, batch, **options)
+    torch.manual_seed(1)
+    found = generate(adapter, batch, **options, **CACHES[cache])
+    assert torch.equal(found.sequences[:, : expected.shape[1]], expected)
+    assert found.total.isfinite().sum() == found.lengths.sum()
+    if search != "greedy":
+        assert found.sequences.shape != (2, PROMPT + NEW) or not torch.equal(found.sequences, oracle(adapter, batch))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "gpt2"])
+@pytest.mark.parametrize("cache", ["static", "chunked prefill"])
+def test_caches_of_other_architectures(name: str, cache: str) -> None:
+    adapter, batch = bayesian(name), prompt(2)
+    assert torch.equal(generate(adapter, batch, **CACHES[cache]).sequences, oracle(adapter, batch))
+
+
+def test_a_streamer_gets_the_tokens_as_they_come() -> None:
+    from transformers.generation.streamers import BaseStreamer
+
+    class Kept(BaseStreamer):
+        def __init__(self) -> None:
+            self.parts: list[Tensor] = []
+            self.ended = False
+
+        def put(self, value: Tensor) -> None:
+            self.parts.append(value.flatten())
+
+        def end(self) -> None:
+            self.ended = True
+
+    adapter, batch, streamer = bayesian(), prompt(1), Kept()
+    found = generate(adapter, batch, streamer=streamer)
+    assert streamer.ended and torch.equal(torch.cat(streamer.parts), found.sequences[0])
+    assert len(streamer.parts) == 1 + NEW
+
+
+def test_an_interrupted_stream_leaves_the_model_as_it_was() -> None:
+    from transformers.generation.streamers import BaseStreamer
+
+    class Stops(BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            raise KeyboardInterrupt
+
+        def end(self) -> None:
+            pass
+
+    adapter, batch = bayesian(), prompt(1)
+    before = adapter.model(**batch).logits
+    with pytest.raises(KeyboardInterrupt):
+        generate(adapter, batch, streamer=Stops())
+    assert torch.equal(adapter.model(**batch).logits, before)
+    generate(adapter, batch)
+
+
+@pytest.mark.parametrize("depth", ["all", 2])
+def test_assisted_by_the_mean_adapter(depth: Any) -> None:
+    adapter, batch = bayesian("llama", depth), prompt(1)
+    expected = oracle(adapter, batch)
+    found = generate(adapter, batch, assistant_model="mean")
+    assert torch.equal(found.sequences, expected)
+    looked_up = generate(adapter, batch, prompt_lookup_num_tokens=2)
+    assert torch.equal(looked_up.sequences, expected)
+
+
+# Texts --------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_and_pieces() -> None:
+    adapter, words = bayesian(), tokenizer()
+    found = generate(adapter, ["w5 w6 w7", "w8"], tokenizer=words)
+    batch = words(["w5 w6 w7", "w8"], return_tensors="pt", padding=True)
+    assert torch.equal(found.sequences, oracle(adapter, {n: batch[n] for n in ("input_ids", "attention_mask")}))
+    for row, (text, pieces) in enumerate(zip(found.texts, found.pieces, strict=True)):
+        assert text == words.decode(found.tokens[row], skip_special_tokens=True)
+        assert len(pieces) == NEW and "".join(pieces) == words.decode(found.tokens[row])
+    assert generate(adapter, "w8", tokenizer=words).texts == (found.texts[1],)
+
+
+def test_conversations_go_through_the_chat_template() -> None:
+    template = "{% for m in messages %}{{ m['role'] == 'user' and 'w9' or 'w10' }} {{ m['content'] }} {% endfor %}w11"
+    adapter, words = bayesian(), tokenizer(chat_template=template)
+    found = generate(adapter, [{"role": "user", "content": "w5"}], tokenizer=words)
+    assert words.decode(found.sequences[0, : found.prompt_length]) == "w9 w5 w11"
+    two = generate(
+        adapter, [[{"role": "user", "content": "w5"}], [{"role": "user", "content": "w6 w7"}]], tokenizer=words
+    )
+    assert len(two.texts) == 2 and two.texts[0] == found.texts[0]
+    with pytest.raises(ValueError, match="prompt 0 is a conversation, but the tokenizer has no chat template"):
+        generate(adapter, [{"role": "user", "content": "w5"}], tokenizer=tokenizer())
+
+
+def test_stop_strings_end_a_row() -> None:
+    adapter, words = bayesian(), tokenizer()
+    free = generate(adapter, ["w5 w6 w7", "w8"], tokenizer=words)
+    stop = free.pieces[0][2].strip()
+    assert stop not in free.texts[1].split()
+    # transformers fills an ended row with padding only where there is an end-of-sequence token, too.
+    found = generate(adapter, ["w5 w6 w7", "w8"], tokenizer=words, stop_strings=[stop], eos_token_id=2)
+    assert found.lengths.tolist() == [free.texts[0].split().index(stop) + 1, NEW]
+    assert found.texts[0].split()[-1] == stop
+
+
+def test_characters_of_several_tokens() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from tfb_ext.generation import pieces_of
+
+    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    byte = PreTrainedTokenizerFast(tokenizer_object=made)
+    text = "aé日b"
+    tokens = byte(text)["input_ids"]
+    assert pieces_of(tokens, byte) == ("a", "", "é", "", "", "日", "b")
+    cut = pieces_of(tokens[:-2], byte)  # the text ends inside a character
+    assert cut[:3] == ("a", "", "é") and "".join(cut) == byte.decode(tokens[:-2])
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("", {"tokenizer": tokenizer()}, "prompt 0 is empty"),
+        (["w5", ""], {"tokenizer": tokenizer()}, "prompt 1 is empty"),
+        ([], {"tokenizer": tokenizer()}, "prompts is empty"),
+        ([3], {"tokenizer": tokenizer()}, "prompt 0 is 3, expected a text or a list of messages"),
+        ("w5", {}, "prompts are texts, expected a tokenizer"),
+        ({"input_ids": torch.ones(3)}, {}, "without input_ids of shape"),
+        ({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.zeros(1, 2)}, {}, "a prompt is empty"),
+        ({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.tensor([[1, 0]])}, {}, "padded on the right"),
+        (prompt(1), {"max_new_tokens": 125}, "longest prompt has 6 tokens and 125 more are asked for.*context is 128"),
+        (prompt(1), {"alternatives": 0}, "alternatives is 0"),
+        (prompt(1), {"samples": 0}, "samples is 0"),
+        (prompt(1), {"guidance_scale": 2.0}, "does not take guidance_scale: its second"),
+        (prompt(1), {"output_scores": True}, "does not take output_scores"),
+        (prompt(1), {"assistant_model": "median"}, "assistant_model is 'median', expected a model or 'mean'"),
+    ],
+)
+def test_refusals(prompts: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(bayesian(), prompts, **options)
+
+
+def test_classifiers_do_not_generate() -> None:
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification does not generate text"):
+        generate(bayesian("llama-cls"), prompt(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}])
+def test_nan_names_the_module(options: dict[str, Any]) -> None:
+    adapter = bayesian()
+    adapter.model.get_base_model().model.layers[3].mlp.act_fn.register_forward_hook(lambda m, a, out: out * math.nan)
+    with pytest.raises(ValueError, match=r"NaN or infinite at sigma = 0.3.*model.layers.3.mlp.act_fn \(SiLU"):
+        generate(adapter, prompt(1), **options)

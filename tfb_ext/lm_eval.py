@@ -1,0 +1,282 @@
+"""A TFB posterior in lm-evaluation-harness: its model ``tfb``, and its command line with that model in it.
+
+``python -m tfb_ext.lm_eval --model tfb --model_args pretrained=BASE,peft=ADAPTER,n_samples=10 --tasks TASK`` takes what
+``lm-eval`` takes. Reading, ordering, batching and caching of requests are the harness's own; only the scores of a batch are
+made here, of all samples in one fused forward, from which each sample's log probabilities of the asked tokens are kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .adapter import BayesianAdapter, Depth, bayesianize, check_sigma, load
+from .errors import UnsupportedModelError
+from .files import CONFIG_NAME, TFBConfig
+
+try:
+    from lm_eval.api.model import CacheHook
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import Collator
+    from lm_eval.models.utils_hf import pad_and_concat
+except ImportError as error:
+    MISSING = f"the model for lm-evaluation-harness needs lm_eval ({error}): pip install 'tfb_ext[lm-eval]'"
+    if __name__ == "__main__":
+        raise SystemExit(MISSING) from None
+    raise ImportError(MISSING) from error
+
+BMA = ("sequence", "token")
+
+
+@register_model("tfb")
+class TFBLM(HFLM):
+    """The harness's Hugging Face model, averaged over posterior samples of its LoRA adapter.
+
+    Semantics, of a continuation's tokens ``c_1 ... c_L`` after a context, with the samples' probabilities ``p_s``:
+
+    - ``bma="sequence"``: ``log mean_s prod_t p_s(c_t)``, the posterior predictive of the whole continuation, in a rolling
+      log-likelihood of the whole document, over all its windows.
+    - ``bma="token"``: ``sum_t log mean_s p_s(c_t)``, what the model under :meth:`BayesianAdapter.predictive` gives.
+    - ``is_greedy``, with either: whether every ``c_t`` is the arg max of ``mean_s p_s``.
+    - generation: transformers' own ``generate`` under the predictive, which averages each token over the samples.
+
+    Args:
+        pretrained: base model, a folder or a hub name; or a PEFT model, or a Bayesian adapter on which the options are set.
+        n_samples: posterior samples; 0 for the mean adapter, which then is the harness's own ``hf`` model with ``peft``.
+        sigma: posterior scale; default: the one saved beside the adapter.
+        depth: random blocks from the top: a number, a fraction, ``"all"``, ``"head"``; default: the saved one, else all.
+        bma: ``"sequence"`` or ``"token"``, the place where samples are averaged in log-likelihoods.
+        seed: noise seed; default: the saved one, else 0.
+        antithetic: draw samples in mirrored pairs; default: as saved, else yes.
+        **options: those of the harness's ``hf`` model, among them ``peft``, the adapter's folder (or, without a saved posterior,
+            its hub name), ``dtype``, ``device``, ``batch_size``.
+
+    Raises:
+        ValueError: an unknown ``bma``, a bad number of samples, sigma, depth or seed, no sigma anywhere.
+        UnsupportedModelError: no adapter, or one that cannot carry a posterior; an encoder-decoder model.
+        ConfigError: a saved posterior that is damaged or of another adapter.
+    """
+
+    cache_hook: Any
+
+    def __init__(
+        self,
+        pretrained: str | PeftModel | BayesianAdapter,
+        *,
+        n_samples: int = 10,
+        sigma: float | None = None,
+        depth: Depth | None = None,
+        bma: str = "sequence",
+        seed: int | None = None,
+        antithetic: bool | None = None,
+        **options: Any,
+    ) -> None:
+        if bma not in BMA:
+            raise ValueError(f"bma is {bma!r}, expected one of {', '.join(map(repr, BMA))}")
+        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 0:
+            raise ValueError(f"n_samples is {n_samples!r}, expected a count, 0 for the mean adapter")
+        if sigma is not None:
+            check_sigma(sigma)
+        folder = options.get("peft")
+        given = isinstance(pretrained, PeftModel | BayesianAdapter)
+        if not given and not folder:
+            raise UnsupportedModelError(
+                "no adapter: expected peft=FOLDER among the model's arguments, the adapter's folder (or pretrained, a PEFT model)"
+            )
+        if given and folder:
+            raise UnsupportedModelError(
+                f"peft is {folder!r}, but pretrained holds an adapter already; give one of the two"
+            )
+        # Before the weights are read, which takes minutes.
+        saved = folder if folder and (Path(folder) / CONFIG_NAME).is_file() else None
+        known = sigma or (TFBConfig.read(saved).sigma if saved else getattr(pretrained, "sigma", None))
+        if n_samples and known is None:
+            raise ValueError(
+                f"no sigma: none is saved with {folder or 'the adapter'}; run `tfb search ... --save FOLDER` and give that folder as "
+                "peft, or give sigma=..., or n_samples=0 for the mean adapter"
+            )
+        super().__init__(pretrained.model if isinstance(pretrained, BayesianAdapter) else pretrained, **options)
+        if isinstance(pretrained, BayesianAdapter):
+            self.adapter = pretrained
+        else:
+            self.adapter = load(self.model, saved) if saved else bayesianize(self.model)
+        if sigma is not None:
+            self.adapter.sigma = sigma
+        if depth is not None:
+            self.adapter.depth = depth
+        if seed is not None:
+            self.adapter.seed = seed
+        if antithetic is not None:
+            self.adapter.antithetic = antithetic
+        self.n_samples = n_samples
+        self.bma = bma
+        self._joining = False
+        forward = inspect.signature(self.adapter.anatomy.model.forward)
+        self._trims = "logits_to_keep" in forward.parameters
+
+    # The predictive -------------------------------------------------------------------------------------------------
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); the harness asks for them here only to find the largest batch, and for the mean adapter."""
+        if self.n_samples == 0:
+            return super()._model_call(inps, attn_mask, labels)
+        with self.adapter.predictive(self.n_samples):
+            return super()._model_call(inps, attn_mask, labels)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        if self.n_samples == 0:
+            return super()._model_generate(context, max_length, stop, **options)
+        with self.adapter.predictive(self.n_samples):
+            return super()._model_generate(context, max_length, stop, **options)
+
+    def _target_logs(self, inps: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-sample log probabilities (S, B, T', K) of targets (B, T', K), the last positions', and the arg max (B, T') of the mean.
+
+        Both on the CPU.
+        """
+        keep = {"logits_to_keep": targets.shape[1]} if self._trims else {}
+        if not self._trims:
+            targets = torch.nn.functional.pad(targets, (0, 0, inps.shape[1] - targets.shape[1], 0), value=-100)
+        kind = self.mixed_precision_dtype
+        with (
+            self.adapter.predictive(self.n_samples, targets=targets) as view,
+            torch.autocast(self.device.type, dtype=kind, enabled=kind is not None),
+        ):
+            best = self.model(input_ids=inps, **keep).logits.argmax(dim=-1)
+        assert view.target_log_probabilities is not None
+        return view.target_log_probabilities.cpu(), best.cpu()
+
+    # Log-likelihoods ------------------------------------------------------------------------------------------------
+
+    def _averaged(self, logs: Tensor) -> Any:
+        """One score of per-sample log probabilities (S, L) of L tokens; per sample (S,) while a document's windows are joined."""
+        logs = logs.double()
+        if self.bma == "token":
+            return float((torch.logsumexp(logs, dim=0) - math.log(self.n_samples)).sum())
+        return logs.sum(dim=1) if self._joining else self._mixed(logs.sum(dim=1))
+
+    def _mixed(self, logs: Tensor) -> float:
+        """``log mean_s exp`` of (S,)."""
+        return float(torch.logsumexp(logs, dim=0)) - math.log(self.n_samples)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """The harness's loop with its order, its batches and its grouping of continuations that differ in their last token."""
+        if self.n_samples == 0:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        order = Collator(
+            requests,
+            sort_fn=lambda r: (-len(r[1] + r[2]), tuple(r[1] + r[2])),
+            group_by="contexts" if self.logits_cache else None,
+            group_fn=lambda r: r[-2] + r[-1][:-1],
+        )
+        automatic = self.batch_size == "auto"
+        schedule = self._batch_scheduler if automatic and len(order) and not override_bs else None
+        if schedule is not None:
+            self.batch_sizes: dict[int, int] = {}
+        chunks = order.get_batched(n=(override_bs or 0) if automatic else self.batch_size, batch_fn=schedule)
+        results: list[tuple[float, bool]] = []
+        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
+        for chunk in chunks:
+            # Continuations that share a row: the harness's cache gives them by its logits, of which it needs the shape alone.
+            rows = [list(order.get_cache(*request, torch.empty(1, 1, 0))) for request in chunk]
+            for request, score, greedy in self._scores(chunk, rows):
+                results.append((score, greedy))
+                if request is not None:
+                    self.cache_hook.add_partial("loglikelihood", request, (score, greedy))
+                bar.update(1)
+        bar.close()
+        return order.get_original(results)
+
+    def _scores(self, chunk: list[Any], rows: list[list[Any]]) -> list[tuple[Any, Any, bool]]:
+        """(request, score, is greedy) of every continuation of one batch.
+
+        Args:
+            chunk: (request, context tokens, continuation tokens) of each row.
+            rows: of each row, (request, continuation tokens, unused) of the continuations that end it in tokens of their own.
+        """
+        inputs = [
+            torch.tensor((context + continuation)[-(self.max_length + 1) :][:-1], device=self.device)
+            for _, context, continuation in chunk
+        ]
+        lengths = [len(i) for i in inputs]
+        width = max(lengths)
+        longest = [max(len(tokens) for _, tokens, _ in row) for row in rows]
+        for count, length in zip(longest, lengths, strict=True):
+            if not 0 < count <= length:
+                raise ValueError(
+                    f"a continuation has {count} tokens, expected 1 to {length}, what the model's {self.max_length} positions hold; "
+                    "raise max_length among the model's arguments if the model takes more"
+                )
+        first = min(length - count for length, count in zip(lengths, longest, strict=True))
+        targets = torch.full((len(rows), width - first, max(map(len, rows))), -100)
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            # They share all tokens but the last one, so the longest has the others' too.
+            tokens = max((tokens for _, tokens, _ in row), key=len)
+            last = length - first - 1
+            targets[number, last + 1 - len(tokens) : last, 0] = torch.tensor(tokens[:-1], dtype=torch.int64)
+            targets[number, last, : len(row)] = torch.tensor([tokens[-1] for _, tokens, _ in row])
+        batch = pad_and_concat(width, inputs, padding_side="right")
+        logs, best = self._target_logs(batch, targets)
+        logs, best = logs[:, :, first - width :], best[:, first - width :]
+        found = []
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            for place, (request, tokens, _) in enumerate(row):
+                start, last = length - first - len(tokens), length - first - 1
+                asked = torch.cat([logs[:, number, start:last, 0], logs[:, number, last : last + 1, place]], dim=1)
+                greedy = best[number, start : last + 1].tolist() == list(tokens)
+                found.append((request, self._averaged(asked), greedy))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        if self.n_samples == 0 or self.bma == "token":
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        # Its sums over a document's windows are then of each sample (S,), which are no results to cache.
+        hook: Any = self.cache_hook
+        self.cache_hook, self._joining = CacheHook(None), True
+        try:
+            sums = super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.cache_hook, self._joining = hook, False
+        scores = [self._mixed(s) for s in sums]
+        for request, score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, score)
+        return scores
+
+    def get_model_info(self) -> dict[str, Any]:
+        """The harness's facts about the model, and under ``tfb`` what defines the posterior, for the results file."""
+        adapter = self.adapter
+        posterior = {
+            "n_samples": self.n_samples,
+            "bma": self.bma,
+            "sigma": adapter.sigma,
+            "depth": adapter.depth,
+            "seed": adapter.seed,
+            "antithetic": adapter.antithetic,
+            "mode": adapter.mode,
+            "family": adapter.family,
+        }
+        return {**super().get_model_info(), "tfb": posterior}
+
+
+def main() -> None:
+    """The harness's command line, which knows the model ``tfb`` beside its own."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
