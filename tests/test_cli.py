@@ -223,6 +223,17 @@ def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
         assert text in table
 
 
+def test_strangers_with_samples_of_their_own_number(llama: Folders, tmp_path: Path) -> None:
+    """With adaptive sampling the two sets draw differently, and what was not drawn counts for nothing."""
+    common = ("evaluate", "-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.05, "-n", 12, "--adaptive", 0.9)
+    found = document(*common, "--selective", "--ood", llama.anchors, "--out", tmp_path / "r")
+    assert 8 <= found["samples_drawn"] <= 12
+    scores = found["ood"]["tfb"]
+    assert list(scores) == ["confidence", "total", "aleatoric", "epistemic"]
+    assert all(0 <= s["auroc"] <= 1 for s in scores.values())
+    assert 0 <= found["selective"]["tfb"]["total"]["aurc"] <= 1
+
+
 def test_selective_without_errors_has_no_auroc(llama: Folders, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in llama.test.read_text().splitlines()][:3]
     common = ("-a", llama.adapter, *HERE, "--sigma", 1e-6, "-n", 2)
@@ -256,6 +267,16 @@ def test_one_text(llama: Folders) -> None:
     found = document("predict", *options, "-t", "senate votes on budget sarcastic:")
     (item,) = found["items"]
     assert item["prompt"].startswith("senate") and sum(item["probabilities"].values()) == pytest.approx(1)
+
+
+def test_adaptive_samples(llama: Folders) -> None:
+    common = ("-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.1, "-n", 14, "--adaptive", 0.9)
+    items = document("predict", *common)["items"]
+    drawn = [item["samples_drawn"] for item in items]
+    assert min(drawn) == 8 and max(drawn) <= 14
+    assert document("evaluate", *common)["samples_drawn"] == pytest.approx(sum(drawn) / len(drawn))
+    said = f"{sum(drawn) / len(drawn):.1f} of 14 samples"
+    assert said in plain(tfb("predict", *common).stdout) and f"TFB, {said}" in plain(tfb("evaluate", *common).stdout)
 
 
 def test_classifier(classifier: Folders, tmp_path: Path) -> None:

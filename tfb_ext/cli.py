@@ -64,6 +64,12 @@ LimitOption = Annotated[int | None, typer.Option(help="Use only the first N item
 SamplesOption = Annotated[
     int, typer.Option("--samples", "-n", help="Posterior samples; predict takes 0 for the mean adapter.")
 ]
+AdaptiveOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Stop an item's samples once its answer is that of all --samples at this confidence, such as 0.99."
+    ),
+]
 SigmaOption = Annotated[float | None, typer.Option(help="Posterior scale; default: the one saved beside the adapter.")]
 DepthOption = Annotated[
     str | None, typer.Option(help="Random blocks from the top: a number, a fraction, 'all', 'head'.")
@@ -236,6 +242,7 @@ def evaluate(
     base: BaseOption = None,
     sigma: SigmaOption = None,
     samples: SamplesOption = 10,
+    adaptive: AdaptiveOption = None,
     depth: DepthOption = None,
     seed: SeedOption = None,
     split: SplitOption = "test",
@@ -277,10 +284,9 @@ def evaluate(
     labels = encoded.labels_tensor()
 
     def both(items: Encoded) -> dict[str, Prediction]:
-        return {
-            "mean adapter": run(bayesian, items, samples=0, batch_size=batch_size, progress=True),
-            f"TFB, {samples} samples": run(bayesian, items, samples=samples, batch_size=batch_size, progress=True),
-        }
+        mean = run(bayesian, items, samples=0, batch_size=batch_size, progress=True)
+        tfb = run(bayesian, items, samples=samples, adaptive=adaptive, batch_size=batch_size, progress=True)
+        return {"mean adapter": mean, f"TFB, {_drawn(tfb)} samples": tfb}
 
     stranger_items = None if strangers is None else _encode(strangers, loaded)
     predictions = both(encoded)
@@ -322,7 +328,8 @@ def evaluate(
         if strange is not None:
             pictures["Uncertainty in and out of distribution"] = out / "out_of_distribution.png"
             panels = {
-                name: (uncertainty_scores(p), uncertainty_scores(strange[name])) for name, p in predictions.items()
+                name: (uncertainty_scores(p), uncertainty_scores(stranger))
+                for (name, p), stranger in zip(predictions.items(), strange.values(), strict=True)
             }
             report.score_histograms(panels, out / "out_of_distribution.png")
         facts = {
@@ -339,6 +346,7 @@ def evaluate(
         names = ("mean", "tfb")
         document: dict[str, Any] = {n: m.to_dict() for n, m in zip(names, measured.values(), strict=True)}
         document |= {"sigma": bayesian.sigma, "samples": samples, "depth": bayesian.depth, "seed": bayesian.seed}
+        document |= {"samples_drawn": float(list(predictions.values())[1].samples_drawn.double().mean())}
         if chosen is not None:
             document["selective"] = _by_score(names, chosen)
         if detected is not None:
@@ -359,6 +367,7 @@ def predict(
     base: BaseOption = None,
     sigma: SigmaOption = None,
     samples: SamplesOption = 10,
+    adaptive: AdaptiveOption = None,
     depth: DepthOption = None,
     seed: SeedOption = None,
     split: SplitOption = "test",
@@ -389,7 +398,14 @@ def predict(
     loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, examples)
     if samples > 0:
         _need_sigma(bayesian)
-    found = run(bayesian, _encode(examples, loaded), samples=samples, batch_size=batch_size, progress=data is not None)
+    found = run(
+        bayesian,
+        _encode(examples, loaded),
+        samples=samples,
+        adaptive=adaptive,
+        batch_size=batch_size,
+        progress=data is not None,
+    )
     columns = {"total": found.total, "aleatoric": found.aleatoric, "epistemic": found.epistemic}
     if as_json:
         items = [
@@ -399,6 +415,7 @@ def predict(
                 "probabilities": dict(zip(found.choices, found.probabilities[i].tolist(), strict=True)),
                 "standard_error": [None if v != v else v for v in found.standard_error[i].tolist()],
                 **{name: float(value[i]) for name, value in columns.items()},
+                "samples_drawn": int(found.samples_drawn[i]),
             }
             for i, example in enumerate(examples)
         ]
@@ -415,7 +432,7 @@ def predict(
     ]
     header = ("prompt", "prediction", "probability", *columns)
     _table(
-        f"{len(examples)} items, {samples} samples, sigma {found.sigma:.3g} (uncertainty in nats)",
+        f"{len(examples)} items, {_drawn(found)} samples, sigma {found.sigma:.3g} (uncertainty in nats)",
         header,
         rows,
         Console(),
@@ -613,10 +630,10 @@ def _detection(predictions: dict[str, Prediction], strange: dict[str, Prediction
         name: {
             score: detection(own, other)
             for (score, own), other in zip(
-                uncertainty_scores(p).items(), uncertainty_scores(strange[name]).values(), strict=True
+                uncertainty_scores(p).items(), uncertainty_scores(stranger).values(), strict=True
             )
         }
-        for name, p in predictions.items()
+        for (name, p), stranger in zip(predictions.items(), strange.values(), strict=True)
     }
 
 
@@ -711,6 +728,12 @@ def _encode(examples: list[Example], loaded: Loaded) -> Encoded:
 def _need_sigma(bayesian: BayesianAdapter) -> None:
     if bayesian.sigma is None:
         raise ValueError("this adapter has no saved sigma; run `tfb search ... --save FOLDER` first, or pass --sigma")
+
+
+def _drawn(prediction: Prediction) -> str:
+    """How many samples an item got; on average, and of how many, where that differs."""
+    most, mean = len(prediction.samples), float(prediction.samples_drawn.double().mean())
+    return str(most) if prediction.drawn is None else f"{mean:.1f} of {most}"
 
 
 def _screen() -> Console:

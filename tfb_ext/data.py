@@ -1,8 +1,8 @@
 """Prompts with a closed set of answers: reading them, and turning them into padded batches.
 
 Every item asks a causal language model one question whose answer is the next token: ``choices`` are the answers, and
-the model's classes are the tokens of the choices. For a model with a classification head the choices are the names of
-its classes. Items come from JSON lines (``read_jsonl``) or from anything that the ``datasets`` package opens
+the model's classes are the tokens of the choices; ``encode(..., score="sequence")`` takes answers of several tokens. For
+a model with a classification head the choices are the names of its classes. Items come from JSON lines (``read_jsonl``) or from anything that the ``datasets`` package opens
 (``read_dataset``).
 """
 
@@ -13,13 +13,16 @@ import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Score = Literal["sequence", "token"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class Encoded:
             None for a classification head, whose rows are the classes.
         choices: their texts.
         pad_id: the token that fills a batch up; always masked.
+        choice_tokens: the tokens of each choice where they are scored as sequences, and ``choice_ids`` is None.
+        score: what a sequence's probability is averaged from, see ``encode``.
+        by_length: whether a sequence's log probability is divided by its number of tokens.
+        targets: the tokens to score after the last positions of each row, in what ``sequences`` returns.
     """
 
     token_ids: list[list[int]]
@@ -72,6 +79,10 @@ class Encoded:
     choice_ids: tuple[int, ...] | None
     choices: tuple[str, ...]
     pad_id: int
+    choice_tokens: tuple[tuple[int, ...], ...] | None = None
+    score: Score = "sequence"
+    by_length: bool = False
+    targets: list[tuple[int, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -84,7 +95,32 @@ class Encoded:
     def select(self, indices: Iterable[int]) -> Encoded:
         """The items at ``indices``, in that order."""
         chosen = list(indices)
-        return replace(self, token_ids=[self.token_ids[i] for i in chosen], labels=[self.labels[i] for i in chosen])
+        return replace(
+            self,
+            token_ids=[self.token_ids[i] for i in chosen],
+            labels=[self.labels[i] for i in chosen],
+            targets=None if self.targets is None else [self.targets[i] for i in chosen],
+        )
+
+    def sequences(self) -> Encoded:
+        """One row for each item and choice, item-major: the prompt with the choice but for its last token, to score the choice."""
+        assert self.choice_tokens is not None
+        pairs = [(ids, choice) for ids in self.token_ids for choice in self.choice_tokens]
+        return replace(
+            self,
+            token_ids=[[*ids, *choice[:-1]] for ids, choice in pairs],
+            labels=[None] * len(pairs),
+            choice_tokens=None,
+            targets=[choice for _, choice in pairs],
+        )
+
+    def choice_probabilities(self, logs: Tensor) -> Tensor:
+        """(S, N * C) log probabilities of the ``sequences`` -> (S, N, C), normalised among an item's choices."""
+        assert self.choice_tokens is not None
+        logs = logs.reshape(len(logs), len(self), len(self.choice_tokens))
+        if self.by_length:
+            logs = logs / torch.tensor([len(choice) for choice in self.choice_tokens])
+        return torch.softmax(logs, dim=-1)
 
     def labels_tensor(self, device: str | torch.device = "cpu") -> Tensor:
         """The labels, (N,) int64.
@@ -155,20 +191,35 @@ def encode(
     max_length: int | None = None,
     *,
     head: bool = False,
+    score: Score | None = None,
+    by_length: bool = False,
 ) -> Encoded:
     """Tokenise prompts (with the tokenizer's special tokens) and choices (without: each is what follows a prompt).
 
     Args:
         max_length: the most tokens a prompt may have; None for no limit. Nothing is ever cut.
         head: the model has a classification head, whose classes the choices name in its order; they need not be tokens.
+        score: score choices of any number of tokens as sequences, for ``predict``. The probability of a token is one of the whole
+            vocabulary, given the prompt and the tokens of the choice before it. ``"sequence"``: for each sample the product
+            over the choice's tokens, normalised among the choices; the average over samples is of these, since all tokens of
+            one answer come from one sampled model. ``"token"``: the product over the choice's tokens of the token's average
+            over samples, normalised among the choices once; there is no distribution per sample then, and so no epistemic
+            uncertainty. None asks for choices of one token, whose probabilities are normalised among the choices alone.
+        by_length: with ``score``, divide a choice's log probability by its number of tokens before it is normalised.
 
     Raises:
-        ValueError: no examples; examples with different choices; a choice that is not one token, or the same token as
-            another; a prompt without tokens or longer than ``max_length``; one that ends in the end-of-text token
+        ValueError: no examples; examples with different choices; a choice that is not one token (without ``score``) or none,
+            or the same tokens as another; ``score`` and ``head`` both, or ``by_length`` without ``score``; a prompt without tokens or longer than ``max_length``; one that ends in the end-of-text token
             (unless ``head``).
     """
     if not examples:
         raise ValueError("no examples to encode; expected at least one")
+    if score is not None and score not in get_args(Score):
+        raise ValueError(f"score={score!r}: expected 'sequence', 'token', or None for choices of one token")
+    if head and score is not None:
+        raise ValueError(f"score={score!r} with head=True: a classification head has no tokens to score; leave one out")
+    if by_length and score is None:
+        raise ValueError("by_length=True without score=: only sequences have lengths; add score='sequence'")
     choices = examples[0].choices
     for number, example in enumerate(examples):
         if example.choices != choices:
@@ -184,9 +235,12 @@ def encode(
     return Encoded(
         token_ids=token_ids,
         labels=[example.label for example in examples],
-        choice_ids=None if head else _choice_ids(choices, tokenizer),
+        choice_ids=None if head or score else _choice_ids(choices, tokenizer),
         choices=choices,
         pad_id=_pad_id(tokenizer),
+        choice_tokens=None if score is None else _choice_tokens(choices, tokenizer),
+        score=score or "sequence",
+        by_length=by_length,
     )
 
 
@@ -328,7 +382,7 @@ def _choice_ids(choices: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> t
             other = choice[1:] if choice.startswith(" ") else f" {choice}"
             raise ValueError(
                 f"choice {choice!r} is {len(ids)} tokens, {tokenizer.convert_ids_to_tokens(ids)!r}; expected one. Try "
-                f"{other!r}, or another word or letter that is one token"
+                f"{other!r}, another word or letter that is one token, or score='sequence', which takes any number of tokens"
             )
         if ids[0] in owner:
             token = tokenizer.convert_ids_to_tokens(ids)[0]
@@ -337,6 +391,20 @@ def _choice_ids(choices: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> t
                 "tokens"
             )
         owner[ids[0]] = choice
+    return tuple(owner)
+
+
+def _choice_tokens(choices: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:
+    owner: dict[tuple[int, ...], str] = {}
+    for choice in choices:
+        ids = tuple(tokenizer(choice, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise ValueError(f"choice {choice!r} has no tokens; expected at least one")
+        if ids in owner:
+            raise ValueError(
+                f"choices {owner[ids]!r} and {choice!r} are the same tokens, {list(ids)}; choose different texts"
+            )
+        owner[ids] = choice
     return tuple(owner)
 
 

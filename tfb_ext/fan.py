@@ -8,7 +8,7 @@ a hook on the output head folds the rows back into B rows of ``log mean_s softma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -151,6 +151,13 @@ class Trunk:
     def nearest(self, first: int, key: Hashable) -> int | None:
         """The highest block not above ``first`` whose input is kept for this batch."""
         return max((b for b in self.firsts if b <= first and (b, key) in self.hidden), default=None)
+
+    def split(self, key: Hashable, parts: Sequence[tuple[Hashable, slice]]) -> None:
+        """Keep what is kept for a batch under the keys of parts of its rows instead, without a copy."""
+        for block in self.firsts:
+            hidden = self.hidden.pop((block, key), None)
+            if hidden is not None:
+                self.hidden.update({(block, part): hidden[rows] for part, rows in parts})
 
     def forget(self, key: Hashable) -> None:
         for block in self.firsts:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .adapter import BayesianAdapter, check_samples
+from .adaptive import StoppingRule, draw_size, is_paired
+from .data import Encoded
 from .fan import Kind
+from .layers import SampleBatch
 from .scoring import MANY_CLASSES, Data, Scorer, head_outputs, original_order
 
 
@@ -20,12 +24,14 @@ class Prediction:
     """Predictive distribution of N items over C classes, float32 on the CPU; entropies in nats.
 
     Attributes:
-        sample_probabilities: (S, N, C), one distribution a sample; S = 1 for the mean adapter.
+        sample_probabilities: (S, N, C), one distribution a sample; S = 1 for the mean adapter, and for choices scored by
+            tokens. NaN where an item did not need the sample.
         choices: names of the classes, where they are known.
         sigma: posterior scale; 0 for the mean adapter.
         samples: sample numbers; empty for the mean adapter.
         antithetic: whether samples come in mirrored pairs.
         seconds: wall time of the forwards.
+        drawn: (N,) int64, how many of the samples, from the first on, each item got; ``None`` where all got all of them.
     """
 
     sample_probabilities: Tensor
@@ -34,11 +40,18 @@ class Prediction:
     samples: tuple[int, ...]
     antithetic: bool
     seconds: float
+    drawn: Tensor | None = None
 
     @property
     def probabilities(self) -> Tensor:
         """(N, C): the average of the samples' probabilities, the paper's posterior predictive."""
-        return self.sample_probabilities.mean(dim=0)
+        return self._mean(self.sample_probabilities)
+
+    @property
+    def samples_drawn(self) -> Tensor:
+        """(N,) int64: how many samples each item got; 0 for the mean adapter."""
+        items = self.sample_probabilities.shape[1]
+        return torch.full((items,), len(self.samples)) if self.drawn is None else self.drawn
 
     @property
     def labels(self) -> Tensor:
@@ -53,7 +66,7 @@ class Prediction:
     @property
     def aleatoric(self) -> Tensor:
         """(N,) average entropy of the samples: what they agree to be uncertain about."""
-        return _entropy(self.sample_probabilities).mean(dim=0)
+        return self._mean(_entropy(self.sample_probabilities))
 
     @property
     def epistemic(self) -> Tensor:
@@ -62,8 +75,32 @@ class Prediction:
 
     @property
     def standard_error(self) -> Tensor:
-        """(N, C) Monte-Carlo standard error of ``probabilities``; antithetic samples count as pairs; NaN below two of them."""
-        return _standard_error(self.sample_probabilities, self.samples, self.antithetic)
+        """(N, C) Monte-Carlo standard error of ``probabilities``; antithetic samples count as pairs.
+
+        NaN below two of them, and where there is no distribution per sample.
+        """
+        p = self.sample_probabilities
+        if not self.samples:
+            return torch.zeros_like(p[0])
+        if len(p) < len(self.samples):
+            return torch.full_like(p[0], math.nan)
+        size = 2 if self.antithetic and is_paired(self.samples) else 1
+        p = p.reshape(-1, size, *p.shape[1:]).mean(dim=1)
+        if len(p) < 2:
+            return torch.full_like(p[0], float("nan"))
+        if self.drawn is None:
+            return p.std(dim=0) / len(p) ** 0.5
+        draws = (self.drawn // size)[:, None]
+        squares = (p - self.probabilities).square().nansum(dim=0)
+        return (squares / (draws - 1) / draws).sqrt()
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Average (S, N, ...) over the samples that each item got."""
+        if self.drawn is None:
+            return values.mean(dim=0)
+        got = torch.arange(len(values))[:, None] < self.drawn
+        shape = (*got.shape, *[1] * (values.dim() - 2))
+        return values.where(got.reshape(shape), 0).sum(dim=0) / self.drawn.reshape(shape[1:])
 
 
 @dataclass(frozen=True)
@@ -168,6 +205,8 @@ def predict(
     data: Data,
     samples: int | Sequence[int] = 10,
     *,
+    adaptive: float | None = None,
+    precision: float | None = None,
     sigma: float | None = None,
     batch_size: int | None = None,
     progress: bool = False,
@@ -181,7 +220,14 @@ def predict(
         adapter: a Bayesian adapter with a sigma.
         data: an encoded set, or batches of model arguments for a classification head. One that labels tokens gives an item for
             every label (B, T) other than -100, or for every attended token without labels, row by row.
-        samples: how many samples, or their numbers; 0 for the mean adapter.
+        samples: how many samples, or their numbers; 0 for the mean adapter. With ``adaptive`` the most that an item gets.
+        adaptive: stop drawing samples of an item once its answer, the arg max of the mean probability, is settled: with this
+            confidence, such as 0.99, that of all ``samples``. :class:`~tfb_ext.adaptive.StoppingRule` says what is promised and
+            what is not. Every item gets the first k of the samples that it would get without (whole pairs if antithetic), so
+            one that gets all has the same probabilities; its k is in ``samples_drawn``. Blocks below the first random one
+            run once an item all the same; the items that need more samples are packed into new batches.
+        precision: with ``adaptive``, settle the entropy of the mean probability instead, to so many nats to either side of
+            that of all ``samples``.
         sigma: posterior scale instead of the adapter's own.
         batch_size: rows before the fan; chosen by the device otherwise.
         progress: show a progress bar.
@@ -189,10 +235,12 @@ def predict(
     Raises:
         ValueError: empty data, bad samples or sigma, or a head of more than 1024 classes (a vocabulary: call the model under
             ``adapter.predictive`` instead); a regression or multi-label head (:func:`predict_regression`,
-            :func:`predict_multi_label`).
+            :func:`predict_multi_label`); with ``adaptive`` also a confidence outside (0.5, 1), too few samples, samples that
+            are neither all in pairs nor all independent, noise that depends on an item's place in its batch (a ``mode`` other
+            than ``"weight"``), labels of single tokens.
     """
-    run = _run(adapter, data, samples, sigma, batch_size, progress, "categorical")
-    return Prediction(run.values.exp(), tuple(getattr(data, "choices", ())), *run.facts)
+    run = _run(adapter, data, samples, sigma, batch_size, progress, "categorical", adaptive, precision)
+    return Prediction(run.values, tuple(getattr(data, "choices", ())), *run.facts, run.drawn)
 
 
 def predict_multi_label(
@@ -210,7 +258,7 @@ def predict_multi_label(
         ValueError: as :func:`predict`, or a head of another kind (``problem_type`` of the model's configuration).
     """
     run = _run(adapter, data, samples, sigma, batch_size, progress, "multi_label")
-    return MultiLabelPrediction(run.values.exp(), tuple(getattr(data, "choices", ())), *run.facts)
+    return MultiLabelPrediction(run.values, tuple(getattr(data, "choices", ())), *run.facts)
 
 
 def predict_regression(
@@ -233,8 +281,9 @@ def predict_regression(
 
 @dataclass(frozen=True)
 class _Run:
-    values: Tensor  # (S, N, C), what the scorer gives for the kind of head
+    values: Tensor  # (S, N, C): probabilities, or a regression head's outputs
     facts: tuple[float, tuple[int, ...], bool, float]  # sigma, samples, antithetic, seconds
+    drawn: Tensor | None  # (N,) samples of each item, where they differ
 
 
 def _run(
@@ -245,26 +294,108 @@ def _run(
     batch_size: int | None,
     progress: bool,
     kind: Kind,
+    adaptive: float | None = None,
+    precision: float | None = None,
 ) -> _Run:
     mean = isinstance(samples, int) and not isinstance(samples, bool) and samples == 0
     batch = None if mean else adapter.batch(check_samples(samples), sigma)
-    scorer = Scorer(adapter, data, batch_size=batch_size, samples=1 if batch is None else len(batch), kind=kind)
+    stopping = None if adaptive is None and precision is None else _stopping(batch, adaptive, precision, samples)
+    first = 1 if batch is None else len(batch) if stopping is None else stopping.stops[0]
+    sequences = data if isinstance(data, Encoded) and data.choice_tokens is not None else None
+    if sequences is not None and stopping is not None:
+        raise ValueError(
+            "the data scores its choices as sequences, which adaptive= does not serve; predict it with adaptive=None"
+        )
+    rows = data if sequences is None else sequences.sequences()
+    scorer = Scorer(adapter, rows, batch_size=batch_size, samples=first, keep_trunk=stopping is not None, kind=kind)
     classes = head_outputs(adapter)
-    parts: list[Tensor] = []
+    if sequences is None and classes > MANY_CLASSES and any(item.columns is None for item in scorer.batches):
+        raise ValueError(
+            f"the model's head has {classes} outputs; predict() is for label tokens (tfb_ext.encode) and "
+            "classification heads: for a vocabulary call the model inside adapter.predictive(...)"
+        )
+    if stopping is not None and any(item.token_labelled for item in scorer.batches):
+        raise ValueError(
+            "the data labels tokens, several a row, and adaptive= stops whole rows; predict it with adaptive=None"
+        )
+    drawn: Tensor | None = None
     started = time.perf_counter()
     with tqdm(total=scorer.size, desc="predict", unit="item", disable=not progress) as bar:
-        for item in scorer.batches:
-            if item.columns is None and classes > MANY_CLASSES:
-                raise ValueError(
-                    f"the model's head has {classes} outputs; predict() is for label tokens (tfb_ext.encode) and "
-                    "classification heads: for a vocabulary call the model inside adapter.predictive(...)"
-                )
-            values = scorer.mean(item)[None] if batch is None else scorer.samples(item, batch)
-            parts.append(values.float().cpu())
-            bar.update(len(item.index))
+        if batch is None or stopping is None:
+            parts = []
+            for item in scorer.batches:
+                if batch is None:
+                    found = scorer.mean(item)[None]
+                elif sequences is not None and sequences.score == "token":
+                    found = scorer.average(item, batch)[None]
+                else:
+                    found = scorer.samples(item, batch)
+                as_it_is = sequences is not None or kind == "regression"
+                parts.append((found if as_it_is else found.exp()).float().cpu())
+                bar.update(len(item.index))
+            values = original_order(parts, scorer.batches, dim=1)
+            values = values if sequences is None else sequences.choice_probabilities(values[..., 0])
+        else:
+            values, drawn = _until_settled(scorer, batch, stopping, bar.update)
     facts = 0.0 if batch is None else batch.sigma[0], () if batch is None else batch.samples
-    seconds = time.perf_counter() - started
-    return _Run(original_order(parts, scorer.batches, dim=1), (*facts, adapter.antithetic, seconds))
+    return _Run(values, (*facts, adapter.antithetic, time.perf_counter() - started), drawn)
+
+
+@dataclass(frozen=True)
+class _Stopping:
+    """The rule, how many samples make a draw, and after how many samples it is asked."""
+
+    rule: StoppingRule
+    size: int
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        return tuple(self.size * n for n in (*self.rule.looks, self.rule.draws))
+
+
+def _stopping(batch: SampleBatch | None, adaptive: float | None, precision: float | None, given: object) -> _Stopping:
+    if adaptive is None:
+        raise ValueError(
+            f"precision is {precision!r} without adaptive=, the confidence it is to hold with, such as 0.99"
+        )
+    if batch is None:
+        raise ValueError(
+            "samples is 0, the mean adapter, which draws nothing that adaptive= could stop; leave adaptive out"
+        )
+    if batch.mode != "weight":
+        raise ValueError(
+            f"the adapter's mode is {batch.mode!r}, whose noise depends on an item's place in its batch; adaptive= packs items "
+            "anew between samples and needs mode='weight'"
+        )
+    size = draw_size(batch.samples, batch.antithetic, given)
+    return _Stopping(StoppingRule(adaptive, len(batch) // size, precision), size)
+
+
+def _until_settled(
+    scorer: Scorer, batch: SampleBatch, stopping: _Stopping, update: Callable[[int], object]
+) -> tuple[Tensor, Tensor]:
+    """Samples for all items up to the first look, then for those left: (S, N, C), NaN where none was drawn, and (N,) counts."""
+    p: Tensor | None = None
+    unsettled = torch.ones(scorer.size, dtype=torch.bool)
+    drawn = torch.zeros(scorer.size, dtype=torch.int64)
+    done = 0
+    for stop in stopping.stops:
+        samples = batch.part(done, stop)
+        batches = scorer.select(unsettled.nonzero()[:, 0], len(samples)) if done else scorer.batches
+        for item in batches:
+            new = scorer.samples(item, samples).exp().float().cpu()
+            if p is None:
+                p = torch.full((len(batch), scorer.size, new.shape[-1]), math.nan)
+            p[done:stop, item.index] = new
+            drawn[item.index] = stop
+            draws = p[:stop, item.index].reshape(-1, stopping.size, *new.shape[1:]).mean(dim=1)
+            unsettled[item.index] = ~stopping.rule.settled(draws) if stop < len(batch) else False
+            update(int((~unsettled[item.index]).sum()))
+        if not unsettled.any():
+            break
+        done = stop
+    assert p is not None
+    return p, drawn
 
 
 def _entropy(p: Tensor) -> Tensor:
@@ -279,13 +410,8 @@ def _standard_error(values: Tensor, samples: Sequence[int], antithetic: bool) ->
     """Standard error of the mean over the first axis; mirrored pairs count as one."""
     if not samples:
         return torch.zeros_like(values[0])
-    if antithetic and _is_paired(samples):
+    if antithetic and is_paired(samples):
         values = values.reshape(-1, 2, *values.shape[1:]).mean(dim=1)
     if len(values) < 2:
         return torch.full_like(values[0], float("nan"))
     return values.std(dim=0) / len(values) ** 0.5
-
-
-def _is_paired(samples: Sequence[int]) -> bool:
-    pairs = zip(samples[::2], samples[1::2], strict=False)
-    return len(samples) % 2 == 0 and all(a % 2 == 0 and b == a + 1 for a, b in pairs)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adapter import BayesianAdapter, Depth
 from .data import Encoded
-from .fan import CLASSIFIER_HEADS, Kind, Predictive, Trunk, last_position_only
+from .fan import CLASSIFIER_HEADS, Kind, Predictive, Trunk, at_targets, last_position_only
 from .layers import SampleBatch
 
 IGNORED = -100
@@ -42,6 +42,7 @@ class Batch:
         labels: (B,) or (B, T) int64, or ``None``; ``-100`` is not counted.
         index: (B,) positions of the rows in the data set.
         columns: label tokens (C,), or ``None`` for the whole head.
+        targets: (B, m) tokens after the last m positions, to score as sequences, ``-100`` before shorter ones; or ``None``.
         shifted: whether the logits at a position are about the next one (language models with (B, T) labels).
     """
 
@@ -51,6 +52,7 @@ class Batch:
     index: Tensor
     columns: Tensor | None
     shifted: bool
+    targets: Tensor | None = None
 
     @property
     def token_labelled(self) -> bool:
@@ -59,16 +61,16 @@ class Batch:
 
     def halves(self) -> tuple[Batch, Batch]:
         """The upper and the lower half of the rows, of at least two."""
-        rows = len(self.index)
+        middle = len(self.index) // 2
+        return self.part((self.key, 0), slice(middle)), self.part((self.key, 1), slice(middle, None))
 
-        def part(number: int, at: slice) -> Batch:
-            inputs = {
-                n: v[at] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for n, v in self.inputs.items()
-            }
-            labels = None if self.labels is None else self.labels[at]
-            return replace(self, key=(self.key, number), inputs=inputs, labels=labels, index=self.index[at])
-
-        return part(0, slice(rows // 2)), part(1, slice(rows // 2, rows))
+    def part(self, key: Hashable, rows: slice | Tensor) -> Batch:
+        """Some of the rows, under a key of their own."""
+        size = len(self.index)
+        inputs = {n: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (size,) else v for n, v in self.inputs.items()}
+        labels = None if self.labels is None else self.labels[rows]
+        targets = None if self.targets is None else self.targets[rows]
+        return replace(self, key=key, inputs=inputs, labels=labels, index=self.index[rows], targets=targets)
 
 
 class _DoesNotFitError(Exception):
@@ -124,6 +126,10 @@ class Scorer:
             raise ValueError(f"batch_size is {batch_size!r}, expected a count of rows, at least 1")
         longest = max(map(len, data.token_ids), default=1) if isinstance(data, Encoded) else None
         room = self._room_for_tokens() if cuda else 0
+        self._most_rows = batch_size or BATCH_CUDA
+        self._data = data if isinstance(data, Encoded) else None
+        self._labels = data.labels_tensor() if isinstance(data, Encoded) and data.labelled else None
+        self._selections = 0
         if cuda and longest:
             self.batch_size = batch_size or max(1, min(BATCH_CUDA, room // (longest * max(samples, 1))))
         else:
@@ -148,24 +154,13 @@ class Scorer:
     def _prepare(self, data: Data, shuffle: bool, shard: tuple[int, int]) -> Iterator[Batch]:
         rank, world = shard
         if isinstance(data, Encoded):
-            head = data.choice_ids is None
             self._check_head(data)
-            columns = None if head else torch.tensor(data.choice_ids, device=self.device)
-            labels = data.labels_tensor() if data.labelled else None
-            # Encoders read their first position, so padding goes to the right of it.
-            left = not head or self.adapter.anatomy.head_name != "classifier"
             groups = data.groups(self.batch_size)
             order = list(range(len(groups)))
             if shuffle:
                 order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
             for key in order[rank::world]:
-                made = data.collate(groups[key], self.device, left=left)
-                index = made.pop("index")
-                inputs: dict[str, Any] = {n: v for n, v in made.items() if n in self._accepts}
-                if not head and "logits_to_keep" in self._accepts:
-                    inputs["logits_to_keep"] = 1
-                known = None if labels is None else labels[index].to(self.device)
-                yield Batch(key, self._plain(inputs), known, index, columns, shifted=False)
+                yield self._encoded_batch(data, key, groups[key])
             return
         start = 0
         for key, raw in enumerate(data):
@@ -190,9 +185,39 @@ class Scorer:
                 shifted=self.adapter.anatomy.head_name not in CLASSIFIER_HEADS and self.model.can_generate(),
             )
 
+    def _encoded_batch(self, data: Encoded, key: Hashable, items: Sequence[int]) -> Batch:
+        columns = None if data.choice_ids is None else torch.tensor(data.choice_ids, device=self.device)
+        targets: Tensor | None = None
+        if data.targets is not None:
+            wanted = [data.targets[i] for i in items]
+            most = max(map(len, wanted))
+            targets = torch.tensor([[IGNORED] * (most - len(w)) + list(w) for w in wanted], device=self.device)
+        made = data.collate(items, self.device, left=self._padded_left)
+        index = made.pop("index")
+        inputs: dict[str, Any] = {n: v for n, v in made.items() if n in self._accepts}
+        if (columns is not None or targets is not None) and "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = 1 if targets is None else targets.shape[1]
+        elif targets is not None:  # the head makes every position
+            targets = torch.nn.functional.pad(
+                targets, (made["input_ids"].shape[1] - targets.shape[1], 0), value=IGNORED
+            )
+        labels = None if self._labels is None else self._labels[index].to(self.device)
+        return Batch(key, self._plain(inputs), labels, index, columns, shifted=False, targets=targets)
+
+    @property
+    def _padded_left(self) -> bool:
+        # Encoders read their first position, so padding goes to the right of it.
+        return self.adapter.anatomy.head_name != "classifier"
+
     def _check_head(self, data: Encoded) -> None:
         name, classes = self.adapter.anatomy.head_name, head_outputs(self.adapter)
-        if data.choice_ids is not None and name in CLASSIFIER_HEADS:
+        if data.choice_tokens is not None:
+            raise ValueError(
+                f"the data scores its choices as sequences (score={data.score!r}), which only tfb_ext.predict() serves; encode "
+                "choices of one token without score="
+            )
+        tokens = data.choice_ids is not None or data.targets is not None
+        if tokens and name in CLASSIFIER_HEADS:
             raise ValueError(
                 f"the model has a classification head ({name!r}, {classes} classes), but the data names label tokens; encode "
                 "it with tfb_ext.encode(examples, tokenizer, head=True)"
@@ -204,7 +229,7 @@ class Scorer:
             )
         if self.kind == "regression":
             return
-        if data.choice_ids is None and len(data.choices) != classes:
+        if not tokens and len(data.choices) != classes:
             raise ValueError(
                 f"the data has {len(data.choices)} choices, {list(data.choices)!r}, and the model's head {name!r} {classes} "
                 "outputs; expected one choice for each (for label tokens of a language model encode without head=True)"
@@ -241,6 +266,8 @@ class Scorer:
                 except torch.OutOfMemoryError:
                     raise _DoesNotFitError from None
             logits = logits if logits.dtype == torch.float64 else logits.float()
+            if batch.targets is not None:
+                return self.items(at_targets(torch.log_softmax(logits, dim=-1)[None], batch.targets)[0], batch)
             if batch.columns is not None:
                 logits = logits.index_select(-1, batch.columns)
             if self.kind == "multi_label":
@@ -259,7 +286,8 @@ class Scorer:
 
         def run(batch: Batch) -> Tensor:
             passes = self._passes(batch, samples, first, keep=True)
-            return torch.cat([self.items(view.sample_outputs, batch, stacked=True) for view in passes])
+            found = (view.sample_outputs if batch.targets is None else view.target_log_probabilities for view in passes)
+            return torch.cat([self.items(values, batch, stacked=True) for values in found if values is not None])
 
         return self._whole_or_halves(batch, run, dim=1)
 
@@ -270,7 +298,8 @@ class Scorer:
             total: Tensor | None = None
             for view in self._passes(batch, samples, first, keep=False):
                 assert view.folded is not None
-                part = view.folded[0] + math.log(len(view.batch))
+                each = view.target_log_probabilities
+                part = view.folded[0] + math.log(len(view.batch)) if each is None else torch.logsumexp(each, dim=0)
                 total = part if total is None else torch.logaddexp(total, part)
             assert total is not None
             return self.items(total - math.log(len(samples)), batch)
@@ -293,11 +322,12 @@ class Scorer:
                     "the model in a smaller type"
                 )
             self.rows = max(1, min(self.rows, rows // 2))
+            halves = self._halves[batch.key] = batch.halves()
             if self._trunk is not None:
-                self._trunk.forget(batch.key)
+                middle = len(halves[0].index)
+                self._trunk.split(batch.key, [(halves[0].key, slice(middle)), (halves[1].key, slice(middle, None))])
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._halves[batch.key] = batch.halves()
         return torch.cat([self._whole_or_halves(half, run, dim) for half in self._halves[batch.key]], dim=dim)
 
     def _passes(self, batch: Batch, samples: SampleBatch, first: int | None, keep: bool) -> Iterator[Predictive]:
@@ -310,7 +340,14 @@ class Scorer:
         start = 0
         while start < len(samples):
             part = samples.part(start, min(start + chunk, len(samples)))
-            view = Predictive(part, columns=batch.columns, keep_samples=keep, trunk=trunk, key=batch.key)
+            view = Predictive(
+                part,
+                columns=batch.columns,
+                targets=batch.targets,
+                keep_samples=keep and batch.targets is None,
+                trunk=trunk,
+                key=batch.key,
+            )
             if not self._fits(view, batch, first):
                 if chunk == 1:
                     raise _DoesNotFitError
@@ -340,6 +377,100 @@ class Scorer:
             return last_position_only(self.adapter.anatomy)
         return nullcontext()
 
+    def select(self, items: Tensor, samples: int) -> Iterator[Batch]:
+        """Batches of some items of the data set, each good until the next is asked for, for another call with new samples.
+
+        Their hidden states are rows of the kept trunk, moved to where the padding of the new batch has them, so that no block
+        below the first random one runs again (but for items that the trunk's limit left out, and where nothing is kept). Items
+        of an :class:`~tfb_ext.data.Encoded` set are packed anew, in the order of their lengths; those of other batches stay
+        with the rest of their batch.
+
+        Args:
+            items: int64 (n,), positions of rows in the data set.
+            samples: sample groups that the call will have; a batch takes about as many rows as one forward may hold.
+        """
+        homes = [leaf for batch in self.batches for leaf in self._leaves(batch)]
+        if self._trunk is not None and self._trunk.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # rows are picked on the host, where copies may still be on their way
+        wanted = torch.isin(torch.cat([home.index for home in homes]), items)
+        for batch in self._packed(homes, wanted, samples) if self._data is not None else self._shrunk(homes, wanted):
+            yield batch
+            self._forget(batch)
+
+    def _leaves(self, batch: Batch) -> Iterator[Batch]:
+        """The batch, or the halves of it that were found to fit into memory."""
+        if batch.key not in self._halves:
+            yield batch
+        else:
+            for half in self._halves[batch.key]:
+                yield from self._leaves(half)
+
+    def _forget(self, batch: Batch) -> None:
+        if self._trunk is not None:
+            self._trunk.forget(batch.key)
+        for half in self._halves.pop(batch.key, ()):
+            self._forget(half)
+
+    def _shrunk(self, homes: Sequence[Batch], wanted: Tensor) -> Iterator[Batch]:
+        for home, here in zip(homes, wanted.split([len(home.index) for home in homes]), strict=True):
+            if not here.any():
+                continue
+            rows = here.nonzero()[:, 0]
+            batch = home.part(self._next_key(), rows)
+            self._move_trunk(batch, [(home, rows.tolist(), list(range(len(rows))))])
+            yield batch
+
+    def _packed(self, homes: Sequence[Batch], wanted: Tensor, samples: int) -> Iterator[Batch]:
+        data = self._data
+        assert data is not None
+        number = torch.repeat_interleave(torch.tensor([len(home.index) for home in homes]))
+        row = torch.cat([torch.arange(len(home.index)) for home in homes])
+        index = torch.cat([home.index for home in homes])
+        places = list(zip(index[wanted].tolist(), number[wanted].tolist(), row[wanted].tolist(), strict=True))
+        kept = [p for p in places if self._is_kept(homes[p[1]])]
+        rest = [p for p in places if not self._is_kept(homes[p[1]])]
+        size = max(1, min(self.rows // samples, self._most_rows))
+        for some in (kept, rest):
+            for group in data.select(item for item, _, _ in some).groups(size) if some else ():
+                batch = self._encoded_batch(data, self._next_key(), [some[i][0] for i in group])
+                sources: dict[int, tuple[list[int], list[int]]] = {}
+                for target, i in enumerate(group):
+                    rows, targets = sources.setdefault(some[i][1], ([], []))
+                    rows.append(some[i][2])
+                    targets.append(target)
+                if some is kept:
+                    self._move_trunk(batch, [(homes[home], *rows) for home, rows in sources.items()])
+                yield batch
+
+    def _is_kept(self, home: Batch) -> bool:
+        return self._trunk is not None and (self.first, home.key) in self._trunk.hidden
+
+    def _next_key(self) -> Hashable:
+        self._selections += 1
+        return "selection", self._selections
+
+    def _move_trunk(self, batch: Batch, sources: Sequence[tuple[Batch, list[int], list[int]]]) -> None:
+        """Keep for ``batch`` what its rows have in the trunk: of each source the rows, and which rows of ``batch`` they are."""
+        trunk, width = self._trunk, batch.inputs["input_ids"].shape[1]
+        if trunk is None or not all(self._is_kept(home) for home, _, _ in sources):
+            return
+        # At the head there may be less than a hidden state a position: the last one's, or a pooled one.
+        last = self.first == len(self.adapter.anatomy.blocks) and "logits_to_keep" in batch.inputs
+        moved: Tensor | None = None
+        for home, rows, targets in sources:
+            hidden = trunk.hidden[self.first, home.key][rows].to(self.device)
+            if hidden.dim() == 3 and not last:
+                missing = width - hidden.shape[1]
+                # A negative number cuts padding off.
+                hidden = torch.nn.functional.pad(
+                    hidden, (0, 0, missing, 0) if self._padded_left else (0, 0, 0, missing)
+                )
+            if moved is None:
+                moved = hidden.new_empty(len(batch.index), *hidden.shape[1:])
+            moved[targets] = hidden
+        assert moved is not None
+        trunk.hidden[self.first, batch.key] = moved
+
     def _trunk_for(self, first: int, several_passes: bool) -> Trunk | None:
         if first == 0 or not (self.keep_trunk or several_passes):
             return None
@@ -362,8 +493,13 @@ class Scorer:
         return (torch.device("cpu"), host) if size > free / 4 else (None, math.inf)
 
     def items(self, values: Tensor | None, batch: Batch, stacked: bool = False) -> Tensor:
-        """The positions that carry a prediction: (B, C) or (B, T, C) -> (items, C), with a sample axis first if ``stacked``."""
+        """The positions that carry a prediction: (B, C) or (B, T, C) -> (items, C), with a sample axis first if ``stacked``.
+
+        With targets (B, m) -> (B, 1): the sum over a sequence's tokens.
+        """
         assert values is not None
+        if batch.targets is not None:
+            return values.masked_fill(batch.targets == IGNORED, 0).sum(dim=-1, keepdim=True)
         lead = (slice(None),) if stacked else ()
         if values.dim() == len(lead) + 2:  # a head over pooled rows
             return values

@@ -30,7 +30,7 @@ def uncertainty_scores(prediction: Prediction) -> dict[str, Tensor]:
     total, aleatoric, epistemic: the entropies in nats, as :class:`~tfb_ext.prediction.Prediction` has them. A single sample
         cannot disagree with itself, so the mean adapter has no ``epistemic``.
     """
-    p = prediction.sample_probabilities.double().mean(dim=0)
+    p = prediction.probabilities.double()
     top = p.argmax(dim=-1, keepdim=True)
     found = {
         "confidence": p.scatter(-1, top, 0.0).sum(dim=-1),
