@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import zoo
 from torch import Tensor
 
@@ -137,3 +138,46 @@ def test_a_sample_is_one_weight_over_all_steps() -> None:
         assert torch.equal(text, written[0])
         texts.append(text)
     assert not torch.equal(texts[0], texts[1])
+
+
+# Fresh noise at every step -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", ["all", 2])
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}])
+def test_token_noise_is_fresh_at_every_step(depth: Any, cache: dict[str, Any]) -> None:
+    """Against rows laid out by the caller, whose every step has a seed of its own."""
+    adapter, batch = bayesian("llama", depth), prompt(2, "cpu")
+    adapter.mode, seed = "token", adapter.seed
+    out = generate(adapter, batch, return_dict_in_generate=True, output_logits=True, **cache)
+    ids, mask, past = batch["input_ids"], batch["attention_mask"], transformers.DynamicCache()
+    calls = [(0, 4), (4, 6)] if cache.get("prefill_chunk_size") else [(0, 6)]
+    calls += [(6 + step, 7 + step) for step in range(NEW - 1)]
+    steps, sequences = [], out.sequences
+    for start, stop in calls:
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, sequences.shape[1] - 6, dtype=torch.int64)], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        adapter.seed = (seed + start * 0x9E3779B97F4A7C15) % 2**64
+        rows = {
+            "input_ids": sequences[:, start:stop],
+            "attention_mask": mask[:, :stop],
+            "position_ids": positions[:, start:stop],
+        }
+        with adapter.sampling(SAMPLES):
+            wide = {name: value.repeat(SAMPLES, 1) for name, value in rows.items()}
+            logits = adapter.model(**wide, past_key_values=past, use_cache=True).logits[:, -1]
+        steps.append(zoo.average(torch.log_softmax(logits.view(SAMPLES, 2, -1), dim=-1)))
+    adapter.seed = seed
+    assert ids.shape[1] == 6
+    assert torch.allclose(torch.stack(out.logits, dim=1), torch.stack(steps[-NEW:], dim=1), atol=1e-4)
+
+
+def test_a_steps_noise_is_not_that_of_another() -> None:
+    batch = bayesian("llama", "all").batch(SAMPLES)
+    seeds = [batch.after(tokens).seed for tokens in range(1000)]
+    assert len(set(seeds)) == 1000 and seeds[0] == batch.seed and batch.after(0) is batch
+    later = batch.after(3)
+    assert later.samples == batch.samples and later.part(0, 2).seed == later.seed
+    device = torch.device("cpu")
+    assert batch.tensors(device)[2].item() == batch.seed
+    assert batch.after(3).tensors(device)[2].item() == (3 * 0x9E3779B97F4A7C15) % 2**64 - 2**64

@@ -266,6 +266,17 @@ def test_assisted_by_the_mean_adapter(depth: Any) -> None:
     assert torch.equal(looked_up.sequences, expected)
 
 
+def test_fresh_noise_at_every_step_is_scored_too() -> None:
+    adapter, batch = bayesian(), prompt(2)
+    adapter.mode = "token"
+    found = generate(adapter, batch)
+    again = generate(adapter, batch)
+    assert torch.equal(found.sequences, again.sequences) and torch.equal(found.total, again.total)
+    assert (found.epistemic > 0).all()
+    adapter.mode = "weight"
+    assert (found.total - generate(adapter, batch).total).abs().max() > 1e-3
+
+
 # Texts --------------------------------------------------------------------------------------------------------------
 
 

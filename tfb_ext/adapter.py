@@ -55,8 +55,8 @@ class BayesianAdapter:
         antithetic: sample ``2k + 1`` is minus the noise of sample ``2k``.
         mode: how the noise meets the tokens: ``"weight"`` (one weight matrix a sample, the paper's equation), ``"flipout"``
             (that, with random signs for every token) or ``"token"`` (fresh noise for every token, the cheapest). Rows and
-            positions of a call are numbered from 0, so the last two serve single calls and not a growing key-value cache.
-            A sigma found in one mode does not hold in another.
+            positions of a call are numbered from 0; a step from a key-value cache draws anew in mode ``"token"`` and is refused
+            in ``"flipout"``. A sigma found in one mode does not hold in another.
         family: what is noisy: ``"low-rank"`` (the paper's posterior), ``"constant"`` (the entries of A) or ``"full-rank"`` (all
             entries of the update, in mode ``"token"`` only); see :mod:`tfb_ext.families`. A sigma found for one family does
             not hold for another.

@@ -213,6 +213,7 @@ class Fan:
         self.first = first
         self.view = view
         self.check = check
+        self.batch = view.batch  # of the forward in progress
         self.rows = 0
         self.repeated: list[tuple[Tensor, Tensor]] = []
         self.pending: Tensor | None = None
@@ -263,13 +264,13 @@ class Fan:
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.check()
         check_packing(model, kwargs)
-        check_cache(self.view.batch.mode, kwargs)
+        self.batch = batch_after(self.view.batch, kwargs)
         self.rows = batch_rows(args, kwargs)
         self.repeated = []
         self.pending = None
         self.state.fanned = False
         # A forward that raised and was caught may have left a piece of the batch, missed layers or bypassed blocks.
-        self.state.batch = self.view.batch
+        self.state.batch = self.batch
         self.state.missed.clear()
         self.restore_blocks()
         if not torch.compiler.is_compiling():
@@ -405,7 +406,7 @@ class Fan:
             return (hidden[:0], *args[1:]), kwargs
         piece = self.samples_per_piece(head, hidden)
         if piece < size:
-            self.state.batch = self.view.batch.part(0, piece)
+            self.state.batch = self.batch.part(0, piece)
             hidden = hidden[: piece * self.rows]
         return (hidden, *args[1:]), kwargs
 
@@ -431,11 +432,11 @@ class Fan:
         try:
             for start in range(piece, size, max(piece, 1)):
                 stop = min(start + piece, size)
-                state.batch = view.batch.part(start, stop)
+                state.batch = self.batch.part(start, stop)
                 logits = head.forward(hidden[start * self.rows : stop * self.rows])
                 folding.add(self.capped(logits), start, self.rows)
         finally:
-            state.batch = view.batch
+            state.batch = self.batch
         view.folded, view.sample_outputs = folding.result()
         view.target_log_probabilities = None if targets is None else torch.cat(folding.targeted)
         return view.folded[0]
@@ -615,14 +616,20 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
     return kwargs["cache"] if kwargs.get("cache") is not None else kwargs.get("past_key_values")
 
 
-def check_cache(mode: str, kwargs: dict[str, Any]) -> None:
-    """Refuse to go on from a cache with noise that is numbered by the tokens of one call."""
-    cache = cache_of(kwargs)
-    if mode != "weight" and cache is not None and int(cache.get_seq_length()) > 0:
+def batch_after(batch: SampleBatch, kwargs: dict[str, Any]) -> SampleBatch:
+    """The samples of a call that goes on from a cache: the same weights, or for mode ``"token"`` the next tokens' noise.
+
+    Raises:
+        SamplingError: mode ``"flipout"``, whose noise is one matrix a sample with signs that are numbered by a call's tokens.
+    """
+    cache = cache_of(kwargs) if batch.mode != "weight" else None
+    tokens = 0 if cache is None else int(cache.get_seq_length())
+    if tokens and batch.mode == "flipout":
         raise SamplingError(
-            f"mode {mode!r} numbers its noise by the tokens of one call, so a step from a key-value cache would repeat the "
-            "noise of the first tokens; use mode='weight', or use_cache=False and whole sequences"
+            "mode 'flipout' numbers its signs by the tokens of one call, so a step from a key-value cache would repeat those of "
+            "the first tokens; use mode='weight' or 'token', or use_cache=False and whole sequences"
         )
+    return batch.after(tokens)
 
 
 def check_packing(model: Any, kwargs: dict[str, Any]) -> None:

@@ -145,8 +145,8 @@ def generate(
     """Continue prompts under the posterior predictive, and say how sure it is of every token.
 
     Args:
-        adapter: a Bayesian adapter with a sigma, in mode ``"weight"`` (one text, one weight a sample) or ``"token"`` or
-            ``"flipout"`` (noise of its own at every step).
+        adapter: a Bayesian adapter with a sigma, in mode ``"weight"`` (a sample is one weight for the whole text) or ``"token"``
+            (fresh noise at every step; the scores are of one more draw then, not of those that the text was chosen by).
         prompts: a text or several; a conversation (a list of ``{"role", "content"}``) or several, through the tokenizer's chat
             template; or ``input_ids`` and ``attention_mask`` (R, P), padded on the left.
         tokenizer: needed for texts and conversations.

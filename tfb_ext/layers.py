@@ -10,7 +10,7 @@ as the mean. Every call decides anew; whatever does not fit goes to PEFT's forwa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,23 @@ class SampleBatch:
             )
         return self._parts[key]
 
+    def after(self, tokens: int) -> SampleBatch:
+        """The same groups with the noise of a call that goes on after so many tokens: fresh for mode ``"token"``.
+
+        Tokens are numbered within a call, so a step of generation would repeat the noise of the first tokens; its seed is
+        ``seed + tokens * 0x9E3779B97F4A7C15`` (mod 2**64) instead.
+        """
+        if not tokens:
+            return self
+        later = replace(self, seed=(self.seed + tokens * _STEP) % 2**64, _tensors={}, _parts={})
+        for device, (sigma, samples, _) in self._tensors.items():
+            seed = torch.tensor([as_int64(later.seed)], dtype=torch.int64, device=device)
+            later._tensors[device] = (sigma, samples, seed)
+        return later
+
+
+# Odd, so that no two of 2**64 lengths share a seed.
+_STEP = 0x9E3779B97F4A7C15
 
 # One group of rows that draws nothing: the mean, for the blocks below the first random one.
 MEAN = SampleBatch((0.0,), (0,), 0, False)
