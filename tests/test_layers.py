@@ -325,7 +325,7 @@ def test_modes_are_saved_and_refused_where_they_do_not_fit(mode: str, tmp_path: 
 def test_flipout_does_not_go_on_from_a_cache() -> None:
     adapter, ids = bayesian("llama", mode="flipout"), zoo.batch_for("llama", 1)["input_ids"]
     with (
-        pytest.raises(tfb_ext.errors.SamplingError, match="mode 'flipout' numbers its signs by the tokens of one call"),
+        pytest.raises(tfb_ext.errors.SamplingError, match="mode 'flipout' numbers its noise by the tokens of one call"),
         adapter.predictive(SAMPLES),
     ):
         adapter.model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)

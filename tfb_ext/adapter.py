@@ -276,9 +276,8 @@ class BayesianAdapter:
         checked = [check_sigma(s) for s in scales]
         mirrored = self.antithetic if antithetic is None else antithetic
         scales = [s for s in checked for _ in numbers]
-        return SampleBatch(
-            tuple(scales), numbers * len(checked), self.seed, mirrored, check_mode(mode or self.mode, self.family)
-        )
+        noise = check_mode(mode or self.mode, self.family)
+        return SampleBatch(tuple(scales), numbers * len(checked), self.seed, mirrored, noise, self.family)
 
     def scale(self, sigma: float | None = None) -> float:
         """``sigma``, or the adapter's own; a ``ValueError`` if there is none or it is no finite number above 0."""

@@ -620,14 +620,16 @@ def batch_after(batch: SampleBatch, kwargs: dict[str, Any]) -> SampleBatch:
     """The samples of a call that goes on from a cache: the same weights, or for mode ``"token"`` the next tokens' noise.
 
     Raises:
-        SamplingError: mode ``"flipout"``, whose noise is one matrix a sample with signs that are numbered by a call's tokens.
+        SamplingError: mode ``"flipout"``, whose noise is one matrix a sample with signs that are numbered by a call's tokens, and
+            the family ``"full-rank"``, whose parts of one call have keys that the seeds of other steps could meet.
     """
     cache = cache_of(kwargs) if batch.mode != "weight" else None
     tokens = 0 if cache is None else int(cache.get_seq_length())
-    if tokens and batch.mode == "flipout":
+    if tokens and (batch.mode == "flipout" or batch.family == "full-rank"):
+        what = "the family 'full-rank'" if batch.family == "full-rank" else f"mode {batch.mode!r}"
         raise SamplingError(
-            "mode 'flipout' numbers its signs by the tokens of one call, so a step from a key-value cache would repeat those of "
-            "the first tokens; use mode='weight' or 'token', or use_cache=False and whole sequences"
+            f"{what} numbers its noise by the tokens of one call, so a step from a key-value cache would repeat the noise of the "
+            "first tokens; use the family 'low-rank' in mode 'weight' or 'token', or use_cache=False and whole sequences"
         )
     return batch.after(tokens)
 

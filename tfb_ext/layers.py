@@ -47,6 +47,7 @@ class SampleBatch:
         samples: sample number of each group (S,).
         seed: 64-bit seed of the noise.
         antithetic: sample ``2k + 1`` is minus the noise of sample ``2k``.
+        mode, family: of the noise, see :class:`~tfb_ext.adapter.BayesianAdapter`.
     """
 
     sigma: tuple[float, ...]
@@ -54,6 +55,7 @@ class SampleBatch:
     seed: int
     antithetic: bool
     mode: str = "weight"
+    family: str = "low-rank"
     _tensors: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _parts: dict[tuple[int, int], SampleBatch] = field(default_factory=dict, repr=False, compare=False)
 
@@ -80,7 +82,7 @@ class SampleBatch:
         key = (start, stop)
         if key not in self._parts:
             self._parts[key] = SampleBatch(
-                self.sigma[start:stop], self.samples[start:stop], self.seed, self.antithetic, self.mode
+                self.sigma[start:stop], self.samples[start:stop], self.seed, self.antithetic, self.mode, self.family
             )
         return self._parts[key]
 
