@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,37 +19,30 @@ from tfb_ext import Prediction, metrics
 from tfb_ext.cli import parse_depth
 from tfb_ext.data import encode
 from tfb_ext.demo.headlines import load_split
-from tfb_ext.loading import DEMO, load_adapter
 
+from .headlines import adapters, add_arguments
 from .record import environment, write_json
 from .timing import spread
 
 COMMAND = "python -m bench.adaptive"
-ADAPTERS = (DEMO, "bench/adapters/seed1", "bench/adapters/seed2")
 DEPTHS = ("all", "0.25")
 CONFIDENCES = (0.95, 0.99)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", action="append", help="'demo' or the folder of an adapter for the headlines")
+    add_arguments(parser)
     parser.add_argument("--depth", action="append", help="random blocks: 'all', 'head', a number, a fraction")
     parser.add_argument("--confidence", action="append", type=float)
     parser.add_argument("--sigma", type=float, help="instead of a search on the anchors")
-    parser.add_argument("--anchors", type=int, default=500)
     parser.add_argument("--test-items", type=int, default=2000)
     parser.add_argument("--samples", type=int, default=30, help="N")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     where: dict[str, Any] = {}
-    for name in options.adapter or ADAPTERS:
-        loaded = load_adapter(str(name), device=options.device)
+    for name, loaded, adapter in adapters(options.adapter, options.device):
         device = next(loaded.model.parameters()).device
         where = where or environment(device, COMMAND)
-        adapter = tfb_ext.bayesianize(loaded.model)
         anchors = encode(load_split("anchor", options.anchors), loaded.tokenizer)
         test = encode(load_split("test", options.test_items), loaded.tokenizer)
 
@@ -73,7 +65,7 @@ def main() -> None:
             for confidence in options.confidence or CONFIDENCES:
                 found, seconds = runs(confidence)
                 require_prefix(found, fixed)
-                row = {"adapter": str(name), "depth": depth, "sigma": found.sigma, "confidence": confidence}
+                row = {"adapter": name, "depth": depth, "sigma": found.sigma, "confidence": confidence}
                 row |= compared(found, fixed, test.labels_tensor())
                 row |= {"seconds": seconds[0], "spread": list(seconds[1:])}
                 row |= {"fixed_seconds": fixed_seconds[0], "fixed_spread": list(fixed_seconds[1:])}

@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import tfb_ext
 from tfb_ext import SigmaSearch, search_sigma
 from tfb_ext.data import encode
 from tfb_ext.demo.headlines import load_split
-from tfb_ext.loading import DEMO, load_adapter
 
+from .headlines import adapters, add_arguments
 from .record import environment, write_json
 from .timing import spread
 
 COMMAND = "python -m bench.search_methods"
-ADAPTERS = (DEMO, "bench/adapters/seed1", "bench/adapters/seed2")
 BRACKET = (0.005, 0.32)
 QUESTIONS: dict[str, dict[str, Any]] = {
     "flips": {"metric": "flips", "tolerance": 0.02},
@@ -43,19 +40,13 @@ CONFIDENCE = 0.99
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", action="append", help="'demo' or the folder of an adapter for the headlines")
-    parser.add_argument("--anchors", type=int, default=500)
+    add_arguments(parser)
     parser.add_argument("--samples", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     where: dict[str, Any] = {}
-    for name in options.adapter or ADAPTERS:
-        loaded = load_adapter(str(name), device=options.device)
+    for name, loaded, adapter in adapters(options.adapter, options.device):
         where = where or environment(next(loaded.model.parameters()).device, COMMAND)
-        adapter = tfb_ext.bayesianize(loaded.model)
         anchors = encode(load_split("anchor", options.anchors), loaded.tokenizer)
 
         def search(adapter: Any = adapter, anchors: Any = anchors, **how: Any) -> SigmaSearch:
@@ -75,7 +66,7 @@ def main() -> None:
                     found = runs[0]
                     rows.append(
                         {
-                            "adapter": str(name),
+                            "adapter": name,
                             "question": question,
                             "method": method,
                             "early_stop": early,

@@ -152,14 +152,7 @@ class Encoded:
             counts right by itself, and some (RoBERTa) do not count from 0.
             ``index``: (B,) int64 on the CPU, ``indices`` themselves. Take it out before the call of the model.
         """
-        rows = [self.token_ids[i] for i in indices]
-        longest = max(map(len, rows))
-        input_ids = torch.full((len(rows), longest), self.pad_id)
-        mask = torch.zeros_like(input_ids)
-        for number, row in enumerate(rows):
-            where = slice(longest - len(row), longest) if left else slice(len(row))
-            input_ids[number, where] = torch.tensor(row)
-            mask[number, where] = 1
+        input_ids, mask = pad_rows([self.token_ids[i] for i in indices], self.pad_id, left=left)
         batch = {"input_ids": input_ids, "attention_mask": mask}
         if left:
             batch["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
@@ -406,6 +399,18 @@ def _choice_tokens(choices: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
             )
         owner[ids] = choice
     return tuple(owner)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = True) -> tuple[Tensor, Tensor]:
+    """Token ids of B rows as one batch, as long as the longest (L tokens), and its attention mask: both (B, L) int64."""
+    longest = max(map(len, rows))
+    input_ids = torch.full((len(rows), longest), pad_id)
+    mask = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        where = slice(longest - len(row), longest) if left else slice(len(row))
+        input_ids[number, where] = torch.tensor(row)
+        mask[number, where] = 1
+    return input_ids, mask
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

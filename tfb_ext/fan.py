@@ -7,6 +7,7 @@ a hook on the output head folds the rows back into B rows of ``log mean_s softma
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -176,8 +177,8 @@ class Predictive:
         groups: number of equal groups that are averaged apart (several sigmas in one pass); the model returns group 0.
         columns: output features to keep (label tokens), or ``None`` for all; then the model returns only these.
         keep_samples: keep the per-sample results of the last forward.
-        observe: called with per-sample results (s, B, ..., V) as the fold makes them and the number of the first of these
-            samples, for what needs all of them once and none of them afterwards.
+        observe: called with the per-sample results (s, B, ..., V) of the next samples as the fold makes them, for what needs
+            all of them once and none of them afterwards.
         targets: outputs (token ids; with ``columns``, places among them) whose log probability every sample is asked for, int64,
             of the shape of the head's output without its last axis: (B, T) for a language model, or (B, T, K) for K of them a
             position. A target belongs to the position that predicts it; negative ones (-100) are not looked up. May be set anew
@@ -193,7 +194,7 @@ class Predictive:
     groups: int = 1
     columns: Tensor | None = None
     keep_samples: bool = False
-    observe: Callable[[Tensor, int], None] | None = None
+    observe: Callable[[Tensor], None] | None = None
     targets: Tensor | None = None
     trunk: Trunk | None = None
     key: Hashable | None = None
@@ -498,7 +499,7 @@ class _Folding:
         size: int,
         keep: bool,
         targets: Tensor | None = None,
-        observe: Callable[[Tensor, int], None] | None = None,
+        observe: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.kind, self.groups, self.size, self.keep = kind, groups, size, keep
         self.targets, self.observe = targets, observe
@@ -515,7 +516,7 @@ class _Folding:
         if self.keep:
             self.samples.append(values)
         if self.observe is not None:
-            self.observe(values, start)
+            self.observe(values)
         if self.targets is not None:
             self.targeted.append(at_targets(values, self.targets))
         if self.kind == "multi_label":
@@ -596,6 +597,18 @@ def at_targets(values: Tensor, targets: Tensor) -> Tensor:
     index = targets if targets.dim() == values.dim() - 1 else targets[..., None]
     found = values.gather(-1, index.clamp(min=0).expand(values.shape[0], *index.shape))
     return found.masked_fill(index < 0, 0.0).reshape(values.shape[0], *targets.shape)
+
+
+def last_positions(model: Any, targets: Tensor, width: int) -> tuple[dict[str, int], Tensor]:
+    """What to give a model and :class:`Predictive` for targets (B, m) or (B, m, K) at the last m of ``width`` positions.
+
+    Models that can are asked for these positions alone; for the others the targets are filled up on the left.
+    """
+    count = targets.shape[1]
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return {"logits_to_keep": count}, targets
+    fill = (*(0, 0) * (targets.dim() - 2), width - count, 0)
+    return {}, nn.functional.pad(targets, fill, value=-100)
 
 
 def repeat_rows(value: Tensor, size: int) -> Tensor:

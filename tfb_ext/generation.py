@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .adapter import BayesianAdapter
+from .data import pad_rows
 from .errors import SamplingError
-from .fan import Predictive
+from .fan import Predictive, last_positions
 from .layers import SampleBatch
 
 if TYPE_CHECKING:
@@ -101,19 +102,15 @@ class Generation:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and texts as JSON takes them: one entry of ``items`` for each row."""
-        scores = self.sequence_scores.tolist(), self.token_scores.tolist()
+        names = ("tokens", "log_probabilities", "total", "aleatoric", "epistemic")
+        columns = {name: getattr(self, name) for name in (*names, "alternatives", "alternative_probabilities")}
+        scores = zip(self.sequence_scores.tolist(), self.token_scores.tolist(), strict=True)
         items = []
-        for row, count in enumerate(self.lengths.tolist()):
+        for row, (count, (sequence, token)) in enumerate(zip(self.lengths.tolist(), scores, strict=True)):
             item: dict[str, Any] = {"text": self.texts[row]} if self.texts else {}
-            item |= {"sequence_score": scores[0][row], "token_score": scores[1][row]}
-            columns = {
-                name: getattr(self, name)[row, :count].tolist()
-                for name in ("tokens", "log_probabilities", "total", "aleatoric", "epistemic", "alternatives")
-            }
-            columns["alternative_probabilities"] = self.alternative_probabilities[row, :count].tolist()
-            if self.pieces:
-                columns["pieces"] = list(self.pieces[row])
-            items.append(item | columns)
+            item |= {"sequence_score": sequence, "token_score": token}
+            item |= {name: value[row, :count].tolist() for name, value in columns.items()}
+            items.append(item | ({"pieces": list(self.pieces[row])} if self.pieces else {}))
         return {"sigma": self.sigma, "samples": list(self.samples), "seconds": self.seconds, "items": items}
 
     @property
@@ -254,7 +251,7 @@ def _score(
     targets = sequences[:, start:]
     entropies: list[Tensor] = []
 
-    def observe(values: Tensor, _: int) -> None:
+    def observe(values: Tensor) -> None:
         """``values`` (s, R, kept positions, V); the last position says what would follow the last token."""
         for one in values[
             ..., -count - 1 : -1, :
@@ -265,13 +262,10 @@ def _score(
     inputs: dict[str, Any] = {"input_ids": sequences, "attention_mask": mask, "use_cache": False}
     if "position_ids" in accepted:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = count + 1
     following = torch.nn.functional.pad(targets, (0, 1), value=-1)  # the token that each kept position predicts
-    if "logits_to_keep" not in accepted:
-        following = torch.nn.functional.pad(following, (start - 1, 0), value=-1)
+    keep, following = last_positions(model, following, sequences.shape[1])
     with adapter.fanned(Predictive(batch, observe=observe, targets=following)) as view:
-        mean = model(**inputs).logits[:, -count - 1 : -1]
+        mean = model(**inputs, **keep).logits[:, -count - 1 : -1]
     assert view.target_log_probabilities is not None
     top = mean.topk(min(alternatives, mean.shape[-1]), dim=-1)
     return _Scores(
@@ -311,11 +305,8 @@ def _encode(adapter: BayesianAdapter, prompts: Prompts, tokenizer: PreTrainedTok
         rows.append(_tokens(number, prompt, tokenizer))
     if not rows:
         raise ValueError("prompts is empty, expected at least one")
-    longest = max(map(len, rows))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
+    ids, mask = pad_rows(rows, tokenizer.pad_token_id or 0)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def _each(prompts: Any) -> list[Any]:

@@ -7,7 +7,6 @@ made here, of all samples in one fused forward, from which each sample's log pro
 
 from __future__ import annotations
 
-import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .adapter import BayesianAdapter, Depth, bayesianize, check_sigma, load
 from .errors import UnsupportedModelError
+from .fan import last_positions
 from .files import CONFIG_NAME, TFBConfig
 
 try:
@@ -119,8 +119,6 @@ class TFBLM(HFLM):
         self.n_samples = n_samples
         self.bma = bma
         self._joining = False
-        forward = inspect.signature(self.adapter.anatomy.model.forward)
-        self._trims = "logits_to_keep" in forward.parameters
 
     # The predictive -------------------------------------------------------------------------------------------------
 
@@ -142,9 +140,7 @@ class TFBLM(HFLM):
 
         Both on the CPU.
         """
-        keep = {"logits_to_keep": targets.shape[1]} if self._trims else {}
-        if not self._trims:
-            targets = torch.nn.functional.pad(targets, (0, 0, inps.shape[1] - targets.shape[1], 0), value=-100)
+        keep, targets = last_positions(self.adapter.anatomy.model, targets, inps.shape[1])
         kind = self.mixed_precision_dtype
         with (
             self.adapter.predictive(self.n_samples, targets=targets) as view,

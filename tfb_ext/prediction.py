@@ -80,19 +80,9 @@ class Prediction:
         NaN below two of them, and where there is no distribution per sample.
         """
         p = self.sample_probabilities
-        if not self.samples:
-            return torch.zeros_like(p[0])
         if len(p) < len(self.samples):
             return torch.full_like(p[0], math.nan)
-        size = 2 if self.antithetic and is_paired(self.samples) else 1
-        p = p.reshape(-1, size, *p.shape[1:]).mean(dim=1)
-        if len(p) < 2:
-            return torch.full_like(p[0], float("nan"))
-        if self.drawn is None:
-            return p.std(dim=0) / len(p) ** 0.5
-        draws = (self.drawn // size)[:, None]
-        squares = (p - self.probabilities).square().nansum(dim=0)
-        return (squares / (draws - 1) / draws).sqrt()
+        return _standard_error(p, self.samples, self.antithetic, self.drawn)
 
     def _mean(self, values: Tensor) -> Tensor:
         """Average (S, N, ...) over the samples that each item got."""
@@ -406,12 +396,17 @@ def _binary_entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p) + torch.special.entr(1 - p)
 
 
-def _standard_error(values: Tensor, samples: Sequence[int], antithetic: bool) -> Tensor:
-    """Standard error of the mean over the first axis; mirrored pairs count as one."""
+def _standard_error(values: Tensor, samples: Sequence[int], antithetic: bool, drawn: Tensor | None = None) -> Tensor:
+    """Standard error of the mean over the first axis (S, N, C), of which item n has the first ``drawn[n]``; mirrored pairs
+    count as one."""
     if not samples:
         return torch.zeros_like(values[0])
-    if antithetic and is_paired(samples):
-        values = values.reshape(-1, 2, *values.shape[1:]).mean(dim=1)
+    size = 2 if antithetic and is_paired(samples) else 1
+    values = values.reshape(-1, size, *values.shape[1:]).mean(dim=1)
     if len(values) < 2:
-        return torch.full_like(values[0], float("nan"))
-    return values.std(dim=0) / len(values) ** 0.5
+        return torch.full_like(values[0], math.nan)
+    if drawn is None:
+        return values.std(dim=0) / len(values) ** 0.5
+    draws = (drawn // size)[:, None]
+    squares = (values - values.nanmean(dim=0)).square().nansum(dim=0)
+    return (squares / (draws - 1) / draws).sqrt()

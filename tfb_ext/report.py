@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import exp, isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -322,40 +323,29 @@ def generation_page(
             "its prompts"
         )
     rows = []
-    for row, length in enumerate(generation.lengths.tolist()):
-        tokens = [_page_token(generation, row, at, tokenizer, scale) for at in range(length)]
-        means = {
-            name: float(getattr(generation, name)[row, :length].mean()) if length else 0.0
-            for name in ("total", "aleatoric", "epistemic")
-        }
-        score = float(generation.sequence_scores[row])
+    for row, item in enumerate(generation.to_dict()["items"]):
+        means = {name: fmean(item[name] or [0.0]) for name in ("total", "aleatoric", "epistemic")}
         rows.append(
-            {"prompt": prompts[row // (count // len(prompts))], "tokens": tokens, "sequence_score": score, **means}
+            {
+                "prompt": prompts[row // (count // len(prompts))],
+                "tokens": [_page_token(item, at, tokenizer, scale) for at in range(len(item["tokens"]))],
+                "sequence_score": item["sequence_score"],
+                **means,
+            }
         )
     facts = f"{len(generation.samples)} sampled adapters, sigma = {generation.sigma:.3g}"
     page = _template("generation.html").render(title=title, rows=rows, scale=scale, facts=facts)
     write_atomically(Path(path), page)
 
 
-def _page_token(
-    generation: Generation, row: int, at: int, tokenizer: PreTrainedTokenizerBase, scale: float
-) -> dict[str, Any]:
-    chosen = int(generation.tokens[row, at])
-    listed = dict(
-        zip(
-            generation.alternatives[row, at].tolist(),
-            generation.alternative_probabilities[row, at].tolist(),
-            strict=True,
-        )
-    )
-    listed.setdefault(chosen, float(generation.log_probabilities[row, at].exp()))  # a sampled token may be none of them
-    epistemic = float(generation.epistemic[row, at])
+def _page_token(item: dict[str, Any], at: int, tokenizer: PreTrainedTokenizerBase, scale: float) -> dict[str, Any]:
+    chosen = item["tokens"][at]
+    listed = dict(zip(item["alternatives"][at], item["alternative_probabilities"][at], strict=True))
+    listed.setdefault(chosen, exp(item["log_probabilities"][at]))  # a sampled token may be none of them
     return {
-        "text": generation.pieces[row][at],
-        "share": min(epistemic / scale, 1.0),
-        "total": float(generation.total[row, at]),
-        "aleatoric": float(generation.aleatoric[row, at]),
-        "epistemic": epistemic,
+        "text": item["pieces"][at],
+        "share": min(item["epistemic"][at] / scale, 1.0),
+        **{name: item[name][at] for name in ("total", "aleatoric", "epistemic")},
         "alternatives": [
             {"text": _visible(str(tokenizer.decode([token]))), "probability": p, "chosen": token == chosen}
             for token, p in listed.items()

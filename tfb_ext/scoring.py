@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adapter import BayesianAdapter, Depth
 from .data import Encoded
-from .fan import CLASSIFIER_HEADS, Kind, Predictive, Trunk, at_targets, last_position_only
+from .fan import CLASSIFIER_HEADS, Kind, Predictive, Trunk, at_targets, last_position_only, last_positions
 from .layers import SampleBatch
 
 IGNORED = -100
@@ -195,12 +195,11 @@ class Scorer:
         made = data.collate(items, self.device, left=self._padded_left)
         index = made.pop("index")
         inputs: dict[str, Any] = {n: v for n, v in made.items() if n in self._accepts}
-        if (columns is not None or targets is not None) and "logits_to_keep" in self._accepts:
-            inputs["logits_to_keep"] = 1 if targets is None else targets.shape[1]
-        elif targets is not None:  # the head makes every position
-            targets = torch.nn.functional.pad(
-                targets, (made["input_ids"].shape[1] - targets.shape[1], 0), value=IGNORED
-            )
+        if targets is not None:
+            keep, targets = last_positions(self.model, targets, made["input_ids"].shape[1])
+            inputs |= keep
+        elif columns is not None and "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = 1
         labels = None if self._labels is None else self._labels[index].to(self.device)
         return Batch(key, self._plain(inputs), labels, index, columns, shifted=False, targets=targets)
 
@@ -287,7 +286,7 @@ class Scorer:
         def run(batch: Batch) -> Tensor:
             passes = self._passes(batch, samples, first, keep=True)
             found = (view.sample_outputs if batch.targets is None else view.target_log_probabilities for view in passes)
-            return torch.cat([self.items(values, batch, stacked=True) for values in found if values is not None])
+            return torch.cat([self.items(values, batch, stacked=True) for values in found])
 
         return self._whole_or_halves(batch, run, dim=1)
 
