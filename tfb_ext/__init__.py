@@ -24,6 +24,8 @@ _PUBLIC = {
     "Prediction": "prediction",
     "generate": "generation",
     "Generation": "generation",
+    "captured_decoding": "decoding",
+    "CapturedDecoding": "decoding",
     "MultiLabelPrediction": "prediction",
     "RegressionPrediction": "prediction",
     "head_gaussian": "head",
@@ -57,6 +59,7 @@ __all__ = sorted([*_PUBLIC, "__version__"])
 if TYPE_CHECKING:
     from .adapter import BayesianAdapter, bayesianize, load
     from .data import Encoded, Example, encode, read_dataset, read_jsonl
+    from .decoding import CapturedDecoding, captured_decoding
     from .errors import ConfigError, SamplingError, TFBError, UnsupportedModelError
     from .generation import Generation, generate
     from .head import HeadGaussian, head_gaussian

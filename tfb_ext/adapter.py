@@ -95,6 +95,7 @@ class BayesianAdapter:
         self._variants = [TFBVariant(self._state, p, name, block) for p, block in zip(posteriors, blocks, strict=True)]
         self.posteriors = tuple(posteriors)
         self._attached = False
+        self._open: tuple[int, Predictive] | None = None
         self.depth = depth
 
     @property
@@ -223,8 +224,12 @@ class BayesianAdapter:
     @contextmanager
     def fanned_at(self, first: int, view: Predictive) -> Iterator[Predictive]:
         """The same by the index of the first random block; with that of the head no block is random, only a head may be."""
-        with self._exclusive(first), Fan(self.anatomy, self._state, first, view, self._check_call).open():
-            yield view
+        with self._exclusive(first), Fan(self.anatomy, self._state, first, view, self.check_call).open():
+            self._open = (first, view)
+            try:
+                yield view
+            finally:
+                self._open = None
 
     @contextmanager
     def sampling(self, samples: int | Sequence[int] = 10, sigma: float | None = None) -> Iterator[SampleBatch]:
@@ -233,7 +238,7 @@ class BayesianAdapter:
         state, model = self._state, self.anatomy.model
 
         def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._check_call()
+            self.check_call()
             check_packing(module, kwargs)
             rows = batch_rows(args, kwargs)
             if rows % len(batch):
@@ -311,7 +316,18 @@ class BayesianAdapter:
             undo()
             _SAMPLING_MODELS.discard(model)
 
-    def _check_call(self) -> None:
+    @property
+    def open_context(self) -> tuple[int, Predictive] | None:
+        """First random block and view of the predictive context that is open, if one is."""
+        return self._open
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether a context of any kind is open."""
+        return self._state.batch is not None
+
+    def check_call(self) -> None:
+        """Raise a :class:`~tfb_ext.errors.SamplingError` if a model call now would not sample: what every call begins with."""
         if torch.is_grad_enabled():
             raise SamplingError(
                 "gradients are on inside a sampling context; samples are not differentiable, drop torch.enable_grad()"

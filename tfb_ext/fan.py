@@ -637,8 +637,8 @@ def batch_after(batch: SampleBatch, kwargs: dict[str, Any]) -> SampleBatch:
             the family ``"full-rank"``, whose parts of one call have keys that the seeds of other steps could meet.
     """
     cache = cache_of(kwargs) if batch.mode != "weight" else None
-    tokens = 0 if cache is None else int(cache.get_seq_length())
-    if tokens and (batch.mode == "flipout" or batch.family == "full-rank"):
+    tokens = 0 if cache is None else cache.get_seq_length()
+    if (batch.mode == "flipout" or batch.family == "full-rank") and tokens:
         what = "the family 'full-rank'" if batch.family == "full-rank" else f"mode {batch.mode!r}"
         raise SamplingError(
             f"{what} numbers its noise by the tokens of one call, so a step from a key-value cache would repeat the noise of the "

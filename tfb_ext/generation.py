@@ -11,7 +11,8 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .adapter import BayesianAdapter
 from .data import pad_rows
+from .decoding import cache_argument, capturable, captured_decoding, open_decoding
 from .errors import SamplingError
 from .fan import Predictive, last_positions
 from .layers import SampleBatch
@@ -151,7 +153,8 @@ def generate(
         sigma: posterior scale instead of the adapter's own.
         alternatives: how many of the most probable tokens to keep at every position.
         **options: of transformers' ``generate``: sampling, beams, penalties, stopping, caches, streamers, an assistant model
-            (``assistant_model="mean"`` is the mean adapter itself, on the same weights).
+            (``assistant_model="mean"`` is the mean adapter itself, on the same weights). On a GPU
+            ``cache_implementation="static"`` decodes in CUDA graphs, see :func:`~tfb_ext.decoding.captured_decoding`.
 
     Raises:
         ValueError: an empty prompt, a prompt that leaves no room in the model's context, no tokenizer where one is needed, an
@@ -174,7 +177,7 @@ def generate(
         options["assistant_model"] = _assistant(adapter, options["assistant_model"])
     started = time.perf_counter()
     try:
-        with adapter.fanned(Predictive(batch)):
+        with adapter.fanned(Predictive(batch)), _static_decoding(adapter, inputs["input_ids"], options) as options:
             sequences: Tensor = adapter.model.generate(**inputs, **options)
     except RuntimeError as error:
         if "probability tensor contains" in str(error):  # torch.multinomial's words for NaN and infinity
@@ -354,6 +357,26 @@ def _assistant(adapter: BayesianAdapter, name: str) -> Any:
     model = adapter.anatomy.model
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+@contextmanager
+def _static_decoding(adapter: BayesianAdapter, ids: Tensor, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The options to generate with: in graphs where a static cache is asked for, in the kept one if ``captured_decoding`` is open."""
+    model = adapter.anatomy.model
+    wanted = options.get("cache_implementation") == "static" and options.get("compile_config") is None
+    if not wanted or not capturable(ids.device) or options.get("disable_compile"):
+        yield options
+        return
+    decoding, new = open_decoding(model), options.get("max_new_tokens")
+    if decoding is None:
+        with captured_decoding(adapter):
+            yield options
+    elif new is None:  # how long the cache must be is in a configuration
+        yield options
+    else:
+        rows = len(ids) * max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+        rest = {name: value for name, value in options.items() if name != "cache_implementation"}
+        yield rest | {cache_argument(model): decoding.cache(rows, ids.shape[1] + new)}
 
 
 # What comes out -----------------------------------------------------------------------------------------------------

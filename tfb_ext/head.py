@@ -226,7 +226,7 @@ def _logits_and_norm(adapter: BayesianAdapter, scorer: Scorer, batch: Batch) -> 
 
     hooks = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
     try:
-        adapter._check_call()
+        adapter.check_call()
         out: Tensor = scorer.model(**batch.inputs).logits
     finally:
         for hook in hooks:

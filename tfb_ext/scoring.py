@@ -258,7 +258,7 @@ class Scorer:
 
         def run(batch: Batch) -> Tensor:
             with torch.no_grad():
-                self.adapter._check_call()  # dropout, or another adapter, would be no mean of this one
+                self.adapter.check_call()  # dropout, or another adapter, would be no mean of this one
                 try:
                     with self._positions(batch):
                         logits = self.model(**batch.inputs).logits
