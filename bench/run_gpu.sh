@@ -5,16 +5,18 @@
 #   bench/run_gpu.sh [FOLDER]           kernels.json, models.json and summary.json go to FOLDER (default bench/results)
 #   bench/run_gpu.sh [FOLDER] --demo    and demo.json, the figures of the README's first table (three minutes more)
 #   bench/run_gpu.sh [FOLDER] --search  search.json alone, the whole search against the authors', into summary.json (six minutes)
+#   bench/run_gpu.sh [FOLDER] --generate  generate.json and adaptive.json alone, into summary.json (six minutes)
 #
 # Rows name the commit: TFB_EXT_COMMIT, or the content of a file .commit beside README.md, or git's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-demo=0 search=0 folder=bench/results
+demo=0 search=0 generate=0 folder=bench/results
 for argument; do
     case $argument in
     --demo) demo=1 ;;
     --search) search=1 ;;
+    --generate) generate=1 ;;
     *) folder=$argument ;;
     esac
 done
@@ -33,6 +35,13 @@ suite() { # suite NAME LIMIT FILE OPTIONS...
 if [ "$search" = 1 ]; then
     suite search 420 bench/test_search.py
     python -m bench.summary "$out/search.json" --out "$out/summary.json" || failed=1
+    exit "$failed"
+fi
+if [ "$generate" = 1 ]; then
+    suite generate 420 bench/test_generate.py
+    python -m bench.summary "$out/generate.json" --out "$out/summary.json" || failed=1
+    python -m bench.adaptive --sigma 0.04 --out "$out/adaptive.json" || failed=1
+    python -m bench.summary "$out/adaptive.json" --out "$out/summary.json" || failed=1
     exit "$failed"
 fi
 suite models 330 bench/test_models.py

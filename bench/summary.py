@@ -1,6 +1,6 @@
 """The cases that the project holds itself to, out of the benchmarks' JSON: ``summary.json``, for machines to read.
 
-    python -m bench.summary kernels.json models.json search.json --out bench/results/summary.json
+    python -m bench.summary kernels.json models.json search.json generate.json adaptive.json --out bench/results/summary.json
 
 ``case -> {"value", "baseline", "ratio", "spread", "of", "device", "commit", "source"}``. A case measured at several shapes
 is its worst; cases of other runs that are in the file already stay.
@@ -17,15 +17,16 @@ from .record import write_json
 from .test_kernels import IN_FEATURES, OUT_FEATURES, RANKS, TOKENS
 
 # Where several rows make a case: which end of their ratios is the worst.
-LEAST = {"shrink_bandwidth", "expand_bandwidth", "cpu_materialised"}
-MOST = {"shrink_noise", "cpu_noise"}
+LEAST = {"shrink_bandwidth", "expand_bandwidth", "cpu_materialised", "generate_sequential"}
+MOST = {"shrink_noise", "cpu_noise", "generate_all", "generate_quarter", "generate_kv_quarter"}
+CONFIDENCE = 0.99  # of the adaptive sampling that counts
 SINGLE = (
     "prefill_all_linear_bf16 prefill_all_linear_fp32 prefill_all_linear_equal_heads prefill_qv_head prefill_rank64 "
     "prefill_quarter prefill_eighth memory_s64 decode_all decode_quarter sequential_prefill_bf16 sequential_prefill_fp32 "
     "sequential_short sequential_decode portable_all_linear search_all search_quarter search_all_early search_quarter_early"
 ).split()
 FIELDS = ("value", "baseline", "ratio", "spread", "of", "device", "commit", "date")
-SHAPE = ("tokens", "n", "m", "r", "form", "dtype", "unit")
+SHAPE = ("tokens", "n", "m", "r", "form", "dtype", "unit", "rows")
 
 
 def case_of(info: dict[str, Any]) -> str | None:
@@ -41,13 +42,17 @@ def case_of(info: dict[str, Any]) -> str | None:
 
 def summarise(files: list[Path]) -> dict[str, dict[str, Any]]:
     found: dict[str, list[dict[str, Any]]] = {}
+    summary: dict[str, dict[str, Any]] = {}
     for file in files:
-        for row in json.loads(file.read_text())["benchmarks"]:
+        document = json.loads(file.read_text())
+        if "benchmarks" not in document:
+            summary |= adaptive_cases(document, file.name)
+            continue
+        for row in document["benchmarks"]:
             info = row["extra_info"]
             name = case_of(info) if "ratio" in info else None
             if name is not None:
                 found.setdefault(name, []).append(info | {"source": f"{file.name}: {row['name']}"})
-    summary = {}
     for name, rows in found.items():
         worst = (max if name in MOST else min)(rows, key=lambda row: row["ratio"])
         summary[name] = {field: worst[field] for field in (*FIELDS, "source")}
@@ -57,9 +62,25 @@ def summarise(files: list[Path]) -> dict[str, dict[str, Any]]:
     return summary
 
 
+def adaptive_cases(document: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:
+    """The worst adapter and depth of ``bench.adaptive``'s document, a share of all samples and of all answers."""
+    rows = [row for row in document["rows"] if row["confidence"] == CONFIDENCE]
+    known = {name: document[name] for name in ("device", "commit", "date")}
+    cases = {}
+    for case, field, pick, of in (
+        ("adaptive_samples", "share_drawn", max, f"{document['samples']} samples for every item"),
+        ("adaptive_agreement", "same_answers", min, f"the answers of {document['samples']} samples"),
+    ):
+        value = pick(row[field] for row in rows)
+        spread = [min(row[field] for row in rows), max(row[field] for row in rows)]
+        cases[case] = {"value": value, "baseline": 1.0, "ratio": value, "spread": spread, "of": of} | known
+        cases[case] |= {"source": source, "worst_of": len(rows)}
+    return cases
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help="JSON of pytest-benchmark")
+    parser.add_argument("files", nargs="+", type=Path, help="JSON of pytest-benchmark, or of bench.adaptive")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     known = json.loads(options.out.read_text()) if options.out.exists() else {}

@@ -52,14 +52,24 @@ def captured_decoding(model: BayesianAdapter | nn.Module) -> Iterator[CapturedDe
     if inner in _OPEN:
         raise ValueError(f"captured_decoding of this {type(inner).__name__} is open already; use that one")
     decoding = CapturedDecoding(inner, adapter)
-    inner.get_compiled_call = decoding.compiled_call
-    _OPEN[inner] = decoding
     try:
-        yield decoding
+        with decoding_with(decoding):
+            yield decoding
     finally:
-        del _OPEN[inner]
-        del inner.get_compiled_call
         decoding.clear()
+
+
+@contextmanager
+def decoding_with(decoding: CapturedDecoding) -> Iterator[None]:
+    """Inside, the model of ``decoding`` decodes with it; its graphs and cache stay when this ends."""
+    model = decoding.model
+    model.get_compiled_call = decoding.compiled_call
+    _OPEN[model] = decoding
+    try:
+        yield
+    finally:
+        del _OPEN[model]
+        del model.get_compiled_call
 
 
 def capturable(device: torch.device) -> bool:
