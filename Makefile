@@ -5,6 +5,8 @@ VENV ?= .venv
 # On a machine without a GPU the CPU build is enough: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 DEMO ?=
+# Processes that share the tests, file by file, where pytest-xdist is installed; 0 for none but pytest's own.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -16,7 +18,7 @@ demo: $(VENV)/.built
 	$(BIN)/tfb demo $(DEMO)
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $$($(BIN)/python -c 'import xdist; print("-n $(JOBS) --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
 
 setup: $(VENV)/.built
 

@@ -26,6 +26,19 @@ import build
 SEED = 2**40 + 12345
 HALVES = [torch.bfloat16, torch.float16]
 MODES = ["weight", "flipout", "token"]
+PATHS = ["clusters", "portable"]
+SHRINKS: list[tuple[int, int, int, tuple[int, ...]]] = [
+    (1, 1, 1, (1,)),
+    (2, 5, 64, (3,)),
+    (3, 17, 130, (8,)),
+    (2, 33, 1032, (8, 8, 8)),
+    (3, 330, 1100, (8,)),
+    (7, 50, 1040, (24, 4)),
+    (5, 100, 8200, (8,)),
+    (1, 260, 1288, (33,)),
+    (9, 20, 1288, (64, 16)),
+    (2, 20, 1033, (70,)),
+]
 
 pytestmark = pytest.mark.skipif(
     build.cuda_include() is None or shutil.which("g++") is None,
@@ -50,11 +63,23 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     return Emulated(build.build(tmp_path_factory.mktemp("emulated")))
 
 
-@pytest.fixture(params=["clusters", "portable"])
-def emulated(built: Emulated, request: pytest.FixtureRequest) -> Iterator[Any]:
-    built.portable(request.param == "portable")
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def emulated(built: Emulated, path: str) -> Iterator[Any]:
+    """The operators that add up in clusters or, where those are missing, in global memory."""
+    built.portable(path == "portable")
     yield built.ops
     built.portable(False)
+
+
+@pytest.fixture
+def alike(built: Emulated) -> Any:
+    """The operators whose kernels the switch does not reach."""
+    return built.ops
 
 
 class Case:
@@ -87,34 +112,21 @@ def assert_close(out: Tensor, wanted: Tensor, terms: Tensor, length: int) -> Non
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("groups", "rows", "n", "ranks"),
-    [
-        (1, 1, 1, (1,)),
-        (2, 5, 64, (3,)),
-        (3, 17, 130, (8,)),
-        (2, 33, 1032, (8, 8, 8)),
-        (3, 330, 1100, (8,)),
-        (7, 50, 1040, (24, 4)),
-        (5, 100, 8200, (8,)),
-        (1, 260, 1288, (33,)),
-        (9, 20, 1288, (64, 16)),
-        (2, 20, 1033, (70,)),
-    ],
-)
-def test_shrink(emulated: Any, groups: int, rows: int, n: int, ranks: tuple[int, ...], mode: str) -> None:
-    for dtype in HALVES:
-        case = Case(groups, rows, n, ranks, dtype)
-        found = emulated.shrink_group(case.x, *case.draws(mode))
-        for z, wanted in zip(found, ops.shrink_group(case.x, *case.draws(mode)), strict=True):
-            assert_close(z, wanted, case.terms(), n)
+@pytest.mark.parametrize("number", range(len(SHRINKS)))
+def test_shrink(emulated: Any, path: str, number: int, mode: str) -> None:
+    """Every shape meets every mode in clusters and without, with one type each: the types take turns over all three."""
+    groups, rows, n, ranks = SHRINKS[number]
+    case = Case(groups, rows, n, ranks, HALVES[(number + MODES.index(mode) + PATHS.index(path)) % 2])
+    found = emulated.shrink_group(case.x, *case.draws(mode))
+    for z, wanted in zip(found, ops.shrink_group(case.x, *case.draws(mode)), strict=True):
+        assert_close(z, wanted, case.terms(), n)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_shrink_float32(emulated: Any, mode: str) -> None:
+def test_shrink_float32(alike: Any, mode: str) -> None:
     for groups, rows, n, ranks in ((1, 1, 1, (1,)), (3, 17, 300, (8, 3)), (2, 9, 1031, (17,)), (2, 3, 1, (300,))):
         case = Case(groups, rows, n, ranks, torch.float32)
-        found = emulated.shrink_group(case.x, *case.draws(mode))
+        found = alike.shrink_group(case.x, *case.draws(mode))
         for z, wanted in zip(found, ops.shrink_group(case.x, *case.draws(mode)), strict=True):
             assert_close(z, wanted, case.terms(), n)
 
@@ -158,7 +170,7 @@ def test_strided_rows_touch_nothing_else(emulated: Any, start: int) -> None:
     [(1, 1, 1), (5, 7, 3), (64, 128, 8), (37, 264, 12), (200, 1032, 16), (300, 520, 40), (33, 520, 64), (50, 136, 24),
      (17, 130, 8), (40, 72, 136), (700, 64, 8), (9, 2056, 32)],
 )  # fmt: skip
-def test_expand(emulated: Any, tokens: int, m: int, r: int) -> None:
+def test_expand(alike: Any, tokens: int, m: int, r: int) -> None:
     generator = torch.Generator().manual_seed(tokens + m)
     for dtype in (*HALVES, torch.float32):
         z = torch.randn(tokens, r, generator=generator).to(dtype)
@@ -166,11 +178,11 @@ def test_expand(emulated: Any, tokens: int, m: int, r: int) -> None:
         bias = torch.randn(m, generator=generator).to(dtype)
         y = torch.randn(tokens, m, generator=generator).to(dtype)
         added = y.clone()
-        emulated.expand_(added, z, basis, 1.5)
+        alike.expand_(added, z, basis, 1.5)
         pairs = [
             (added, y.double()),
-            (emulated.expand(z, basis, 1.5), torch.zeros(m, dtype=torch.float64)),
-            (emulated.expand(z, basis, 1.5, bias), bias.double()),
+            (alike.expand(z, basis, 1.5), torch.zeros(m, dtype=torch.float64)),
+            (alike.expand(z, basis, 1.5, bias), bias.double()),
         ]
         for out, start in pairs:
             update = 1.5 * z.double() @ basis.to(dtype).double().T
@@ -180,7 +192,7 @@ def test_expand(emulated: Any, tokens: int, m: int, r: int) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("groups", "rows"), [(1, 1), (10, 1), (5, 8), (3, 16), (4, 20)])
-def test_update_group(emulated: Any, groups: int, rows: int, mode: str) -> None:
+def test_update_group(alike: Any, groups: int, rows: int, mode: str) -> None:
     for dtype in HALVES:
         case = Case(groups, rows, 1100, (8, 3, 17), dtype)
         generator = torch.Generator().manual_seed(5)
@@ -188,7 +200,7 @@ def test_update_group(emulated: Any, groups: int, rows: int, mode: str) -> None:
         bases = [torch.randn(m, len(mean), generator=generator) for m, mean in zip(widths, case.means, strict=True)]
         biases = [None, torch.randn(7, generator=generator).to(dtype), torch.randn(130, generator=generator).to(dtype)]
         means, *draws = case.draws(mode)
-        found = emulated.update_group(case.x, means, bases, biases, [1.5, 2.0, 0.5], *draws)
+        found = alike.update_group(case.x, means, bases, biases, [1.5, 2.0, 0.5], *draws)
         z = ops.shrink_group(case.x.float(), *case.draws(mode))
         for y, low, basis, bias, scaling in zip(found, z, bases, biases, (1.5, 2.0, 0.5), strict=True):
             exact = (0 if bias is None else bias.double()) + scaling * low.double() @ basis.double().T
@@ -196,7 +208,7 @@ def test_update_group(emulated: Any, groups: int, rows: int, mode: str) -> None:
             assert_close(y, exact, terms, 1100)
 
 
-def test_linear(emulated: Any) -> None:
+def test_linear(alike: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 20, 72, generator=generator).bfloat16()
     weight = torch.randn(136, 72, generator=generator).bfloat16()
@@ -205,7 +217,7 @@ def test_linear(emulated: Any) -> None:
         exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
         exact = exact + (1.5 * z.double() @ basis.bfloat16().double().T).view(2, 20, 136)
         terms = x.double().square().sum(-1).max() * weight.double().square().max() + exact.square().max()
-        assert_close(emulated.linear(x, weight, bias, z, basis, 1.5), exact, terms, 80)
+        assert_close(alike.linear(x, weight, bias, z, basis, 1.5), exact, terms, 80)
 
 
 def test_no_rows(emulated: Any) -> None:

@@ -1,5 +1,5 @@
-// What the kernels ask of the machine beyond C++: asynchronous copies, tensor-core products, clusters, a barrier over
-// the grid, and how a kernel is launched. tests/emulator has the same functions for a CPU.
+// What the kernels ask of the machine beyond C++: asynchronous copies, tensor-core products, clusters, and how a kernel
+// is launched (grid_barrier.cuh: a barrier over the grid). tests/emulator has the same functions for a CPU.
 #pragma once
 
 #if defined(TFB_EMULATOR)
@@ -8,7 +8,6 @@
 
 #else
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -88,9 +87,6 @@ __device__ __forceinline__ float2 load_peer(const float* local, uint32_t rank) {
   return *reinterpret_cast<const float2*>(local);
 #endif
 }
-
-// Waits for all threads of a cooperative launch; what they wrote to global memory before is visible after.
-__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 // Keeps a parameter out of template deduction.
 template <class T>

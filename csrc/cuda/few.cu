@@ -7,6 +7,7 @@
 #include "few.h"
 
 #include "elements.cuh"
+#include "grid_barrier.cuh"
 #include "machine.h"
 #include "sample.cuh"
 #include "tuning.h"
