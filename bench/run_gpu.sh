@@ -24,11 +24,11 @@ mkdir -p "$folder"
 out=$(cd "$folder" && pwd)
 python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch sees no GPU on this machine")'
 
-failed=0 # a case whose check fails has no row; the others are timed all the same
+failed=0 # a case whose check fails has no row; the others are timed all the same, and kept where the time is up
 suite() { # suite NAME LIMIT FILE OPTIONS...
     local name=$1 limit=$2
     shift 2
-    timeout -k 5 "$limit" python -m pytest "$@" -p no:cacheprovider -q -s --tb=short --benchmark-json="$out/$name.json" \
+    timeout -s INT -k 20 "$limit" python -m pytest "$@" -p no:cacheprovider -q -s --tb=short --benchmark-json="$out/$name.json" \
         >"$out/$name.log" 2>&1 || failed=1
     grep -E ' of |passed|failed' "$out/$name.log" || tail -n 20 "$out/$name.log"
 }
