@@ -14,6 +14,7 @@ import tfb_ext
 from tfb_ext.data import Encoded
 
 CHOICE_IDS, CHOICES = (4, 5, 6), ("a", "b", "c")
+CHOICE_TOKENS = ((7, 8, 9), (7, 11), (5,), (12, 13, 14, 15))  # two of them share their first token
 
 
 def encoded(items: int = 11, *, head: bool = False, seed: int = 1) -> Encoded:
@@ -22,6 +23,12 @@ def encoded(items: int = 11, *, head: bool = False, seed: int = 1) -> Encoded:
     lengths = torch.randint(2, 10, (items,), generator=generator).tolist()
     tokens = [torch.randint(10, zoo.VOCAB, (n,), generator=generator).tolist() for n in lengths]
     return Encoded(tokens, [None] * items, None if head else CHOICE_IDS, CHOICES, pad_id=0)
+
+
+def sequences(items: int = 5, **options: Any) -> Encoded:
+    """The same items with choices of one to four tokens."""
+    names = ("a", "b", "c", "d")
+    return replace(encoded(items), choice_ids=None, choice_tokens=CHOICE_TOKENS, choices=names, **options)
 
 
 def answers(adapter: Any, data: Encoded) -> Callable[[], Tensor]:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,62 @@ def test_adaptive_samples(llama: Folders) -> None:
     assert document("evaluate", *common)["samples_drawn"] == pytest.approx(sum(drawn) / len(drawn))
     said = f"{sum(drawn) / len(drawn):.1f} of 14 samples"
     assert said in plain(tfb("predict", *common).stdout) and f"TFB, {said}" in plain(tfb("evaluate", *common).stdout)
+
+
+def test_choices_of_several_tokens(llama: Folders, tmp_path: Path) -> None:
+    file, saved = tmp_path / "long.jsonl", tmp_path / "bayes"
+    choices = [" no", " yes", " area man", " wins on budget"]
+    lines = [json.loads(line) for line in (llama.anchors.read_text() + llama.test.read_text()).splitlines()]
+    file.write_text("".join(json.dumps({**x, "choices": choices, "label": i % 4}) + "\n" for i, x in enumerate(lines)))
+    model = load_adapter(str(llama.adapter), device="cpu", dtype="float32")
+    adapter = tfb_ext.bayesianize(model.model)
+    anchors = {
+        by_length: encode(read_jsonl(file), model.tokenizer, score="sequence", by_length=by_length)
+        for by_length in (False, True)
+    }
+    search = ("search", "-a", llama.adapter, "-d", file, *HERE, "-n", 4, "--score", "sequence", "--recipe", "paper")
+    found = document(*search, "--tolerance", 0.05, "--save", saved)
+    expected = tfb_ext.search_sigma(adapter, anchors[False], samples=4, recipe="paper", tolerance=0.05, progress=False)
+    assert found["sigma"] == expected.sigma and found["anchors"] == 34 and found["labelled"]
+    common = ("-a", saved, "-d", file, *HERE, "-n", 12, "--sigma", 0.3)
+    for options, data in (
+        (("--score", "sequence"), anchors[False]),
+        (("--score", "sequence", "--by-length"), anchors[True]),
+        (("--score", "token"), replace(anchors[False], score="token")),
+        (("--score", "sequence", "--by-length", "--adaptive", 0.9), anchors[True]),
+    ):
+        p = tfb_ext.predict(adapter, data, 12, sigma=0.3, adaptive=0.9 if "--adaptive" in options else None)
+        items = document("predict", *common, *options)["items"]
+        assert [list(item["probabilities"]) for item in items] == [choices] * 34
+        got = torch.tensor([list(item["probabilities"].values()) for item in items])
+        assert torch.allclose(got, p.probabilities, atol=1e-5)
+        assert [item["samples_drawn"] for item in items] == p.samples_drawn.tolist()
+        assert {item["epistemic"] is None for item in items} == {"token" in options}
+        measured = document("evaluate", *common, *options, "--selective", "--ood", file)
+        wanted = tfb_ext.evaluate(p.probabilities, data.labels_tensor()).to_dict()
+        assert measured["tfb"] == pytest.approx(wanted, abs=1e-5)
+        assert ("epistemic" in measured["selective"]["tfb"]) == ("token" not in options)
+    assert "n/a" in tfb("predict", *common, "--score", "token").stdout
+    one = document(
+        "predict", "-a", saved, *HERE, "-t", "area man", "--choices", "|".join(choices), "--score", "sequence"
+    )
+    assert list(one["items"][0]["probabilities"]) == choices
+
+
+def test_scores_that_cannot_be(llama: Folders, classifier: Folders, fails: Any) -> None:
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--score", "mean"), "--score: 'mean', expected sequence or token"),
+        (("--by-length",), "--by-length: needs --score sequence or --score token"),
+        (("--score", "token", "--adaptive", 0.9), "--adaptive: does not go with --score token"),
+    ]
+    common = ("-d", llama.test, *HERE, "--sigma", 0.1)
+    for options, sentence in cases:
+        status, said = fails("predict", "-a", llama.adapter, *common, *options)
+        assert status == 2 and sentence in plain(said), said
+    status, said = fails("search", "-a", classifier.adapter, "-d", classifier.anchors, *HERE, "--score", "token")
+    assert status == 2 and "'token' with a classification head, whose classes are no tokens; leave it out" in plain(
+        said
+    )
 
 
 def test_classifier(classifier: Folders, tmp_path: Path) -> None:

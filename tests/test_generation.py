@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import pytest
 import torch
 import zoo
 from torch import Tensor
+from transformers import GenerationConfig
 
 import tfb_ext
 from tfb_ext import Generation
@@ -218,6 +220,139 @@ def test_caches_of_other_architectures(name: str, cache: str) -> None:
     assert torch.equal(generate(adapter, batch, **CACHES[cache]).sequences, oracle(adapter, batch))
 
 
+# Quantised and offloaded caches -------------------------------------------------------------------------------------
+
+# Groups of 16 numbers lie within one row, whose keys of a token are 16 numbers here; four tokens stay as they are.
+GROUPED = {"nbits": 4, "q_group_size": 16, "residual_length": 4}
+BACKENDS: dict[str, dict[str, Any]] = {
+    "fp8": {},
+    "quanto": GROUPED,
+    "hqq": {**GROUPED, "axis_key": 1, "axis_value": 1},
+}
+
+
+def quantised(backend: str) -> dict[str, Any]:
+    """Options of ``generate``, skipping the test where the backend is not there."""
+    from transformers import cache_utils
+    from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+    if backend == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no fp8 cache")
+    if backend == "quanto" and not is_optimum_quanto_available():
+        pytest.skip("needs optimum-quanto")
+    if backend == "hqq" and not is_hqq_available():
+        pytest.skip("needs hqq")
+    return {"cache_implementation": "quantized", "cache_config": {"backend": backend, **BACKENDS[backend]}}
+
+
+@contextmanager
+def separate_caches(adapter: Any, backend: str) -> Iterator[dict[str, Any]]:
+    """As :func:`separate`, each pass with a quantised cache of its own; gives ``generate`` the cache to go by."""
+    from transformers import QuantizedCache
+
+    model = adapter.anatomy.model
+    plain = model.forward
+    caches = [QuantizedCache(backend, model.config, **BACKENDS[backend]) for _ in range(SAMPLES)]
+
+    class Together(type(caches[0])):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.__dict__.update(caches[0].__dict__)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            for cache in caches:
+                cache.reorder_cache(beam_idx)
+
+    together = Together()
+    name = "cache" if "cache" in inspect.signature(plain).parameters else "past_key_values"
+
+    @functools.wraps(plain)
+    def forward(**inputs: Any) -> Any:
+        left, outputs = iter(caches), list[Any]()
+
+        def call() -> Tensor:
+            outputs.append(plain(**{**inputs, name: next(left)}))
+            return torch.log_softmax(outputs[-1].logits.float(), dim=-1)
+
+        mean = zoo.average(zoo.separate_passes(adapter, range(SAMPLES), SIGMA, call))
+        outputs[-1].logits, outputs[-1][name] = mean, together
+        return outputs[-1]
+
+    model.forward = forward
+    try:
+        yield {name: together}
+    finally:
+        del model.__dict__["forward"]
+
+
+def step_logits(adapter: Any, prompts: dict[str, Tensor], forced: Tensor, **options: Any) -> Tensor:
+    """(R, NEW, V) what transformers' ``generate`` says at every step, along a given continuation."""
+    found = adapter.model.generate(
+        **prompts,
+        **options,
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        prefix_allowed_tokens_fn=lambda row, ids: [int(forced[row, len(ids)])],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(found.sequences, forced)
+    logits: Tensor = torch.log_softmax(torch.stack(found.logits, dim=1).float(), dim=-1)
+    return logits
+
+
+@pytest.mark.parametrize("device", zoo.DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("depth", ["all", 2])
+def test_quantised_caches_are_as_exact_as_each_samples_own(depth: Any, backend: str, device: str) -> None:
+    """Quanto's groups lie within a row, so the samples' common cache holds what their own would; the scale of fp8 is of a whole
+    batch and hqq's refinement of its zero points stops for a whole batch at once, so these may be twice as far from no
+    quantisation at all as their own caches are."""
+    options, adapter, batch = quantised(backend), bayesian("qwen2", depth, device), prompt(2, device)
+    forced = generate(adapter, batch).sequences.to(device)
+    with separate(adapter), torch.no_grad():
+        exact = step_logits(adapter, batch, forced, use_cache=False)
+    with separate_caches(adapter, backend) as cache, torch.no_grad():
+        alone = step_logits(adapter, batch, forced, **cache)
+    with adapter.predictive(SAMPLES):
+        together = step_logits(adapter, batch, forced, **options)
+    error, own = (float((logits - exact).abs().max()) for logits in (together, alone))
+    assert own > 1e-3 and error <= 2 * own
+    if backend == "quanto":
+        assert close(together, alone)
+
+
+@pytest.mark.parametrize("search", MOVING)
+@pytest.mark.parametrize("backend", ["fp8", "quanto"])
+def test_searches_move_the_rows_of_quantised_caches(backend: str, search: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, adapter, batch = quantised(backend), bayesian("qwen2"), prompt(2)
+    if backend == "fp8":  # one scale for all batches, so that a row is quantised alike in each
+        from transformers.cache_utils import Fp8QuantizedLayer
+
+        quantise, fixed = Fp8QuantizedLayer._quantize, torch.tensor(1 / 16)
+        monkeypatch.setattr(Fp8QuantizedLayer, "_quantize", lambda self, x, scale=None: quantise(self, x, fixed))
+    torch.manual_seed(1)
+    with separate_caches(adapter, backend) as cache, torch.no_grad():
+        defaults = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        expected = adapter.model.generate(**batch, **{**defaults, **SEARCHES[search]}, **cache)
+    torch.manual_seed(1)
+    found = generate(adapter, batch, **SEARCHES[search], **options)
+    assert torch.equal(found.sequences[:, : expected.shape[1]], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("search", MOVING)
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(cache: str, search: str) -> None:
+    adapter, batch, options = bayesian("qwen2", device="cuda"), prompt(2, "cuda"), SEARCHES[search]
+    torch.manual_seed(1)
+    expected = oracle(adapter, batch, **options).cpu()
+    torch.manual_seed(1)
+    found = generate(adapter, batch, **options, cache_implementation=cache)
+    assert torch.equal(found.sequences[:, : expected.shape[1]], expected)
+
+
 def test_a_streamer_gets_the_tokens_as_they_come() -> None:
     from transformers.generation.streamers import BaseStreamer
 
@@ -352,6 +487,18 @@ def test_characters_of_several_tokens() -> None:
         (prompt(1), {"samples": 0}, "samples is 0"),
         (prompt(1), {"guidance_scale": 2.0}, "does not take guidance_scale: its second"),
         (prompt(1), {"output_scores": True}, "does not take output_scores"),
+        (prompt(1), {"cache_implementation": "offloaded"}, "is 'offloaded', which copies .* model is on cpu; move it"),
+        (prompt(1), {"cache_implementation": "offloaded_static"}, "is 'offloaded_static', which copies .*, or leave"),
+        (
+            prompt(1),
+            {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}, "assistant_model": "mean"},
+            "'quantized' with assistant_model: rejected guesses .* cannot be cut; leave assistant_model or",
+        ),
+        (
+            prompt(1),
+            {"generation_config": GenerationConfig(cache_implementation="quantized"), "prompt_lookup_num_tokens": 2},
+            "'quantized' with prompt_lookup_num_tokens",
+        ),
         (prompt(1), {"assistant_model": "median"}, "assistant_model is 'median', expected a model or 'mean'"),
     ],
 )

@@ -317,7 +317,7 @@ def test_out_of_memory_at_one_row_says_what_to_do() -> None:
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.0, True])
 def test_refuses_batch_size(batch_size: Any) -> None:
-    with pytest.raises(ValueError, match="batch_size is .*, expected a count of rows"):
+    with pytest.raises(ValueError, match="batch_size is .*, expected a count of items"):
         Scorer(bayesian(), small_sets.encoded(), batch_size=batch_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -79,7 +80,10 @@ def token_batches() -> list[dict[str, Any]]:
 def everything() -> dict[str, Any]:
     """All cases with the same anchors on every rank, and token labels in batches of the caller's own."""
     results = {name: searched(*prepared(items), options) for name, (items, options) in CASES.items()}
-    adapter, _ = prepared(4)
+    adapter, anchors = prepared(13)
+    for score in ("sequence", "token"):
+        choices = dataclasses.replace(anchors, choice_ids=None, choice_tokens=((7, 8, 9), (7, 11), (5,)), score=score)
+        results[f"choices by {score}"] = searched(adapter, choices, {"batch_size": 2, "depth": [2, 1]})
     results["token labels"] = searched(adapter, token_batches(), {"recipe": "paper", "tolerance": 0.5})
     results["token labels of few batches"] = searched(
         adapter, token_batches()[:2], {"recipe": "paper", "tolerance": 0.5}

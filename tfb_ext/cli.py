@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .prediction import Prediction
     from .uncertainty import Detection, Selective
 
+_DOUBTS = ("total", "aleatoric", "epistemic")
 # A table: title, header, rows, note.
 _Rows = tuple[str, tuple[str, ...], Sequence[tuple[str, ...]], str]
 
@@ -46,7 +47,7 @@ app = typer.Typer(
     ),
     epilog="Data: a JSONL file, one object a line: "
     '{"prompt": "Headline: ...\\nSarcastic:", "choices": [" no", " yes"], "label": 1}. '
-    "Choices are single tokens that follow the prompt; label is optional for search and predict.",
+    "Choices are what may follow the prompt, single tokens unless --score is given; label is optional for search and predict.",
 )
 
 AdapterOption = Annotated[
@@ -78,6 +79,15 @@ SeedOption = Annotated[int | None, typer.Option(help="Noise seed; default: the s
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="Type of the base model: auto, float32, bfloat16, float16.")]
 BatchOption = Annotated[int | None, typer.Option(help="Items a forward, before samples are fanned out.")]
+ScoreOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Score choices of several tokens: sequence (product over tokens, averaged over samples) or token (the reverse)."
+    ),
+]
+ByLengthOption = Annotated[
+    bool, typer.Option("--by-length", help="With --score: divide a choice's log probability by its number of tokens.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
 
@@ -177,6 +187,8 @@ def search(
     prompt: PromptOption = None,
     label: LabelOption = None,
     choices: ChoicesOption = None,
+    score: ScoreOption = None,
+    by_length: ByLengthOption = False,
     limit: LimitOption = None,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
@@ -194,12 +206,13 @@ def search(
     """
     from .search import search_sigma
 
+    _check_score(score, by_length)
     examples = _examples(data, split, prompt, label, choices, limit)
     loaded, bayesian = _load(adapter, base, device, dtype, None, seed, None, examples)
     try:
         found = search_sigma(
             bayesian,
-            _encode(examples, loaded),
+            _encode(examples, loaded, score, by_length),
             recipe=recipe,
             metric=metric,  # type: ignore[arg-type]
             tolerance=tolerance,
@@ -249,6 +262,8 @@ def evaluate(
     prompt: PromptOption = None,
     label: LabelOption = None,
     choices: ChoicesOption = None,
+    score: ScoreOption = None,
+    by_length: ByLengthOption = False,
     limit: LimitOption = None,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
@@ -276,11 +291,12 @@ def evaluate(
     from .loading import device_name, versions
     from .prediction import predict as run
 
+    _check_score(score, by_length, adaptive)
     examples = _examples(data, split, prompt, label, choices, limit)
     strangers = None if ood is None else _strangers(ood, split, prompt, choices, limit, examples)
     loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, examples)
     _need_sigma(bayesian)
-    encoded = _encode(examples, loaded)
+    encoded = _encode(examples, loaded, score, by_length)
     labels = encoded.labels_tensor()
 
     def both(items: Encoded) -> dict[str, Prediction]:
@@ -288,7 +304,7 @@ def evaluate(
         tfb = run(bayesian, items, samples=samples, adaptive=adaptive, batch_size=batch_size, progress=True)
         return {"mean adapter": mean, f"TFB, {_drawn(tfb)} samples": tfb}
 
-    stranger_items = None if strangers is None else _encode(strangers, loaded)
+    stranger_items = None if strangers is None else _encode(strangers, loaded, score, by_length)
     predictions = both(encoded)
     strange = None if stranger_items is None else both(stranger_items)
     chosen = _selective(predictions, labels) if selective else None
@@ -373,6 +389,8 @@ def predict(
     split: SplitOption = "test",
     prompt: PromptOption = None,
     choices: ChoicesOption = None,
+    score: ScoreOption = None,
+    by_length: ByLengthOption = False,
     limit: LimitOption = None,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
@@ -386,6 +404,7 @@ def predict(
     from .data import Example
     from .prediction import predict as run
 
+    _check_score(score, by_length, adaptive)
     if (data is None) == (text is None):
         raise typer.BadParameter("give either --data or --text", param_hint="--data/--text")
     if text is not None:
@@ -400,13 +419,17 @@ def predict(
         _need_sigma(bayesian)
     found = run(
         bayesian,
-        _encode(examples, loaded),
+        _encode(examples, loaded, score, by_length),
         samples=samples,
         adaptive=adaptive,
         batch_size=batch_size,
         progress=data is not None,
     )
-    columns = {"total": found.total, "aleatoric": found.aleatoric, "epistemic": found.epistemic}
+    columns: dict[str, list[float | None]] = {name: getattr(found, name).tolist() for name in _DOUBTS}
+    if len(found.sample_probabilities) < len(
+        found.samples
+    ):  # no distribution per sample, so no telling whose the doubt is
+        columns |= {name: [None] * len(examples) for name in ("aleatoric", "epistemic")}
     if as_json:
         items = [
             {
@@ -414,7 +437,7 @@ def predict(
                 "prediction": found.choices[int(found.labels[i])],
                 "probabilities": dict(zip(found.choices, found.probabilities[i].tolist(), strict=True)),
                 "standard_error": [None if v != v else v for v in found.standard_error[i].tolist()],
-                **{name: float(value[i]) for name, value in columns.items()},
+                **{name: values[i] for name, values in columns.items()},
                 "samples_drawn": int(found.samples_drawn[i]),
             }
             for i, example in enumerate(examples)
@@ -426,7 +449,7 @@ def predict(
             _shorten(example.prompt),
             found.choices[int(found.labels[i])].strip(),
             f"{float(found.probabilities[i].max()):.1%}",
-            *(f"{float(value[i]):.3f}" for value in columns.values()),
+            *("n/a" if (value := values[i]) is None else f"{value:.3f}" for values in columns.values()),
         )
         for i, example in enumerate(examples)
     ]
@@ -719,10 +742,26 @@ def _load(
     return loaded, bayesian
 
 
-def _encode(examples: list[Example], loaded: Loaded) -> Encoded:
+def _check_score(score: str | None, by_length: bool, adaptive: float | None = None) -> None:
+    if score not in (None, "sequence", "token"):
+        raise typer.BadParameter(f"{score!r}, expected sequence or token", param_hint="--score")
+    if by_length and score is None:
+        raise typer.BadParameter("needs --score sequence or --score token", param_hint="--by-length")
+    if score == "token" and adaptive is not None:
+        raise typer.BadParameter(
+            "does not go with --score token, which has no distribution per sample to judge by; use --score sequence",
+            param_hint="--adaptive",
+        )
+
+
+def _encode(examples: list[Example], loaded: Loaded, score: str | None, by_length: bool) -> Encoded:
     from .data import encode
 
-    return encode(examples, loaded.tokenizer, head=loaded.head)
+    if score is not None and loaded.head:
+        raise typer.BadParameter(
+            f"{score!r} with a classification head, whose classes are no tokens; leave it out", param_hint="--score"
+        )
+    return encode(examples, loaded.tokenizer, head=loaded.head, score=score, by_length=by_length)  # type: ignore[arg-type]
 
 
 def _need_sigma(bayesian: BayesianAdapter) -> None:

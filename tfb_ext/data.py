@@ -114,13 +114,13 @@ class Encoded:
             targets=[choice for _, choice in pairs],
         )
 
-    def choice_probabilities(self, logs: Tensor) -> Tensor:
-        """(S, N * C) log probabilities of the ``sequences`` -> (S, N, C), normalised among an item's choices."""
+    def choice_log_probabilities(self, logs: Tensor) -> Tensor:
+        """Log probabilities (..., N * C) of ``sequences`` -> (..., N, C), normalised among the choices of each of N items."""
         assert self.choice_tokens is not None
-        logs = logs.reshape(len(logs), len(self), len(self.choice_tokens))
+        logs = logs.unflatten(-1, (-1, len(self.choice_tokens)))
         if self.by_length:
-            logs = logs / torch.tensor([len(choice) for choice in self.choice_tokens])
-        return torch.softmax(logs, dim=-1)
+            logs = logs / torch.tensor([len(choice) for choice in self.choice_tokens], device=logs.device)
+        return torch.log_softmax(logs, dim=-1)
 
     def labels_tensor(self, device: str | torch.device = "cpu") -> Tensor:
         """The labels, (N,) int64.
@@ -192,7 +192,7 @@ def encode(
     Args:
         max_length: the most tokens a prompt may have; None for no limit. Nothing is ever cut.
         head: the model has a classification head, whose classes the choices name in its order; they need not be tokens.
-        score: score choices of any number of tokens as sequences, for ``predict``. The probability of a token is one of the whole
+        score: score choices of any number of tokens as sequences. The probability of a token is one of the whole
             vocabulary, given the prompt and the tokens of the choice before it. ``"sequence"``: for each sample the product
             over the choice's tokens, normalised among the choices; the average over samples is of these, since all tokens of
             one answer come from one sampled model. ``"token"``: the product over the choice's tokens of the token's average
@@ -375,7 +375,7 @@ def _choice_ids(choices: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> t
             other = choice[1:] if choice.startswith(" ") else f" {choice}"
             raise ValueError(
                 f"choice {choice!r} is {len(ids)} tokens, {tokenizer.convert_ids_to_tokens(ids)!r}; expected one. Try "
-                f"{other!r}, another word or letter that is one token, or score='sequence', which takes any number of tokens"
+                f"{other!r}, another word or letter that is one token, or score='sequence' (tfb: --score sequence), which takes any number"
             )
         if ids[0] in owner:
             token = tokenizer.convert_ids_to_tokens(ids)[0]

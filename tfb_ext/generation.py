@@ -154,7 +154,10 @@ def generate(
         alternatives: how many of the most probable tokens to keep at every position.
         **options: of transformers' ``generate``: sampling, beams, penalties, stopping, caches, streamers, an assistant model
             (``assistant_model="mean"`` is the mean adapter itself, on the same weights). On a GPU
-            ``cache_implementation="static"`` decodes in CUDA graphs, see :func:`~tfb_ext.decoding.captured_decoding`.
+            ``cache_implementation="static"`` decodes in CUDA graphs, see :func:`~tfb_ext.decoding.captured_decoding`. A
+            quantised cache quantises the samples' rows together: with groups within a row (quanto's axis 0) as each sample's
+            own would, else about as exactly; the scores, of a forward without a cache, know nothing of it. An offloaded cache
+            needs a GPU.
 
     Raises:
         ValueError: an empty prompt, a prompt that leaves no room in the model's context, no tokenizer where one is needed, an
@@ -171,6 +174,7 @@ def generate(
     batch = adapter.batch(samples, sigma)
     inputs = _encode(adapter, prompts, tokenizer)
     _check_room(adapter, inputs["attention_mask"], options)
+    _check_cache(adapter, options)
     if tokenizer is not None and options.get("stop_strings") is not None:
         options.setdefault("tokenizer", tokenizer)
     if isinstance(options.get("assistant_model"), str):
@@ -348,6 +352,23 @@ def _check_room(adapter: BayesianAdapter, mask: Tensor, options: Mapping[str, An
             f"the longest prompt has {longest} tokens and {wanted} more are asked for, but the model's context is {room} tokens; "
             "shorten the prompt or lower max_new_tokens"
         )
+
+
+def _check_cache(adapter: BayesianAdapter, options: Mapping[str, Any]) -> None:
+    config: Any = options.get("generation_config") or adapter.model.generation_config
+    kind = options.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    device = next(adapter.anatomy.model.parameters()).device
+    if kind in ("offloaded", "offloaded_static") and device.type == "cpu":
+        raise ValueError(
+            f"cache_implementation is {kind!r}, which copies between a GPU and the host's memory in streams of their own, and the "
+            f"model is on {device}; move it to a GPU, or leave cache_implementation out"
+        )
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        if kind == "quantized" and options.get(name) is not None:
+            raise ValueError(
+                f"cache_implementation is 'quantized' with {name}: rejected guesses are cut off the cache, and quantised states "
+                f"cannot be cut; leave {name} or cache_implementation out"
+            )
 
 
 def _assistant(adapter: BayesianAdapter, name: str) -> Any:

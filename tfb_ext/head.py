@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from .adapter import BayesianAdapter
+from .data import Encoded
 from .errors import SamplingError, UnsupportedModelError
 from .fan import CLASSIFIER_HEADS
 from .layers import head_columns
@@ -146,12 +147,18 @@ def head_gaussian(
 
     Raises:
         UnsupportedModelError: the model caps its logits, which are not Gaussian then.
-        ValueError: no LoRA on the head, other random layers, no sigma, empty data, or more than 1024 classes.
+        ValueError: no LoRA on the head, other random layers, no sigma, empty data, more than 1024 classes, or choices that are
+            scored as sequences.
         SamplingError: the model is in training mode or in a sampling context, or the adapter is merged, off or not active.
     """
     scale = adapter.scale(sigma)
     name = adapter.anatomy.head_name
     _check_adapter(adapter, name)
+    if isinstance(data, Encoded) and data.choice_tokens is not None:
+        raise ValueError(
+            f"the data's score is {data.score!r}, and a choice of several tokens is no one Gaussian logit; expected choices of "
+            "one token (tfb_ext.encode without score=), or sample with tfb_ext.predict"
+        )
     scorer = Scorer(adapter, data, batch_size=batch_size)
     classes = head_outputs(adapter)
     parts: list[Tensor] = []

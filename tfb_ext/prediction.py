@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from .adapter import BayesianAdapter, check_samples
 from .adaptive import StoppingRule, draw_size, is_paired
-from .data import Encoded
 from .fan import Kind
 from .layers import SampleBatch
 from .scoring import MANY_CLASSES, Data, Scorer, head_outputs, original_order
@@ -219,7 +218,8 @@ def predict(
         precision: with ``adaptive``, settle the entropy of the mean probability instead, to so many nats to either side of
             that of all ``samples``.
         sigma: posterior scale instead of the adapter's own.
-        batch_size: rows before the fan; chosen by the device otherwise.
+        batch_size: items a forward, before the fan; chosen by the device otherwise. One whose choices are scored as sequences
+            is a row for each of them.
         progress: show a progress bar.
 
     Raises:
@@ -227,7 +227,7 @@ def predict(
             ``adapter.predictive`` instead); a regression or multi-label head (:func:`predict_regression`,
             :func:`predict_multi_label`); with ``adaptive`` also a confidence outside (0.5, 1), too few samples, samples that
             are neither all in pairs nor all independent, noise that depends on an item's place in its batch (a ``mode`` other
-            than ``"weight"``), labels of single tokens.
+            than ``"weight"``), labels of single tokens, ``score="token"`` (no distribution per sample to judge by).
     """
     run = _run(adapter, data, samples, sigma, batch_size, progress, "categorical", adaptive, precision)
     return Prediction(run.values, tuple(getattr(data, "choices", ())), *run.facts, run.drawn)
@@ -291,15 +291,16 @@ def _run(
     batch = None if mean else adapter.batch(check_samples(samples), sigma)
     stopping = None if adaptive is None and precision is None else _stopping(batch, adaptive, precision, samples)
     first = 1 if batch is None else len(batch) if stopping is None else stopping.stops[0]
-    sequences = data if isinstance(data, Encoded) and data.choice_tokens is not None else None
-    if sequences is not None and stopping is not None:
+    scorer = Scorer(adapter, data, batch_size=batch_size, samples=first, keep_trunk=stopping is not None, kind=kind)
+    by_token = scorer.sequences is not None and scorer.sequences.score == "token"
+    if by_token and stopping is not None:
         raise ValueError(
-            "the data scores its choices as sequences, which adaptive= does not serve; predict it with adaptive=None"
+            "the data's score is 'token', the product of averages over samples, and adaptive= judges by the distribution that "
+            "each sample gives; encode with score='sequence', or predict it with adaptive=None"
         )
-    rows = data if sequences is None else sequences.sequences()
-    scorer = Scorer(adapter, rows, batch_size=batch_size, samples=first, keep_trunk=stopping is not None, kind=kind)
     classes = head_outputs(adapter)
-    if sequences is None and classes > MANY_CLASSES and any(item.columns is None for item in scorer.batches):
+    whole = any(item.columns is None and item.targets is None for item in scorer.batches)
+    if classes > MANY_CLASSES and whole:
         raise ValueError(
             f"the model's head has {classes} outputs; predict() is for label tokens (tfb_ext.encode) and "
             "classification heads: for a vocabulary call the model inside adapter.predictive(...)"
@@ -316,15 +317,13 @@ def _run(
             for item in scorer.batches:
                 if batch is None:
                     found = scorer.mean(item)[None]
-                elif sequences is not None and sequences.score == "token":
+                elif by_token:
                     found = scorer.average(item, batch)[None]
                 else:
                     found = scorer.samples(item, batch)
-                as_it_is = sequences is not None or kind == "regression"
-                parts.append((found if as_it_is else found.exp()).float().cpu())
-                bar.update(len(item.index))
+                parts.append((found if kind == "regression" else found.exp()).float().cpu())
+                bar.update(len(item.items))
             values = original_order(parts, scorer.batches, dim=1)
-            values = values if sequences is None else sequences.choice_probabilities(values[..., 0])
         else:
             values, drawn = _until_settled(scorer, batch, stopping, bar.update)
     facts = 0.0 if batch is None else batch.sigma[0], () if batch is None else batch.samples
@@ -372,15 +371,16 @@ def _until_settled(
     for stop in stopping.stops:
         samples = batch.part(done, stop)
         batches = scorer.select(unsettled.nonzero()[:, 0], len(samples)) if done else scorer.batches
-        for item in batches:
-            new = scorer.samples(item, samples).exp().float().cpu()
+        for some in batches:
+            new = scorer.samples(some, samples).exp().float().cpu()
             if p is None:
                 p = torch.full((len(batch), scorer.size, new.shape[-1]), math.nan)
-            p[done:stop, item.index] = new
-            drawn[item.index] = stop
-            draws = p[:stop, item.index].reshape(-1, stopping.size, *new.shape[1:]).mean(dim=1)
-            unsettled[item.index] = ~stopping.rule.settled(draws) if stop < len(batch) else False
-            update(int((~unsettled[item.index]).sum()))
+            items = some.items
+            p[done:stop, items] = new
+            drawn[items] = stop
+            draws = p[:stop, items].reshape(-1, stopping.size, *new.shape[1:]).mean(dim=1)
+            unsettled[items] = ~stopping.rule.settled(draws) if stop < len(batch) else False
+            update(int((~unsettled[items]).sum()))
         if not unsettled.any():
             break
         done = stop

@@ -40,10 +40,11 @@ class Batch:
         key: its number in the data set, under which a trunk is kept; halves of it add to that.
         inputs: the model's arguments.
         labels: (B,) or (B, T) int64, or ``None``; ``-100`` is not counted.
-        index: (B,) positions of the rows in the data set.
+        index: (B,) positions of the rows in the data set; row ``c`` of item ``i`` is ``i * rows_per_item + c``.
         columns: label tokens (C,), or ``None`` for the whole head.
         targets: (B, m) tokens after the last m positions, to score as sequences, ``-100`` before shorter ones; or ``None``.
         shifted: whether the logits at a position are about the next one (language models with (B, T) labels).
+        rows_per_item: choices that are scored as sequences have a row each, side by side; else 1.
     """
 
     key: Hashable
@@ -53,6 +54,12 @@ class Batch:
     columns: Tensor | None
     shifted: bool
     targets: Tensor | None = None
+    rows_per_item: int = 1
+
+    @property
+    def items(self) -> Tensor:
+        """Positions of the items in the data set, in their order here; not of halves, which may part an item's rows."""
+        return self.index[:: self.rows_per_item] // self.rows_per_item
 
     @property
     def token_labelled(self) -> bool:
@@ -85,7 +92,7 @@ class Scorer:
         data: an :class:`~tfb_ext.data.Encoded` set, or batches of model arguments (``input_ids``, ``attention_mask``,
             ``labels``): token labels (B, T) for language models, class labels (B,) for classification heads.
         depth: random blocks; ``None`` is the adapter's own.
-        batch_size: rows of a batch before the fan; by default what a CPU's caches like, or what a GPU's memory has room for.
+        batch_size: items of a batch before the fan; by default what a CPU's caches like, or what a GPU's memory has room for.
         samples: sample groups that calls will have, of which a batch should take about that many.
         keep_trunk: keep the hidden states at the first random block for later calls; a sequence of depths keeps those of each.
         shuffle: batches in a random order (always the same), instead of the longest first.
@@ -95,6 +102,7 @@ class Scorer:
             probabilities of each label, or the outputs themselves, where they say log probabilities of the classes.
 
     A model that labels tokens has an item for every labelled position, or for every attended one where there are no labels.
+    An item whose choices are scored as sequences is one of C classes, and a row of its batch for each.
     """
 
     def __init__(
@@ -123,19 +131,24 @@ class Scorer:
         if batch_size is not None and (
             isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
         ):
-            raise ValueError(f"batch_size is {batch_size!r}, expected a count of rows, at least 1")
-        longest = max(map(len, data.token_ids), default=1) if isinstance(data, Encoded) else None
+            raise ValueError(f"batch_size is {batch_size!r}, expected a count of items, at least 1")
+        encoded = data if isinstance(data, Encoded) else None
+        self.sequences = encoded if encoded is not None and encoded.choice_tokens is not None else None
+        choices = encoded.choice_tokens if encoded is not None and encoded.choice_tokens is not None else ((),)
+        self._rows_per_item = len(choices)
+        longest: int | None = None
+        if encoded is not None:
+            longest = max(map(len, encoded.token_ids), default=1) + max(map(len, choices))
         room = self._room_for_tokens() if cuda else 0
-        self._most_rows = batch_size or BATCH_CUDA
-        self._data = data if isinstance(data, Encoded) else None
-        self._labels = data.labels_tensor() if isinstance(data, Encoded) and data.labelled else None
+        self._most_rows = batch_size * self._rows_per_item if batch_size else BATCH_CUDA
+        self._encoded = encoded
+        self._rows = encoded if self.sequences is None else self.sequences.sequences()
+        self._labels = encoded.labels_tensor() if encoded is not None and encoded.labelled else None
         self._selections = 0
-        if cuda and longest:
-            self.batch_size = batch_size or max(1, min(BATCH_CUDA, room // (longest * max(samples, 1))))
-        else:
-            self.batch_size = batch_size or BATCH_CPU
-        if batch_size is None and shuffle and isinstance(data, Encoded):
-            self.batch_size = max(1, min(self.batch_size, len(data) // SHUFFLED_BATCHES))
+        rows = min(BATCH_CUDA, room // (longest * max(samples, 1))) if cuda and longest else BATCH_CPU
+        self.batch_size = batch_size or max(1, rows // self._rows_per_item)
+        if batch_size is None and shuffle and encoded is not None:
+            self.batch_size = max(1, min(self.batch_size, len(encoded) // SHUFFLED_BATCHES))
         self.keep_trunk = bool(keep_trunk)
         self._trunk_depths = tuple(keep_trunk) if isinstance(keep_trunk, Sequence) else (self.depth,)
         self._halves: dict[Hashable, tuple[Batch, Batch]] = {}
@@ -147,20 +160,20 @@ class Scorer:
         tallest = max((len(b.index) for b in self.batches), default=1)
         self.rows = max(room // widest if cuda else ROWS_CPU, tallest)
         self.tokens = sum(int(_mask(b).sum()) for b in self.batches)
-        self.size = sum(len(b.index) for b in self.batches)
+        self.size = sum(len(b.items) for b in self.batches)
         self.tokens_run = 0
         self._trunk: Trunk | None = None
 
     def _prepare(self, data: Data, shuffle: bool, shard: tuple[int, int]) -> Iterator[Batch]:
         rank, world = shard
         if isinstance(data, Encoded):
-            self._check_head(data)
+            self._check_head()
             groups = data.groups(self.batch_size)
             order = list(range(len(groups)))
             if shuffle:
                 order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
             for key in order[rank::world]:
-                yield self._encoded_batch(data, key, groups[key])
+                yield self._encoded_batch(key, groups[key])
             return
         start = 0
         for key, raw in enumerate(data):
@@ -185,14 +198,16 @@ class Scorer:
                 shifted=self.adapter.anatomy.head_name not in CLASSIFIER_HEADS and self.model.can_generate(),
             )
 
-    def _encoded_batch(self, data: Encoded, key: Hashable, items: Sequence[int]) -> Batch:
+    def _encoded_batch(self, key: Hashable, items: Sequence[int]) -> Batch:
+        data, rows = self._rows, self._rows_of(items)
+        assert data is not None
         columns = None if data.choice_ids is None else torch.tensor(data.choice_ids, device=self.device)
         targets: Tensor | None = None
         if data.targets is not None:
-            wanted = [data.targets[i] for i in items]
+            wanted = [data.targets[i] for i in rows]
             most = max(map(len, wanted))
             targets = torch.tensor([[IGNORED] * (most - len(w)) + list(w) for w in wanted], device=self.device)
-        made = data.collate(items, self.device, left=self._padded_left)
+        made = data.collate(rows, self.device, left=self._padded_left)
         index = made.pop("index")
         inputs: dict[str, Any] = {n: v for n, v in made.items() if n in self._accepts}
         if targets is not None:
@@ -200,21 +215,23 @@ class Scorer:
             inputs |= keep
         elif columns is not None and "logits_to_keep" in self._accepts:
             inputs["logits_to_keep"] = 1
-        labels = None if self._labels is None else self._labels[index].to(self.device)
-        return Batch(key, self._plain(inputs), labels, index, columns, shifted=False, targets=targets)
+        each = self._rows_per_item
+        labels = None if self._labels is None else self._labels[index // each].to(self.device)
+        return Batch(key, self._plain(inputs), labels, index, columns, False, targets, each)
+
+    def _rows_of(self, items: Sequence[int]) -> list[int]:
+        each = self._rows_per_item
+        return [item * each + choice for item in items for choice in range(each)]
 
     @property
     def _padded_left(self) -> bool:
         # Encoders read their first position, so padding goes to the right of it.
         return self.adapter.anatomy.head_name != "classifier"
 
-    def _check_head(self, data: Encoded) -> None:
+    def _check_head(self) -> None:
+        data = self._rows
+        assert data is not None
         name, classes = self.adapter.anatomy.head_name, head_outputs(self.adapter)
-        if data.choice_tokens is not None:
-            raise ValueError(
-                f"the data scores its choices as sequences (score={data.score!r}), which only tfb_ext.predict() serves; encode "
-                "choices of one token without score="
-            )
         tokens = data.choice_ids is not None or data.targets is not None
         if tokens and name in CLASSIFIER_HEADS:
             raise ValueError(
@@ -253,6 +270,14 @@ class Scorer:
     def labelled(self) -> bool:
         return all(batch.labels is not None for batch in self.batches)
 
+    @property
+    def classes(self) -> int:
+        """Classes of an item."""
+        if self.sequences is not None:
+            return self._rows_per_item
+        columns = next((b.columns for b in self.batches if b.columns is not None), None)
+        return head_outputs(self.adapter) if columns is None else len(columns)
+
     def mean(self, batch: Batch) -> Tensor:
         """Log probabilities (items, C) of the mean adapter, PEFT's own arithmetic."""
 
@@ -275,7 +300,7 @@ class Scorer:
                 logits = torch.log_softmax(logits, dim=-1)
             return self.items(logits, batch)
 
-        return self._whole_or_halves(batch, run, dim=0)
+        return self._chosen(self._whole_or_halves(batch, run, dim=0))
 
     def samples(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
         """Log probabilities (S, items, C) of every sample group; only for heads and label sets of up to 1024 classes.
@@ -288,22 +313,43 @@ class Scorer:
             found = (view.sample_outputs if batch.targets is None else view.target_log_probabilities for view in passes)
             return torch.cat([self.items(values, batch, stacked=True) for values in found])
 
-        return self._whole_or_halves(batch, run, dim=1)
+        return self._chosen(self._whole_or_halves(batch, run, dim=1))
+
+    def averages(self, batch: Batch, samples: SampleBatch, parts: int, first: int | None = None) -> Tensor:
+        """Log of the mean probability (parts, items, C) over each of so many equal parts of the sample groups.
+
+        One fused batch, as :meth:`samples`, and for as few classes. Of sequences that are scored by their tokens it is the
+        product of the tokens' means, normalised.
+        """
+        if self.sequences is None or self.sequences.score == "sequence":
+            return _log_means(self.samples(batch, samples, first), parts)
+
+        def run(batch: Batch) -> Tensor:
+            found = [view.target_log_probabilities for view in self._passes(batch, samples, first, keep=True)]
+            logs = torch.cat([values for values in found if values is not None])
+            return self.items(_log_means(logs, parts), batch, stacked=True)
+
+        return self._chosen(self._whole_or_halves(batch, run, dim=1))
 
     def average(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
-        """Log of the mean probability (items, C) over all sample groups, without keeping any of them."""
+        """Log of the mean probability (items, C) over all sample groups, without keeping any of a large head's."""
+        if self.sequences is not None:
+            return self.averages(batch, samples, 1, first)[0]
 
         def run(batch: Batch) -> Tensor:
             total: Tensor | None = None
             for view in self._passes(batch, samples, first, keep=False):
                 assert view.folded is not None
-                each = view.target_log_probabilities
-                part = view.folded[0] + math.log(len(view.batch)) if each is None else torch.logsumexp(each, dim=0)
+                part = view.folded[0] + math.log(len(view.batch))
                 total = part if total is None else torch.logaddexp(total, part)
             assert total is not None
             return self.items(total - math.log(len(samples)), batch)
 
         return self._whole_or_halves(batch, run, dim=0)
+
+    def _chosen(self, values: Tensor) -> Tensor:
+        """Sequences' log probabilities (..., rows, 1) -> their items' (..., items, C); anything else as it is."""
+        return values if self.sequences is None else self.sequences.choice_log_probabilities(values[..., 0])
 
     def _whole_or_halves(self, batch: Batch, run: Callable[[Batch], Tensor], dim: int) -> Tensor:
         """``run(batch)``; where a batch does not fit into memory, its halves one after the other, now and ever after."""
@@ -385,14 +431,14 @@ class Scorer:
         with the rest of their batch.
 
         Args:
-            items: int64 (n,), positions of rows in the data set.
+            items: int64 (n,), positions of items in the data set.
             samples: sample groups that the call will have; a batch takes about as many rows as one forward may hold.
         """
         homes = [leaf for batch in self.batches for leaf in self._leaves(batch)]
         if self._trunk is not None and self._trunk.device is not None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # rows are picked on the host, where copies may still be on their way
-        wanted = torch.isin(torch.cat([home.index for home in homes]), items)
-        for batch in self._packed(homes, wanted, samples) if self._data is not None else self._shrunk(homes, wanted):
+        packed = self._encoded is not None
+        for batch in self._packed(homes, items.tolist(), samples) if packed else self._shrunk(homes, items):
             yield batch
             self._forget(batch)
 
@@ -410,7 +456,8 @@ class Scorer:
         for half in self._halves.pop(batch.key, ()):
             self._forget(half)
 
-    def _shrunk(self, homes: Sequence[Batch], wanted: Tensor) -> Iterator[Batch]:
+    def _shrunk(self, homes: Sequence[Batch], items: Tensor) -> Iterator[Batch]:
+        wanted = torch.isin(torch.cat([home.index for home in homes]), items)
         for home, here in zip(homes, wanted.split([len(home.index) for home in homes]), strict=True):
             if not here.any():
                 continue
@@ -419,26 +466,24 @@ class Scorer:
             self._move_trunk(batch, [(home, rows.tolist(), list(range(len(rows))))])
             yield batch
 
-    def _packed(self, homes: Sequence[Batch], wanted: Tensor, samples: int) -> Iterator[Batch]:
-        data = self._data
-        assert data is not None
-        number = torch.repeat_interleave(torch.tensor([len(home.index) for home in homes]))
-        row = torch.cat([torch.arange(len(home.index)) for home in homes])
-        index = torch.cat([home.index for home in homes])
-        places = list(zip(index[wanted].tolist(), number[wanted].tolist(), row[wanted].tolist(), strict=True))
-        kept = [p for p in places if self._is_kept(homes[p[1]])]
-        rest = [p for p in places if not self._is_kept(homes[p[1]])]
-        size = max(1, min(self.rows // samples, self._most_rows))
-        for some in (kept, rest):
-            for group in data.select(item for item, _, _ in some).groups(size) if some else ():
-                batch = self._encoded_batch(data, self._next_key(), [some[i][0] for i in group])
-                sources: dict[int, tuple[list[int], list[int]]] = {}
-                for target, i in enumerate(group):
-                    rows, targets = sources.setdefault(some[i][1], ([], []))
-                    rows.append(some[i][2])
+    def _packed(self, homes: Sequence[Batch], items: Sequence[int], samples: int) -> Iterator[Batch]:
+        encoded = self._encoded
+        assert encoded is not None
+        places = {index: (home, row) for home in homes for row, index in enumerate(home.index.tolist())}
+        kept = {item: all(self._is_kept(places[row][0]) for row in self._rows_of([item])) for item in items}
+        size = max(1, min(self.rows // samples, self._most_rows) // self._rows_per_item)
+        for from_trunk in (True, False):
+            some = [item for item in items if kept[item] is from_trunk]
+            for group in encoded.select(some).groups(size):
+                batch = self._encoded_batch(self._next_key(), [some[i] for i in group])
+                sources: dict[Hashable, tuple[Batch, list[int], list[int]]] = {}
+                for target, index in enumerate(batch.index.tolist()):
+                    home, row = places[index]
+                    _, rows, targets = sources.setdefault(home.key, (home, [], []))
+                    rows.append(row)
                     targets.append(target)
-                if some is kept:
-                    self._move_trunk(batch, [(homes[home], *rows) for home, rows in sources.items()])
+                if from_trunk:
+                    self._move_trunk(batch, list(sources.values()))
                 yield batch
 
     def _is_kept(self, home: Batch) -> bool:
@@ -538,9 +583,15 @@ def item_labels(batch: Batch) -> Tensor:
     labels = batch.labels
     assert labels is not None
     if labels.dim() == 1:
-        return labels
+        return labels[:: batch.rows_per_item]
     labels = labels[:, 1:] if batch.shifted else labels
     return labels[labels != IGNORED]
+
+
+def _log_means(logs: Tensor, parts: int) -> Tensor:
+    """Log probabilities (S, ...) -> (parts, ...): log of the mean over each of so many equal parts of the first axis."""
+    logs = logs.reshape(parts, -1, *logs.shape[1:])
+    return torch.logsumexp(logs, dim=1) - math.log(logs.shape[1])
 
 
 def head_outputs(adapter: BayesianAdapter) -> int:
@@ -555,8 +606,8 @@ def _mask(batch: Batch) -> Tensor:
 
 
 def original_order(parts: Sequence[Tensor], batches: Sequence[Batch], dim: int) -> Tensor:
-    """Concatenate per-batch results along ``dim`` in the data set's order, where every row has one item."""
+    """Concatenate per-batch results along ``dim`` in the data set's order, where no row has several items."""
     joined = torch.cat(list(parts), dim=dim)
-    index = torch.cat([b.index for b in batches])
+    index = torch.cat([b.items for b in batches])
     # Token labels give any number of items a row; such batches are never reordered in the first place.
     return joined.index_select(dim, torch.argsort(index)) if joined.shape[dim] == len(index) else joined

@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapter import BayesianAdapter
+from ..data import Encoded
 from ..layers import MEAN, SampleBatch
-from ..scoring import MANY_CLASSES, Batch, Scorer, head_outputs, item_labels
+from ..scoring import IGNORED, MANY_CLASSES, Batch, Scorer, item_labels
 from .ranks import Ranks
 from .records import FIELDS, Records, read_records
 
@@ -63,8 +64,7 @@ class Anchors:
         self.mode = mode
         self.keep_probabilities = metric is not None
         self.checkpoint = checkpoint
-        columns = next((b.columns for b in scorer.batches if b.columns is not None), None)
-        own = 0 if not scorer.batches else head_outputs(adapter) if columns is None else len(columns)
+        own = scorer.classes if scorer.batches else 0
         by_token = any(b.token_labelled for b in scorer.batches)
         facts = ranks.every([scorer.labelled, own, len(scorer.batches), by_token])
         self.labelled = all(row[0] for row in facts)
@@ -90,6 +90,7 @@ class Anchors:
             "antithetic": antithetic,
             "mode": mode,
             "metric": metric,
+            "score": _score_name(scorer.sequences),
         }
         self.use_labels = self.labelled and not pseudo
         known = read_records(checkpoint, key) if checkpoint is not None and ranks.rank == 0 else None
@@ -105,8 +106,8 @@ class Anchors:
         """
         batches = self.scorer.batches
         if not in_turn:
-            return [b.index for b in batches], int(sum(row[0] for row in self.ranks.every([self.scorer.size])))
-        counts = [len(item_labels(b)) if b.token_labelled else len(b.index) for b in batches]
+            return [b.items for b in batches], int(sum(row[0] for row in self.ranks.every([self.scorer.size])))
+        counts = [len(item_labels(b)) if b.token_labelled else len(b.items) for b in batches]
         mine = torch.tensor([[b.key, c] for b, c in zip(batches, counts, strict=True)], dtype=torch.int64).reshape(
             -1, 2
         )
@@ -127,10 +128,14 @@ class Anchors:
             mask = torch.ones_like(ids) if mask is None else mask.cpu()
             for row in range(len(ids)):
                 label = None if batch.labels is None else batch.labels[row].tolist()
-                text = repr((ids[row][mask[row].bool()].tolist(), label)).encode()
+                parts: tuple[object, ...] = (ids[row][mask[row].bool()].tolist(), label)
+                if batch.targets is not None:
+                    wanted = batch.targets[row]
+                    parts += (row % batch.rows_per_item, wanted[wanted != IGNORED].tolist())
+                text = repr(parts).encode()
                 total += int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
-        parts = self.ranks.gather(torch.tensor([total % 2**62], dtype=torch.int64))
-        return f"{sum(int(p) for p in parts) % 2**62:016x}"
+        totals = self.ranks.gather(torch.tensor([total % 2**62], dtype=torch.int64))
+        return f"{sum(int(t) for t in totals) % 2**62:016x}"
 
     # Runs -------------------------------------------------------------------------------------------------------------
 
@@ -216,9 +221,7 @@ class Anchors:
             return []
         if self.classes > MANY_CLASSES:
             return [self.scorer.average(batch, self._samples([s]), first) for s in sigmas]
-        logs = self.scorer.samples(batch, self._samples(sigmas), first)
-        logs = logs.reshape(len(sigmas), len(self.numbers), *logs.shape[1:])
-        return list(torch.logsumexp(logs, dim=1) - math.log(len(self.numbers)))
+        return list(self.scorer.averages(batch, self._samples(sigmas), len(sigmas), first))
 
     def _samples(self, sigmas: Sequence[float]) -> SampleBatch:
         return self.adapter.batch(self.numbers, list(sigmas), self.antithetic, self.mode)
@@ -261,6 +264,13 @@ class Anchors:
             for s in sigmas if self.keep_probabilities else ():
                 self.records.probabilities[first, s][where] = part[:, start : start + self.classes].float()
                 start += self.classes
+
+
+def _score_name(sequences: Encoded | None) -> str | None:
+    """What the classes' probabilities are made from, where choices are scored as sequences."""
+    if sequences is None:
+        return None
+    return f"{sequences.score} by length" if sequences.by_length else sequences.score
 
 
 def _measure(logs: Tensor, targets: Tensor, guesses: Tensor, sigma: float) -> Tensor:
