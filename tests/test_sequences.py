@@ -201,7 +201,7 @@ def gap(probabilities: Tensor, targets: Tensor) -> Tensor:
         {"metric": "brier", "method": "root", "bound": "one-sided"},
         {"metric": gap, "tolerance": 0.05},
     ],
-    ids=str,
+    ids=lambda options: "-".join(str(getattr(v, "__name__", v)) for v in options.values()) or "defaults",
 )
 def test_recipes_and_metrics_end_on_what_predict_gives(options: dict[str, Any]) -> None:
     adapter = tfb_ext.bayesianize(zoo.peft_model("llama"))
