@@ -41,6 +41,16 @@ SEQUENTIAL = (
     ("one row of 64 tokens, flipout", "sequential_short"),
     ("decoding a token, ours in a graph, theirs not", "sequential_decode"),
 )
+GENERATIONS = (
+    ("**all blocks random**", "generate_all"),
+    ("upper quarter random", "generate_quarter"),
+    ("the same, the prompt and one token", "generate_quarter_prefill"),
+    ("the quarter's keys and values", "generate_kv_quarter"),
+    ("all blocks against sequential samples (times faster)", "generate_sequential"),
+    ("upper quarter against the same (times faster)", "generate_sequential_quarter"),
+    ("the scores of every token", "generate_scored"),
+    ("a call that captures its graph", "generate_first"),
+)
 SEARCHES = (
     ("all blocks random, the same six evaluations", "search_all"),
     ("upper quarter of the blocks random, the same six evaluations", "search_quarter"),
@@ -57,6 +67,12 @@ def load_search(results: Path) -> Rows:
     """The rows of ``search.json``, none where it is not."""
     file = results / "search.json"
     return by_case(load(file)) if file.exists() else {}
+
+
+def load_generate(results: Path) -> list[dict[str, Any]]:
+    """The rows of ``generate.json``, none where it is not."""
+    file = results / "generate.json"
+    return load(file) if file.exists() else []
 
 
 def by_case(rows: list[dict[str, Any]]) -> Rows:
@@ -117,7 +133,40 @@ def search_table(search: Rows) -> list[str]:
     return lines
 
 
-def section(models: Rows, kernels: list[dict[str, Any]], summary: Rows, search: Rows) -> str:
+def generate_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Whole calls of ``generate`` against the base model's own, for the cases that are there; no lines without any."""
+    found = {(row["case"], row.get("rows", 1)): row for row in rows}
+    cases = [(label, n, found[case, n]) for label, case in GENERATIONS for n in (1, 8) if (case, n) in found]
+    if not cases:
+        return []
+    first = cases[0][2]
+    lines = [
+        "",
+        f"| `generate` from end to end: prompts of 512 tokens, 64 new ones, ten samples, in graphs, {first['device']} | ours | "
+        "against | its time | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for label, n, row in cases:
+        prompts = f"{n} prompt{'s' if n > 1 else ''}"
+        value, base, of = (
+            milliseconds(row["value"]),
+            milliseconds(row["baseline"]),
+            row["of"].replace(" 1 rows", " 1 row"),
+        )
+        if row.get("unit") == "GiB":
+            value, base = f"{row['value']:.2f} GiB", f"{row['baseline']:.2f} GiB"
+        lines.append(f"| {label}, {prompts} | {value} | {of} | {base} | {ratio(row)} |")
+    text = (
+        "With samples in the upper quarter alone a prompt still costs them a prefill each there, which is what the ratio of many "
+        "prompts is made of ([`generate.json`](bench/results/generate.json), transformers "
+        f"{first['transformers']})."
+    )
+    return [*lines, "", text]
+
+
+def section(
+    models: Rows, kernels: list[dict[str, Any]], summary: Rows, search: Rows, generate: list[dict[str, Any]]
+) -> str:
     """The README's text between the markers."""
     all_linear = models["prefill_all_linear_bf16"]
     memory = models["memory_s64"]
@@ -147,6 +196,7 @@ def section(models: Rows, kernels: list[dict[str, Any]], summary: Rows, search: 
     for label, case in SEQUENTIAL:
         row = models[case]
         lines.append(f"| {label} | {milliseconds(row['value'])} | {milliseconds(row['baseline'])} | {ratio(row, 1)} |")
+    lines += generate_table(generate)
     lines += search_table(search)
     lines += [
         "",
@@ -261,7 +311,9 @@ def main() -> int:
     models = by_case(load(options.results / "models.json"))
     summary = json.loads((options.results / "summary.json").read_text())
     before = options.readme.read_text()
-    after = replace_section(before, section(models, kernels, summary, load_search(options.results)))
+    after = replace_section(
+        before, section(models, kernels, summary, load_search(options.results), load_generate(options.results))
+    )
     if options.check:
         if before != after:
             print(f"{options.readme}: its table is not that of {options.results}; run python -m bench.report")

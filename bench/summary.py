@@ -19,7 +19,7 @@ from .test_kernels import IN_FEATURES, OUT_FEATURES, RANKS, TOKENS
 # Where several rows make a case: which end of their ratios is the worst.
 LEAST = {"shrink_bandwidth", "expand_bandwidth", "cpu_materialised", "generate_sequential"}
 MOST = {"shrink_noise", "cpu_noise", "generate_all", "generate_quarter", "generate_kv_quarter"}
-CONFIDENCE = 0.99  # of the adaptive sampling that counts
+CONFIDENCE = 0.95  # of the adaptive sampling that counts
 SINGLE = (
     "prefill_all_linear_bf16 prefill_all_linear_fp32 prefill_all_linear_equal_heads prefill_qv_head prefill_rank64 "
     "prefill_quarter prefill_eighth memory_s64 decode_all decode_quarter sequential_prefill_bf16 sequential_prefill_fp32 "

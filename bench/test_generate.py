@@ -112,6 +112,14 @@ def ours(s: Setting, rows: int, new: int = NEW) -> Generator:
     return Generator(s, rows, s.adapters["bf16"], new)
 
 
+def in_gib(info: dict[str, Any], value: float, baseline: float) -> None:
+    """The case is the memory's: times stay beside it."""
+    if "ratio" in info:  # nothing is timed with --benchmark-disable
+        ratio = value / baseline
+        info |= {"value_ms": info["value"], "baseline_ms": info["baseline"], "unit": "GiB"}
+        info |= {"value": value, "baseline": baseline, "ratio": ratio, "spread": [ratio, ratio]}
+
+
 @pytest.mark.parametrize("rows", PROMPTS)
 class TestGenerate:
     @pytest.mark.parametrize(("case", "new"), [("generate_all", NEW), ("generate_all_prefill", 1)])
@@ -164,11 +172,7 @@ class TestGenerate:
             small = quarter.cache_bytes()
         with s.fused("bf16")():
             large = whole.cache_bytes()
-        info = benchmark.extra_info
-        if "ratio" in info:  # not a time: the case is the memory's
-            ratio = small / large
-            info |= {"value_ms": info["value"], "baseline_ms": info["baseline"], "unit": "GiB"}
-            info |= {"value": small / 2**30, "baseline": large / 2**30, "ratio": ratio, "spread": [ratio, ratio]}
+        in_gib(benchmark.extra_info, small / 2**30, large / 2**30)
 
 
 class TestOneByOne:
@@ -205,6 +209,42 @@ class TestOneByOne:
             "generate_scored", scored.scored, ours(s, rows), of="generate alone, without the forward that scores",
             rounds=3, rows=rows, context=active, baseline_context=s.fused("bf16"),
         )  # fmt: skip
+
+    def test_memory_of_all_logits(self, setting: Setting, benchmark: Any, versus: Versus) -> None:
+        """Every position's mean log probabilities over the whole vocabulary; no sample's are kept beside them."""
+        s = setting
+        ours, many = s.inputs(), s.inputs(s.shape.samples)
+        for inputs in (ours, many):
+            del inputs["logits_to_keep"]
+        versus(
+            "memory_all_logits", s.run_peft(**ours), s.run_base(**many), rounds=1, warmup=1,
+            of=f"the base forward's peak memory on {len(many['input_ids'])} rows, all of its logits and the weights included",
+            context=s.fused("bf16"), baseline_context=s.without_peft,
+        )  # fmt: skip
+        info = benchmark.extra_info
+        if "peak_gib" in info:
+            in_gib(info, info["peak_gib"], info["baseline_peak_gib"])
+
+    def test_memory_of_label_tokens(self, setting: Setting, benchmark: Any, versus: Versus) -> None:
+        """Classification: the last position, two label tokens of the vocabulary."""
+        s = setting
+        adapter = s.adapters["bf16"]
+
+        @contextmanager
+        def labels() -> Iterator[None]:
+            activate(s.peft, adapter.name)
+            adapter.depth = "all"
+            with adapter.predictive(s.shape.samples, columns=torch.tensor([5, 7])):
+                yield
+
+        versus(
+            "memory_label_tokens", s.run_peft(**s.inputs()), s.run_base(**s.inputs()), rounds=1, warmup=1,
+            of=f"the base forward's peak memory on {s.shape.rows} rows, the weights included",
+            context=labels, baseline_context=s.without_peft,
+        )  # fmt: skip
+        info = benchmark.extra_info
+        if "peak_gib" in info:
+            in_gib(info, info["peak_gib"], info["baseline_peak_gib"])
 
     @pytest.mark.skipif(DEVICE.type != "cuda", reason="transformers compiles on accelerators alone")
     def test_the_base_compiled(self, setting: Setting, versus: Versus) -> None:

@@ -202,7 +202,7 @@ def test_progress_counts_settled_items(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("adaptive", [0.5, 1.0, 1, True, 99, math.nan, "0.99"])
 def test_refuses_a_confidence(adaptive: Any) -> None:
-    with pytest.raises(ValueError, match="adaptive is .*, expected a confidence between 0.5 and 1 such as 0.99"):
+    with pytest.raises(ValueError, match="adaptive is .*, expected a confidence between 0.5 and 1 such as 0.95"):
         predict(bayesian(), small_sets.encoded(2), MOST, adaptive=adaptive)
 
 

@@ -10,22 +10,27 @@ from bench import report, summary
 from bench.record import ROOT
 
 RESULTS = ROOT / "bench" / "results"
-FILES = [RESULTS / f"{name}.json" for name in ("models", "kernels", "kernels_cpu", "search")]
-FILES = [file for file in FILES if file.exists() or file.stem != "search"]  # the search's cases take a run of their own
+FILES = [RESULTS / f"{name}.json" for name in ("models", "kernels", "kernels_cpu", "search", "generate")]
+FILES = [file for file in FILES if file.exists() or file.stem != "generate"]  # these cases take a run of their own
+ADAPTIVE = RESULTS / "adaptive.json"
 
 
 def test_readme_shows_the_results() -> None:
     kernels = report.load(RESULTS / "kernels.json")
     models = report.by_case(report.load(RESULTS / "models.json"))
     text = report.section(
-        models, kernels, json.loads((RESULTS / "summary.json").read_text()), report.load_search(RESULTS)
+        models,
+        kernels,
+        json.loads((RESULTS / "summary.json").read_text()),
+        report.load_search(RESULTS),
+        report.load_generate(RESULTS),
     )
     readme = (ROOT / "README.md").read_text()
     assert report.replace_section(readme, text) == readme, "run python -m bench.report"
 
 
 def test_summary_is_that_of_the_results() -> None:
-    made = summary.summarise(FILES)
+    made = summary.summarise([*FILES, ADAPTIVE])
     assert made == json.loads((RESULTS / "summary.json").read_text())
 
 

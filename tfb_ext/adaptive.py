@@ -53,7 +53,7 @@ class StoppingRule:
     def __post_init__(self) -> None:
         if not isinstance(self.confidence, float) or not 0.5 < self.confidence < 1:
             raise ValueError(
-                f"adaptive is {self.confidence!r}, expected a confidence between 0.5 and 1 such as 0.99, or None for the same "
+                f"adaptive is {self.confidence!r}, expected a confidence between 0.5 and 1 such as 0.95, or None for the same "
                 "number of samples everywhere"
             )
         p = self.precision

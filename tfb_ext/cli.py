@@ -68,7 +68,7 @@ SamplesOption = Annotated[
 AdaptiveOption = Annotated[
     float | None,
     typer.Option(
-        help="Stop an item's samples once its answer is that of all --samples at this confidence, such as 0.99."
+        help="Stop an item's samples once its answer is that of all --samples at this confidence, such as 0.95."
     ),
 ]
 SigmaOption = Annotated[float | None, typer.Option(help="Posterior scale; default: the one saved beside the adapter.")]

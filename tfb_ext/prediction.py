@@ -211,7 +211,7 @@ def predict(
             every label (B, T) other than -100, or for every attended token without labels, row by row.
         samples: how many samples, or their numbers; 0 for the mean adapter. With ``adaptive`` the most that an item gets.
         adaptive: stop drawing samples of an item once its answer, the arg max of the mean probability, is settled: with this
-            confidence, such as 0.99, that of all ``samples``. :class:`~tfb_ext.adaptive.StoppingRule` says what is promised and
+            confidence, such as 0.95, that of all ``samples``. :class:`~tfb_ext.adaptive.StoppingRule` says what is promised and
             what is not. Every item gets the first k of the samples that it would get without (whole pairs if antithetic), so
             one that gets all has the same probabilities; its k is in ``samples_drawn``. Blocks below the first random one
             run once an item all the same; the items that need more samples are packed into new batches.
@@ -345,7 +345,7 @@ class _Stopping:
 def _stopping(batch: SampleBatch | None, adaptive: float | None, precision: float | None, given: object) -> _Stopping:
     if adaptive is None:
         raise ValueError(
-            f"precision is {precision!r} without adaptive=, the confidence it is to hold with, such as 0.99"
+            f"precision is {precision!r} without adaptive=, the confidence it is to hold with, such as 0.95"
         )
     if batch is None:
         raise ValueError(
