@@ -155,7 +155,7 @@ class TestGenerate:
                 one()
 
         versus(
-            case, ours(s, rows), sequential, faster=True, rounds=3, warmup=1, rows=rows,
+            case, ours(s, rows), sequential, faster=True, rounds=2, warmup=1, rows=rows,
             of=f"{s.shape.samples} sequential captured generations with weights drawn in plain torch",
             context=s.fused("bf16", depth), baseline_context=s.plain("plain_bf16"),
         )  # fmt: skip
