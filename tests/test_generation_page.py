@@ -151,6 +151,8 @@ def test_command_answers(llama: small_folders.Folders, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text().count('class="token"') == sum(
         len(i["tokens"]) for i in document["items"]
     )
+    static = json.loads(tfb(llama, "-p", "area man", "-p", "senate votes", "--json", "--static").stdout)
+    assert [item["tokens"] for item in static["items"]] == [item["tokens"] for item in document["items"]]
     table = tfb(llama, "-p", "area man")
     assert table.exit_code == 0 and "epistemic uncertainty, nats: below 0.02" in table.stdout
 
@@ -163,6 +165,11 @@ def test_command_reads_standard_input(llama: small_folders.Folders) -> None:
 
 def test_command_refuses(llama: small_folders.Folders) -> None:
     assert tfb(llama, "-p", "area man", "--system", "be brief").exit_code == 2
-    for arguments, message in ((("-p", ""), "prompt 0 is empty"), (("-p", "area", "--chat"), "no chat template")):
+    for arguments, message in (
+        (("-p", ""), "prompt 0 is empty"),
+        (("-p", "area", "--chat"), "no chat template"),
+        (("-p", "area", "--temperature", "0"), "temperature"),
+        (("-p", "area", "--top-p=-0.5"), "top_p"),
+    ):
         found = tfb(llama, *arguments)
         assert isinstance(found.exception, ValueError) and message in str(found.exception)

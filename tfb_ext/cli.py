@@ -482,6 +482,9 @@ def generate(
         bool, typer.Option(help="Put the prompt through the tokenizer's chat template, as a user.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="System message before a --chat prompt.")] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Decode from a static cache, on a GPU in CUDA graphs.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the answers as one HTML file.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -498,7 +501,10 @@ def generate(
     _need_sigma(bayesian)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     if temperature is not None or top_p is not None:
-        options |= {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": 0}
+        options |= {"do_sample": True, "top_k": 0, "temperature": 1.0 if temperature is None else temperature}
+        options |= {"top_p": 1.0 if top_p is None else top_p}
+    if static:
+        options["cache_implementation"] = "static"
     first = [] if system is None else [{"role": "system", "content": system}]
     prompts: Any = [[*first, {"role": "user", "content": text}] for text in texts] if chat else texts
     found = run(bayesian, prompts, loaded.tokenizer, samples, **options)
