@@ -120,6 +120,25 @@ def test_scores_are_those_of_separate_passes(name: str, depth: Any, device: str)
     assert found.lengths.tolist() == [NEW] * 3 and found.sigma == SIGMA and found.samples == (0, 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("options", "mode", "longest"),
+    [({}, "weight", 1), ({"prompt_lookup_num_tokens": 2}, "weight", PROMPT), ({}, "token", PROMPT)],
+)
+def test_the_last_block_makes_what_a_step_looks_at(options: dict[str, Any], mode: str, longest: int) -> None:
+    adapter = bayesian(mode=mode)
+    seen: list[int] = []
+    hook = adapter.anatomy.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    batch = prompt(1)
+    with adapter.predictive(SAMPLES):
+        adapter.model(**batch)
+    assert seen == [PROMPT]
+    seen.clear()
+    found = generate(adapter, batch, **options)
+    hook.remove()
+    scoring = seen.pop()  # the whole text at once
+    assert max(seen) == longest and scoring == found.sequences.shape[1]
+
+
 def test_rows_end_at_their_end() -> None:
     adapter, batch = bayesian(), prompt(2)
     free = generate(adapter, batch)
