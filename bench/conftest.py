@@ -9,6 +9,16 @@ import pytest
 import torch
 
 from .record import commit
+from .timing import ceilings
+from .versus import Versus
+
+
+@pytest.fixture
+def versus(benchmark: Any, request: pytest.FixtureRequest) -> Versus:
+    """On the GPU where there is one; rows say what the machine reaches at best."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    benchmark.extra_info |= ceilings(device)
+    return Versus(benchmark, device, f"bench/{request.path.name}")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -65,13 +65,15 @@ def load(file: Path) -> list[dict[str, Any]]:
 
 def load_search(results: Path) -> Rows:
     """The rows of ``search.json``, none where it is not."""
-    file = results / "search.json"
-    return by_case(load(file)) if file.exists() else {}
+    return by_case(_load_if_there(results / "search.json"))
 
 
 def load_generate(results: Path) -> list[dict[str, Any]]:
     """The rows of ``generate.json``, none where it is not."""
-    file = results / "generate.json"
+    return _load_if_there(results / "generate.json")
+
+
+def _load_if_there(file: Path) -> list[dict[str, Any]]:
     return load(file) if file.exists() else []
 
 

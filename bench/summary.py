@@ -71,9 +71,9 @@ def adaptive_cases(document: dict[str, Any], source: str) -> dict[str, dict[str,
         ("adaptive_samples", "share_drawn", max, f"{document['samples']} samples for every item"),
         ("adaptive_agreement", "same_answers", min, f"the answers of {document['samples']} samples"),
     ):
-        value = pick(row[field] for row in rows)
-        spread = [min(row[field] for row in rows), max(row[field] for row in rows)]
-        cases[case] = {"value": value, "baseline": 1.0, "ratio": value, "spread": spread, "of": of} | known
+        values = [row[field] for row in rows]
+        worst = {"value": pick(values), "baseline": 1.0, "ratio": pick(values)}
+        cases[case] = worst | {"spread": [min(values), max(values)], "of": of} | known
         cases[case] |= {"source": source, "worst_of": len(rows)}
     return cases
 

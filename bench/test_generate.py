@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext.decoding import CapturedDecoding, cache_argument, decoding_with
+from tfb_ext.decoding import CapturedDecoding, decoding_with
+from tfb_ext.fan import cache_argument
 
 from .llama import token_ids
-from .test_models import DEVICE, QUARTER, TOY, Setting, activate, ceilings, pytestmark, release  # noqa: F401
+from .test_models import DEVICE, QUARTER, TOY, Setting, activate, pytestmark, release  # noqa: F401
 from .versus import Versus
 
-SOURCE = "bench/test_generate.py"
 CONTEXT, NEW = (16, 6) if TOY else (512, 64)
 PROMPTS = (1, 2) if TOY else (1, 8)
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -37,6 +37,7 @@ class Generator:
     Attributes:
         rows: prompts.
         new: tokens a call.
+        samples: of a scored call.
     """
 
     def __init__(self, setting: Setting, rows: int, adapter: Any = None, new: int = NEW) -> None:
@@ -44,7 +45,7 @@ class Generator:
         self.inner = setting.base
         self.ids: Tensor = token_ids(setting.shape, 1, DEVICE, rows, CONTEXT)
         self.adapter = adapter
-        self.rows, self.new = rows, new
+        self.rows, self.new, self.samples = rows, new, setting.shape.samples
         self.decoding = CapturedDecoding(self.inner, adapter)
 
     @property
@@ -78,18 +79,12 @@ class Generator:
     def scored(self) -> tfb_ext.Generation:
         with decoding_with(self.decoding):
             return tfb_ext.generate(
-                self.adapter, self.prompts, samples=10, **self.options, cache_implementation="static"
+                self.adapter, self.prompts, samples=self.samples, **self.options, cache_implementation="static"
             )
 
     def cache_bytes(self) -> int:
         layers = self.decoding.cache(self.rows, CONTEXT + NEW).layers
         return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
-
-
-@pytest.fixture
-def versus(benchmark: Any) -> Versus:
-    benchmark.extra_info |= ceilings()
-    return Versus(benchmark, DEVICE, SOURCE)
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +105,6 @@ def base(s: Setting, rows: int, new: int = NEW) -> Generator:
 
 def ours(s: Setting, rows: int, new: int = NEW) -> Generator:
     return Generator(s, rows, s.adapters["bf16"], new)
-
-
-def in_gib(info: dict[str, Any], value: float, baseline: float) -> None:
-    """The case is the memory's: times stay beside it."""
-    if "ratio" in info:  # nothing is timed with --benchmark-disable
-        ratio = value / baseline
-        info |= {"value_ms": info["value"], "baseline_ms": info["baseline"], "unit": "GiB"}
-        info |= {"value": value, "baseline": baseline, "ratio": ratio, "spread": [ratio, ratio]}
 
 
 @pytest.mark.parametrize("rows", PROMPTS)
@@ -160,7 +147,7 @@ class TestGenerate:
             context=s.fused("bf16", depth), baseline_context=s.plain("plain_bf16"),
         )  # fmt: skip
 
-    def test_keys_and_values(self, setting: Setting, benchmark: Any, versus: Versus, rows: int) -> None:
+    def test_keys_and_values(self, setting: Setting, versus: Versus, rows: int) -> None:
         s = setting
         quarter, whole = ours(s, rows), ours(s, rows)
         versus(
@@ -172,7 +159,7 @@ class TestGenerate:
             small = quarter.cache_bytes()
         with s.fused("bf16")():
             large = whole.cache_bytes()
-        in_gib(benchmark.extra_info, small / 2**30, large / 2**30)
+        versus.in_gib(small / 2**30, large / 2**30)
 
 
 class TestOneByOne:
@@ -210,7 +197,7 @@ class TestOneByOne:
             rounds=3, rows=rows, context=active, baseline_context=s.fused("bf16"),
         )  # fmt: skip
 
-    def test_memory_of_all_logits(self, setting: Setting, benchmark: Any, versus: Versus) -> None:
+    def test_memory_of_all_logits(self, setting: Setting, versus: Versus) -> None:
         """Every position's mean log probabilities over the whole vocabulary; no sample's are kept beside them."""
         s = setting
         ours, many = s.inputs(), s.inputs(s.shape.samples)
@@ -221,11 +208,9 @@ class TestOneByOne:
             of=f"the base forward's peak memory on {len(many['input_ids'])} rows, all of its logits and the weights included",
             context=s.fused("bf16"), baseline_context=s.without_peft,
         )  # fmt: skip
-        info = benchmark.extra_info
-        if "peak_gib" in info:
-            in_gib(info, info["peak_gib"], info["baseline_peak_gib"])
+        versus.in_gib()
 
-    def test_memory_of_label_tokens(self, setting: Setting, benchmark: Any, versus: Versus) -> None:
+    def test_memory_of_label_tokens(self, setting: Setting, versus: Versus) -> None:
         """Classification: the last position, two label tokens of the vocabulary."""
         s = setting
         adapter = s.adapters["bf16"]
@@ -242,9 +227,7 @@ class TestOneByOne:
             of=f"the base forward's peak memory on {s.shape.rows} rows, the weights included",
             context=labels, baseline_context=s.without_peft,
         )  # fmt: skip
-        info = benchmark.extra_info
-        if "peak_gib" in info:
-            in_gib(info, info["peak_gib"], info["baseline_peak_gib"])
+        versus.in_gib()
 
     @pytest.mark.skipif(DEVICE.type != "cuda", reason="transformers compiles on accelerators alone")
     def test_the_base_compiled(self, setting: Setting, versus: Versus) -> None:

@@ -12,11 +12,9 @@ baseline; before that, each model's samples are checked against their weights wr
 from __future__ import annotations
 
 import gc
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
@@ -26,14 +24,14 @@ from transformers import StaticCache
 
 import tfb_ext
 from tfb_ext import ops
+from tfb_ext.fan import cache_argument
 
 from .check import check_fused
 from .llama import LLAMA_8B, TINY, Shape, activate, add_adapters, bare, build, token_ids
 from .sequential import SequentialSampler
-from .timing import copy_bandwidth, event_clock, gemm_rate
+from .timing import event_clock
 from .versus import Versus
 
-SOURCE = "bench/test_models.py"
 TOY = os.environ.get("TFB_BENCH_TINY") == "1"
 SHAPE = TINY if TOY else LLAMA_8B
 SIGMA = 0.02
@@ -49,12 +47,6 @@ pytestmark = [
     *([pytest.mark.benchmark(timer=event_clock)] if torch.cuda.is_available() else []),
 ]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@cache
-def ceilings() -> dict[str, float]:
-    """What this machine's memory and its products reach, measured in this run."""
-    return {"copy_gb_s": copy_bandwidth(DEVICE) / 1e9, "gemm_tflop_s": gemm_rate(DEVICE) / 1e12}
 
 
 class Setting:
@@ -142,12 +134,6 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-@pytest.fixture
-def versus(benchmark: Any) -> Versus:
-    benchmark.extra_info |= ceilings()
-    return Versus(benchmark, DEVICE, SOURCE)
-
-
 @pytest.fixture(scope="class")
 def all_linear() -> Iterator[Setting]:
     yield Setting("all", 8, ("bf16", "fp32"))
@@ -229,7 +215,7 @@ class TestAllLinear:
             context=s.fused("bf16"), baseline_context=s.flipout("bf16"),
         )  # fmt: skip
 
-    def test_memory_of_64_samples(self, all_linear: Setting, benchmark: Any, versus: Versus) -> None:
+    def test_memory_of_64_samples(self, all_linear: Setting, versus: Versus) -> None:
         s = all_linear
         samples = 8 if TOY else 64
         versus(
@@ -237,12 +223,7 @@ class TestAllLinear:
             of=f"the base forward's peak memory on {samples * s.shape.rows} rows, weights included",
             context=s.fused("bf16", samples=samples), baseline_context=s.without_peft,
         )  # fmt: skip
-        info = benchmark.extra_info
-        if "peak_gib" in info:  # not a time: the case is the memory's
-            ratio = info["peak_gib"] / info["baseline_peak_gib"]
-            info |= {"value_ms": info["value"], "baseline_ms": info["baseline"], "unit": "GiB"}
-            info |= {"value": info["peak_gib"], "baseline": info["baseline_peak_gib"], "ratio": ratio}
-            info["spread"] = [ratio, ratio]
+        versus.in_gib()
 
     # Sweeps, for the plots ------------------------------------------------------------------------------------------
 
@@ -314,8 +295,7 @@ class Decoder:
         config = model.config
         self.cache = StaticCache(config=config, max_cache_len=CONTEXT + 2 * STEPS)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-        self.arguments = {name: self.cache, "use_cache": True, "logits_to_keep": 1}
+        self.arguments = {cache_argument(base): self.cache, "use_cache": True, "logits_to_keep": 1}
         prompt = token_ids(shape, 1, DEVICE, rows, CONTEXT)
         self.ids = prompt[:, :1].contiguous()
         model(input_ids=prompt, **self.arguments)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ def clock(device: torch.device) -> Callable[[], Any]:
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, minimum and maximum."""
     return statistics.median(values), min(values), max(values)
+
+
+@cache
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this machine's memory and its products reach, measured in this run."""
+    return {"copy_gb_s": copy_bandwidth(device) / 1e9, "gemm_tflop_s": gemm_rate(device) / 1e12}
 
 
 def copy_bandwidth(device: torch.device) -> float:

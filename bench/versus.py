@@ -86,6 +86,16 @@ class Versus:
         print(f"\n{case}: {ratio:.3f} ({least:.3f} to {most:.3f}) of {of}", flush=True)
         return ratio
 
+    def in_gib(self, value: float | None = None, baseline: float | None = None) -> None:
+        """Make the last case one of memory, these GiB or the peaks, with its times beside them; nothing where there are none."""
+        info = self.benchmark.extra_info
+        value, baseline = value or info.get("peak_gib"), baseline or info.get("baseline_peak_gib")
+        if "ratio" not in info or value is None or baseline is None:  # --benchmark-disable, or peaks of a CPU
+            return
+        ratio = value / baseline
+        info |= {"value_ms": info["value"], "baseline_ms": info["baseline"], "unit": "GiB"}
+        info |= {"value": value, "baseline": baseline, "ratio": ratio, "spread": [ratio, ratio]}
+
     def _start_peak(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
