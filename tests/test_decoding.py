@@ -20,6 +20,7 @@ from transformers import StaticCache
 
 import tfb_ext
 from tfb_ext import CapturedDecoding, captured_decoding, decoding
+from tfb_ext.fan import cache_argument
 
 SAMPLES, SIGMA, NEW = 3, 0.3, 6
 STATIC = {"cache_implementation": "static"}
@@ -96,12 +97,6 @@ def bayesian(device: str, name: str = "llama", depth: Any = 2, **options: Any) -
     return tfb_ext.bayesianize(zoo.peft_model(name).to(device), depth=depth, sigma=SIGMA, **options)
 
 
-def prompt(device: str, rows: int = 3, tokens: int = 6) -> dict[str, Tensor]:
-    batch = zoo.inputs(rows, tokens=tokens)
-    del batch["position_ids"]
-    return zoo.moved(batch, device)
-
-
 OPTIONS = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -124,7 +119,7 @@ def same(found: Any, expected: Any) -> bool:
 @pytest.mark.parametrize("depth", ["all", 2, "head"])
 def test_steps_are_those_of_a_plain_run(device: str, depth: Any, mode: str) -> None:
     name = "llama-head" if depth == "head" else "llama"
-    adapter, batch = bayesian(device, name, depth, mode=mode), prompt(device)
+    adapter, batch = bayesian(device, name, depth, mode=mode), zoo.prompt(device=device)
     expected = run(adapter, batch)
     with captured_decoding(adapter) as steps:
         assert same(run(adapter, batch, **STATIC), expected)
@@ -133,7 +128,7 @@ def test_steps_are_those_of_a_plain_run(device: str, depth: Any, mode: str) -> N
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 def test_other_architectures(device: str, name: str) -> None:
-    adapter, batch = bayesian(device, name), prompt(device)
+    adapter, batch = bayesian(device, name), zoo.prompt(device=device)
     expected = run(adapter, batch)
     with captured_decoding(adapter) as steps:
         assert same(run(adapter, batch, **STATIC), expected)
@@ -144,17 +139,17 @@ def test_other_architectures(device: str, name: str) -> None:
 def test_one_graph_serves_every_sample_sigma_and_seed(device: str, mode: str) -> None:
     adapter = bayesian(device, mode=mode)
     settings = [
-        (prompt(device), [0, 1, 2], SIGMA, 0),
-        (prompt(device, tokens=8), [4, 5, 7], SIGMA, 0),
-        (prompt(device), [0, 1, 2], 0.05, 0),
-        (prompt(device), [0, 1, 2], SIGMA, 2**63 + 11),
+        (zoo.prompt(device=device), [0, 1, 2], SIGMA, 0),
+        (zoo.prompt(device=device, tokens=8), [4, 5, 7], SIGMA, 0),
+        (zoo.prompt(device=device), [0, 1, 2], 0.05, 0),
+        (zoo.prompt(device=device), [0, 1, 2], SIGMA, 2**63 + 11),
     ]
     expected = []
     for batch, samples, sigma, seed in settings:
         adapter.seed = seed
         expected.append(run(adapter, batch, samples, sigma))
     assert len({tuple(e[1].flatten().tolist()) for e in expected}) == len(settings)
-    argument = decoding.cache_argument(adapter.anatomy.model)
+    argument = cache_argument(adapter.anatomy.model)
     with captured_decoding(adapter) as steps:
         for (batch, samples, sigma, seed), there in zip(settings, expected, strict=True):
             adapter.seed = seed
@@ -171,7 +166,12 @@ def test_generate_keeps_its_cache(device: str) -> None:
     def generate(batch: dict[str, Tensor], **options: Any) -> tfb_ext.Generation:
         return tfb_ext.generate(adapter, batch, samples=SAMPLES, **{**OPTIONS, **options})
 
-    batches = [prompt(device), prompt(device, tokens=5), prompt(device, rows=2), prompt(device)]
+    batches = [
+        zoo.prompt(device=device),
+        zoo.prompt(device=device, tokens=5),
+        zoo.prompt(2, device),
+        zoo.prompt(device=device),
+    ]
     expected = [generate(b) for b in batches]
     with captured_decoding(adapter) as steps:
         for batch, there, captured in zip(batches, expected, [1, 1, 2, 3], strict=True):
@@ -187,7 +187,7 @@ def test_generate_keeps_its_cache(device: str) -> None:
 
 
 def test_drawn_tokens(device: str) -> None:
-    adapter, batch = bayesian(device), prompt(device, rows=2)
+    adapter, batch = bayesian(device), zoo.prompt(2, device)
     draws = {"do_sample": True, "num_return_sequences": 2}
     torch.manual_seed(3)
     expected = run(adapter, batch, **draws)
@@ -198,7 +198,7 @@ def test_drawn_tokens(device: str) -> None:
 
 
 def test_the_mean_and_a_model_without_adapter(device: str) -> None:
-    adapter, batch = bayesian(device), prompt(device)
+    adapter, batch = bayesian(device), zoo.prompt(device=device)
     for model, context in ((adapter.model, adapter), (adapter.model, adapter.model), (base(device), None)):
         with torch.no_grad():
             expected = model.generate(**batch, **OPTIONS)
@@ -212,8 +212,8 @@ def base(device: str) -> Any:
 
 
 def test_weights_that_moved_are_captured_anew(device: str) -> None:
-    adapter, batch = bayesian(device), prompt(device)
-    argument = decoding.cache_argument(adapter.anatomy.model)
+    adapter, batch = bayesian(device), zoo.prompt(device=device)
+    argument = cache_argument(adapter.anatomy.model)
     layer = next(m for m in adapter.model.modules() if hasattr(m, "lora_A")).base_layer
     with captured_decoding(adapter) as steps:
 
@@ -240,7 +240,7 @@ UNCAPTURED: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", UNCAPTURED)
 def test_what_a_graph_cannot_hold_runs_as_usual(device: str, case: str) -> None:
     name, options = UNCAPTURED[case]
-    adapter, batch = bayesian(device, name), prompt(device)
+    adapter, batch = bayesian(device, name), zoo.prompt(device=device)
     expected = run(adapter, batch, **{k: v for k, v in options.items() if k == "num_beams"})
     with captured_decoding(adapter) as steps:
         assert same(run(adapter, batch, **options), expected)
@@ -248,7 +248,7 @@ def test_what_a_graph_cannot_hold_runs_as_usual(device: str, case: str) -> None:
 
 
 def test_observers_run_at_every_step(device: str) -> None:
-    adapter, batch = bayesian(device), prompt(device)
+    adapter, batch = bayesian(device), zoo.prompt(device=device)
     seen: list[Tensor] = []
     view = tfb_ext.fan.Predictive(adapter.batch(SAMPLES), observe=seen.append)
     with captured_decoding(adapter) as steps, adapter.fanned(view):
@@ -259,7 +259,7 @@ def test_observers_run_at_every_step(device: str) -> None:
 def test_a_model_that_reads_on_the_host_runs_as_usual(device: str) -> None:
     if device == "cuda":
         pytest.skip("a capture that fails on a GPU may take the process's other graphs with it")
-    adapter, batch = bayesian(device), prompt(device)
+    adapter, batch = bayesian(device), zoo.prompt(device=device)
     expected = run(adapter, batch)
     hook = adapter.anatomy.blocks[0].register_forward_pre_hook(lambda module, args: float(args[0].sum()) and None)
     try:
@@ -272,7 +272,7 @@ def test_a_model_that_reads_on_the_host_runs_as_usual(device: str) -> None:
 
 @pytest.mark.parametrize("spoil", [lambda a: a.model.train(), lambda a: a.model.merge_adapter()])
 def test_a_replayed_step_checks_what_any_call_does(device: str, spoil: Callable[[Any], object]) -> None:
-    adapter, batch = bayesian(device), prompt(device)
+    adapter, batch = bayesian(device), zoo.prompt(device=device)
 
     class Spoiler:
         """Spoils the model after the third token."""
@@ -300,7 +300,7 @@ def test_refusals() -> None:
 
 
 def test_on_the_cpu_nothing_is_captured() -> None:
-    adapter, batch = bayesian("cpu"), prompt("cpu")
+    adapter, batch = bayesian("cpu"), zoo.prompt()
     expected = run(adapter, batch)
     with captured_decoding(adapter) as steps:
         assert isinstance(steps, CapturedDecoding)

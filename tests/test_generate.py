@@ -16,12 +16,6 @@ import tfb_ext
 SAMPLES, SIGMA, NEW = 3, 0.3, 5
 
 
-def prompt(rows: int, device: str) -> dict[str, Tensor]:
-    batch = zoo.inputs(rows, tokens=6)
-    del batch["position_ids"]  # generate makes its own
-    return zoo.moved(batch, device)
-
-
 def step_log_probabilities(adapter: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Log of the mean probability (B, V) of the next token, from separate passes without any cache."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -58,7 +52,7 @@ def bayesian(name: str, depth: Any, device: str = "cpu") -> Any:
 @pytest.mark.parametrize("depth", ["all", 2])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "mistral", "gpt2"])
 def test_greedy_equals_the_oracle(name: str, depth: Any, device: str) -> None:
-    adapter, batch = bayesian(name, depth, device), prompt(3, device)
+    adapter, batch = bayesian(name, depth, device), zoo.prompt(3, device)
     tokens, steps = oracle(adapter, batch, lambda logp: logp.argmax(-1))
     top = steps.topk(2, dim=-1).values
     assert (top[..., 0] - top[..., 1]).min() > 1e-4  # no tie that rounding could turn
@@ -74,7 +68,7 @@ def test_greedy_equals_the_oracle(name: str, depth: Any, device: str) -> None:
 @pytest.mark.parametrize("depth", ["all", 2])
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
 def test_sampled_tokens_come_from_the_mean_probability(depth: Any, cache: dict[str, Any]) -> None:
-    adapter, batch = bayesian("qwen2", depth), prompt(2, "cpu")
+    adapter, batch = bayesian("qwen2", depth), zoo.prompt(2, "cpu")
 
     def draw(logp: Tensor) -> Tensor:
         return torch.multinomial(logp.exp(), 1)[:, 0]
@@ -89,7 +83,7 @@ def test_sampled_tokens_come_from_the_mean_probability(depth: Any, cache: dict[s
 
 def test_sampling_does_not_move_the_posterior() -> None:
     """Tokens use torch's generator, weights do not: with one seed the same prompt gives the same text twice."""
-    adapter, batch = bayesian("llama", 2), prompt(2, "cpu")
+    adapter, batch = bayesian("llama", 2), zoo.prompt(2, "cpu")
     texts = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
@@ -101,7 +95,7 @@ def test_sampling_does_not_move_the_posterior() -> None:
 @pytest.mark.parametrize("depth", ["all", 2])
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
 def test_beam_search_equals_its_uncached_run(name: str, depth: Any, cache: dict[str, Any]) -> None:
-    adapter, batch = bayesian(name, depth), prompt(2, "cpu")
+    adapter, batch = bayesian(name, depth), zoo.prompt(2, "cpu")
     options = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
     plain = generate(adapter, batch, use_cache=False, **options)
     beams = plain.beam_indices[:, :NEW].reshape(2, 2, NEW) % 3
@@ -112,7 +106,7 @@ def test_beam_search_equals_its_uncached_run(name: str, depth: Any, cache: dict[
 
 
 def test_several_sequences_of_one_prompt() -> None:
-    adapter, batch = bayesian("llama", 2), prompt(2, "cpu")
+    adapter, batch = bayesian("llama", 2), zoo.prompt(2, "cpu")
     torch.manual_seed(0)
     out = generate(adapter, batch, do_sample=True, num_return_sequences=2)
     assert out.shape == (4, 6 + NEW)
@@ -121,14 +115,14 @@ def test_several_sequences_of_one_prompt() -> None:
 
 
 def test_lower_blocks_keep_a_cache_of_the_batch() -> None:
-    adapter, batch = bayesian("llama", 1), prompt(2, "cpu")
+    adapter, batch = bayesian("llama", 1), zoo.prompt(2, "cpu")
     out = generate(adapter, batch, return_dict_in_generate=True)
     assert [layer.keys.shape[0] for layer in out.past_key_values.layers] == [2, 2, 2, 2 * SAMPLES]
 
 
 def test_a_sample_is_one_weight_over_all_steps() -> None:
     """One sample alone must generate what the model with that sample's weights written in generates."""
-    adapter, batch = bayesian("llama", "all"), prompt(2, "cpu")
+    adapter, batch = bayesian("llama", "all"), zoo.prompt(2, "cpu")
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     texts = []
     for sample in (0, 2):
@@ -147,7 +141,7 @@ def test_a_sample_is_one_weight_over_all_steps() -> None:
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}])
 def test_token_noise_is_fresh_at_every_step(depth: Any, cache: dict[str, Any]) -> None:
     """Against rows laid out by the caller, whose every step has a seed of its own."""
-    adapter, batch = bayesian("llama", depth), prompt(2, "cpu")
+    adapter, batch = bayesian("llama", depth), zoo.prompt(2, "cpu")
     adapter.mode, seed = "token", adapter.seed
     out = generate(adapter, batch, return_dict_in_generate=True, output_logits=True, **cache)
     ids, mask, past = batch["input_ids"], batch["attention_mask"], transformers.DynamicCache()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers import GenerationConfig
 
 import tfb_ext
 from tfb_ext import Generation
+from tfb_ext.fan import cache_argument
 
 SAMPLES, SIGMA, NEW, PROMPT = 3, 0.3, 6, 6
 
@@ -36,12 +36,6 @@ def tokenizer(**options: Any) -> Any:
 
 def bayesian(name: str = "llama", depth: Any = 2, device: str = "cpu", **options: Any) -> Any:
     return tfb_ext.bayesianize(zoo.peft_model(name).to(device), depth=depth, sigma=SIGMA, **options)
-
-
-def prompt(rows: int = 3, device: str = "cpu") -> dict[str, Tensor]:
-    batch = zoo.inputs(rows, tokens=PROMPT)
-    del batch["position_ids"]
-    return zoo.moved(batch, device)
 
 
 def generate(adapter: Any, prompts: Any, **options: Any) -> Generation:
@@ -93,7 +87,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("depth", ["all", 2])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "llama-head"])
 def test_scores_are_those_of_separate_passes(name: str, depth: Any, device: str) -> None:
-    adapter, batch = bayesian(name, depth, device), prompt(3, device)
+    adapter, batch = bayesian(name, depth, device), zoo.prompt(3, device)
     found = generate(adapter, batch, alternatives=4)
     assert torch.equal(found.sequences, oracle(adapter, batch).cpu())
     ids = found.sequences.to(device)
@@ -128,7 +122,7 @@ def test_the_last_block_makes_what_a_step_looks_at(options: dict[str, Any], mode
     adapter = bayesian(mode=mode)
     seen: list[int] = []
     hook = adapter.anatomy.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
-    batch = prompt(1)
+    batch = zoo.prompt(1)
     with adapter.predictive(SAMPLES):
         adapter.model(**batch)
     assert seen == [PROMPT]
@@ -140,7 +134,7 @@ def test_the_last_block_makes_what_a_step_looks_at(options: dict[str, Any], mode
 
 
 def test_rows_end_at_their_end() -> None:
-    adapter, batch = bayesian(), prompt(2)
+    adapter, batch = bayesian(), zoo.prompt(2)
     free = generate(adapter, batch)
     end = int(free.tokens[0, 2])
     assert end not in free.tokens[1]
@@ -157,7 +151,7 @@ def test_rows_end_at_their_end() -> None:
 def test_scoring_is_cut_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     from tfb_ext import generation
 
-    adapter, batch = bayesian(), prompt(3)
+    adapter, batch = bayesian(), zoo.prompt(3)
     whole, score, asked = generate(adapter, batch), generation._score, []
 
     def tight(adapter: Any, sequences: Tensor, *rest: Any) -> Any:
@@ -177,7 +171,7 @@ def test_per_sample_logits_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """With little room for the fold, scores come from several pieces of samples and are the same."""
     from tfb_ext import fan
 
-    adapter, batch = bayesian(), prompt(3)
+    adapter, batch = bayesian(), zoo.prompt(3)
     whole = generate(adapter, batch)
     monkeypatch.setattr(fan, "FOLD_BYTES", 1)
     pieces = generate(adapter, batch)
@@ -221,7 +215,7 @@ MOVING = ("greedy", "beams", "return sequences", "return beams")
     [(search, cache) for cache in CACHES for search in (MOVING if cache != "dynamic" else SEARCHES)],
 )
 def test_every_search_is_the_oracles(search: str, cache: str) -> None:
-    adapter, batch, options = bayesian("qwen2"), prompt(2), SEARCHES[search]
+    adapter, batch, options = bayesian("qwen2"), zoo.prompt(2), SEARCHES[search]
     torch.manual_seed(1)
     expected = oracle(adapter, batch, **options)
     torch.manual_seed(1)
@@ -235,7 +229,7 @@ def test_every_search_is_the_oracles(search: str, cache: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "gpt2"])
 @pytest.mark.parametrize("cache", ["static", "chunked prefill"])
 def test_caches_of_other_architectures(name: str, cache: str) -> None:
-    adapter, batch = bayesian(name), prompt(2)
+    adapter, batch = bayesian(name), zoo.prompt(2)
     assert torch.equal(generate(adapter, batch, **CACHES[cache]).sequences, oracle(adapter, batch))
 
 
@@ -282,7 +276,7 @@ def separate_caches(adapter: Any, backend: str) -> Iterator[dict[str, Any]]:
                 cache.reorder_cache(beam_idx)
 
     together = Together()
-    name = "cache" if "cache" in inspect.signature(plain).parameters else "past_key_values"
+    name = cache_argument(model)
 
     @functools.wraps(plain)
     def forward(**inputs: Any) -> Any:
@@ -328,7 +322,7 @@ def test_quantised_caches_are_as_exact_as_each_samples_own(depth: Any, backend: 
     """Quanto's groups lie within a row, so the samples' common cache holds what their own would; the scale of fp8 is of a whole
     batch and hqq's refinement of its zero points stops for a whole batch at once, so these may be twice as far from no
     quantisation at all as their own caches are."""
-    options, adapter, batch = quantised(backend), bayesian("qwen2", depth, device), prompt(2, device)
+    options, adapter, batch = quantised(backend), bayesian("qwen2", depth, device), zoo.prompt(2, device)
     forced = generate(adapter, batch).sequences.to(device)
     with separate(adapter), torch.no_grad():
         exact = step_logits(adapter, batch, forced, use_cache=False)
@@ -345,7 +339,7 @@ def test_quantised_caches_are_as_exact_as_each_samples_own(depth: Any, backend: 
 @pytest.mark.parametrize("search", MOVING)
 @pytest.mark.parametrize("backend", ["fp8", "quanto"])
 def test_searches_move_the_rows_of_quantised_caches(backend: str, search: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options, adapter, batch = quantised(backend), bayesian("qwen2"), prompt(2)
+    options, adapter, batch = quantised(backend), bayesian("qwen2"), zoo.prompt(2)
     if backend == "fp8":  # one scale for all batches, so that a row is quantised alike in each
         from transformers.cache_utils import Fp8QuantizedLayer
 
@@ -364,7 +358,7 @@ def test_searches_move_the_rows_of_quantised_caches(backend: str, search: str, m
 @pytest.mark.parametrize("search", MOVING)
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 def test_offloaded_caches(cache: str, search: str) -> None:
-    adapter, batch, options = bayesian("qwen2", device="cuda"), prompt(2, "cuda"), SEARCHES[search]
+    adapter, batch, options = bayesian("qwen2", device="cuda"), zoo.prompt(2, "cuda"), SEARCHES[search]
     torch.manual_seed(1)
     expected = oracle(adapter, batch, **options).cpu()
     torch.manual_seed(1)
@@ -386,7 +380,7 @@ def test_a_streamer_gets_the_tokens_as_they_come() -> None:
         def end(self) -> None:
             self.ended = True
 
-    adapter, batch, streamer = bayesian(), prompt(1), Kept()
+    adapter, batch, streamer = bayesian(), zoo.prompt(1), Kept()
     found = generate(adapter, batch, streamer=streamer)
     assert streamer.ended and torch.equal(torch.cat(streamer.parts), found.sequences[0])
     assert len(streamer.parts) == 1 + NEW
@@ -402,7 +396,7 @@ def test_an_interrupted_stream_leaves_the_model_as_it_was() -> None:
         def end(self) -> None:
             pass
 
-    adapter, batch = bayesian(), prompt(1)
+    adapter, batch = bayesian(), zoo.prompt(1)
     before = adapter.model(**batch).logits
     with pytest.raises(KeyboardInterrupt):
         generate(adapter, batch, streamer=Stops())
@@ -412,7 +406,7 @@ def test_an_interrupted_stream_leaves_the_model_as_it_was() -> None:
 
 @pytest.mark.parametrize("depth", ["all", 2])
 def test_assisted_by_the_mean_adapter(depth: Any) -> None:
-    adapter, batch = bayesian("llama", depth), prompt(1)
+    adapter, batch = bayesian("llama", depth), zoo.prompt(1)
     expected = oracle(adapter, batch)
     found = generate(adapter, batch, assistant_model="mean")
     assert torch.equal(found.sequences, expected)
@@ -421,7 +415,7 @@ def test_assisted_by_the_mean_adapter(depth: Any) -> None:
 
 
 def test_fresh_noise_at_every_step_is_scored_too() -> None:
-    adapter, batch = bayesian(), prompt(2)
+    adapter, batch = bayesian(), zoo.prompt(2)
     adapter.mode = "token"
     found = generate(adapter, batch)
     again = generate(adapter, batch)
@@ -501,24 +495,36 @@ def test_characters_of_several_tokens() -> None:
         ({"input_ids": torch.ones(3)}, {}, "without input_ids of shape"),
         ({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.zeros(1, 2)}, {}, "a prompt is empty"),
         ({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.tensor([[1, 0]])}, {}, "padded on the right"),
-        (prompt(1), {"max_new_tokens": 125}, "longest prompt has 6 tokens and 125 more are asked for.*context is 128"),
-        (prompt(1), {"alternatives": 0}, "alternatives is 0"),
-        (prompt(1), {"samples": 0}, "samples is 0"),
-        (prompt(1), {"guidance_scale": 2.0}, "does not take guidance_scale: its second"),
-        (prompt(1), {"output_scores": True}, "does not take output_scores"),
-        (prompt(1), {"cache_implementation": "offloaded"}, "is 'offloaded', which copies .* model is on cpu; move it"),
-        (prompt(1), {"cache_implementation": "offloaded_static"}, "is 'offloaded_static', which copies .*, or leave"),
         (
-            prompt(1),
+            zoo.prompt(1),
+            {"max_new_tokens": 125},
+            "longest prompt has 6 tokens and 125 more are asked for.*context is 128",
+        ),
+        (zoo.prompt(1), {"alternatives": 0}, "alternatives is 0"),
+        (zoo.prompt(1), {"samples": 0}, "samples is 0"),
+        (zoo.prompt(1), {"guidance_scale": 2.0}, "does not take guidance_scale: its second"),
+        (zoo.prompt(1), {"output_scores": True}, "does not take output_scores"),
+        (
+            zoo.prompt(1),
+            {"cache_implementation": "offloaded"},
+            "is 'offloaded', which copies .* model is on cpu; move it",
+        ),
+        (
+            zoo.prompt(1),
+            {"cache_implementation": "offloaded_static"},
+            "is 'offloaded_static', which copies .*, or leave",
+        ),
+        (
+            zoo.prompt(1),
             {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}, "assistant_model": "mean"},
             "'quantized' with assistant_model: rejected guesses .* cannot be cut; leave assistant_model or",
         ),
         (
-            prompt(1),
+            zoo.prompt(1),
             {"generation_config": GenerationConfig(cache_implementation="quantized"), "prompt_lookup_num_tokens": 2},
             "'quantized' with prompt_lookup_num_tokens",
         ),
-        (prompt(1), {"assistant_model": "median"}, "assistant_model is 'median', expected a model or 'mean'"),
+        (zoo.prompt(1), {"assistant_model": "median"}, "assistant_model is 'median', expected a model or 'mean'"),
     ],
 )
 def test_refusals(prompts: Any, options: dict[str, Any], message: str) -> None:
@@ -528,7 +534,7 @@ def test_refusals(prompts: Any, options: dict[str, Any], message: str) -> None:
 
 def test_classifiers_do_not_generate() -> None:
     with pytest.raises(ValueError, match="LlamaForSequenceClassification does not generate text"):
-        generate(bayesian("llama-cls"), prompt(1))
+        generate(bayesian("llama-cls"), zoo.prompt(1))
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}])
@@ -536,4 +542,4 @@ def test_nan_names_the_module(options: dict[str, Any]) -> None:
     adapter = bayesian()
     adapter.model.get_base_model().model.layers[3].mlp.act_fn.register_forward_hook(lambda m, a, out: out * math.nan)
     with pytest.raises(ValueError, match=r"NaN or infinite at sigma = 0.3.*model.layers.3.mlp.act_fn \(SiLU"):
-        generate(adapter, prompt(1), **options)
+        generate(adapter, zoo.prompt(1), **options)

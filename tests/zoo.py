@@ -122,6 +122,13 @@ def inputs(rows: int = 3, tokens: int = 9, padded: bool = True, left: bool = Tru
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
+def prompt(rows: int = 3, device: str = "cpu", tokens: int = 6) -> dict[str, Tensor]:
+    """What ``generate`` takes, which makes its own positions."""
+    batch = inputs(rows, tokens)
+    del batch["position_ids"]
+    return moved(batch, device)
+
+
 def sampled_copy(adapter: Any, sample: int, sigma: float, random: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
     """Write sample ``k``'s weights into the random layers' base weights (float32 models); returns what to restore."""
     saved = {}

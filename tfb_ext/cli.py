@@ -426,9 +426,7 @@ def predict(
         progress=data is not None,
     )
     columns: dict[str, list[float | None]] = {name: getattr(found, name).tolist() for name in _DOUBTS}
-    if len(found.sample_probabilities) < len(
-        found.samples
-    ):  # no distribution per sample, so no telling whose the doubt is
+    if not found.per_sample:  # no telling whose the doubt is
         columns |= {name: [None] * len(examples) for name in ("aleatoric", "epistemic")}
     if as_json:
         items = [

@@ -7,7 +7,6 @@ replays it from then on. The kernels read samples, sigma and seed from the devic
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -96,7 +95,8 @@ class CapturedDecoding:
         self.adapter = adapter
         self.captured = self.replayed = self.plain = 0
         self._original: Callable[..., Any] = model.get_compiled_call
-        self._state: Hashable | None = None
+        self._state: int | None = None
+        self._states: dict[Hashable, int] = {}
         self._met: set[Hashable] = set()
         self._steps: dict[Hashable, _Step] = {}
         self._cache: tuple[Hashable, int, Any] | None = None
@@ -133,7 +133,9 @@ class CapturedDecoding:
         """What ``generate`` decodes with: stands in for ``get_compiled_call`` of the model."""
         if compile_config is not None:
             return self._original(compile_config)
-        self._state = self._model_state()
+        state = self._model_state()
+        # By its number: a state names every weight, which no step should have to compare.
+        self._state = None if state is None else self._states.setdefault(state, len(self._states))
         return self.step
 
     def step(self, **inputs: Any) -> Any:
@@ -202,7 +204,7 @@ class CapturedDecoding:
 
     def _capture(self, kind: Hashable, inputs: dict[str, Any], view: Predictive | None) -> _Step | None:
         try:
-            step = _Step(self.model, inputs, cache_of(inputs), view)
+            step = _Step(self.model, inputs, view)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             warnings.warn(
@@ -223,8 +225,8 @@ class CapturedDecoding:
 class _Step:
     """One captured call: the tensors it reads its inputs and samples from, and those it writes its results to."""
 
-    def __init__(self, model: Any, inputs: dict[str, Any], cache: Any, view: Predictive | None) -> None:
-        self.inputs = _clone(inputs, cache)
+    def __init__(self, model: Any, inputs: dict[str, Any], view: Predictive | None) -> None:
+        self.inputs = _clone(inputs)
         self.batch: SampleBatch | None = None
         self.loaded: SampleBatch | None = None
         own = None
@@ -253,11 +255,6 @@ class _Step:
         return self.output
 
 
-def cache_argument(model: nn.Module) -> str:
-    """The name of a model's key-value cache among its arguments; transformers 5.24 renamed it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 def _cache_addresses(cache: Any) -> Hashable | None:
     """Where a static cache lies; ``None`` for caches whose steps depend on what the host counts."""
     from transformers.cache_utils import StaticLayer
@@ -282,12 +279,11 @@ def _describe(value: Any) -> Hashable | None:
     return ("value", value) if value is None or isinstance(value, bool | int | float | str) else None
 
 
-def _clone(value: Any, cache: Any) -> Any:
+def _clone(value: Any) -> Any:
+    """The same with tensors of its own; a cache stays the one it is."""
     if isinstance(value, Tensor):
         return value.clone()
-    if isinstance(value, dict):
-        return {name: v if v is cache else _clone(v, cache) for name, v in value.items()}
-    return value
+    return {name: _clone(v) for name, v in value.items()} if isinstance(value, dict) else value
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -629,6 +629,11 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
     return kwargs["cache"] if kwargs.get("cache") is not None else kwargs.get("past_key_values")
 
 
+def cache_argument(model: nn.Module) -> str:
+    """The name that a model's call has for it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def batch_after(batch: SampleBatch, kwargs: dict[str, Any]) -> SampleBatch:
     """The samples of a call that goes on from a cache: the same weights, or for mode ``"token"`` the next tokens' noise.
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .adapter import BayesianAdapter
 from .data import pad_rows
-from .decoding import cache_argument, capturable, captured_decoding, open_decoding
+from .decoding import capturable, captured_decoding, open_decoding
 from .errors import SamplingError
-from .fan import Predictive, last_position_only, last_positions
+from .fan import Predictive, cache_argument, last_position_only, last_positions
 from .layers import SampleBatch
 
 if TYPE_CHECKING:

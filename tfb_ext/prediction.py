@@ -79,9 +79,14 @@ class Prediction:
         NaN below two of them, and where there is no distribution per sample.
         """
         p = self.sample_probabilities
-        if len(p) < len(self.samples):
+        if not self.per_sample:
             return torch.full_like(p[0], math.nan)
         return _standard_error(p, self.samples, self.antithetic, self.drawn)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether there is a distribution per sample; choices scored by their tokens have none."""
+        return len(self.sample_probabilities) >= len(self.samples)
 
     def _mean(self, values: Tensor) -> Tensor:
         """Average (S, N, ...) over the samples that each item got."""
