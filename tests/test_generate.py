@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import small_sets
 import torch
 import transformers
 import zoo
@@ -79,6 +80,18 @@ def test_sampled_tokens_come_from_the_mean_probability(depth: Any, cache: dict[s
     torch.manual_seed(12)
     drawn = generate(adapter, batch, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, **cache)
     assert torch.equal(drawn[:, -NEW:], tokens)
+
+
+@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True}, {"output_attentions": True}])
+def test_a_prompt_passes_the_last_block_at_its_last_position(asked: dict[str, bool]) -> None:
+    """Unless someone looks at the others."""
+    adapter, batch = bayesian("llama", 2), zoo.prompt(2, "cpu")
+    adapter.model.base_model.model.set_attn_implementation("eager")  # the one that has attentions to give
+    below, last = (small_sets.shapes_through(adapter.anatomy.blocks[i].mlp) for i in (-2, -1))
+    generate(adapter, batch, return_dict_in_generate=True, **asked)
+    width = batch["input_ids"].shape[1]
+    assert [s[1] for s in below] == [width] + [1] * (NEW - 1)
+    assert [s[1] for s in last] == [width if asked else 1] + [1] * (NEW - 1)
 
 
 def test_sampling_does_not_move_the_posterior() -> None:

@@ -116,13 +116,14 @@ def test_scores_are_those_of_separate_passes(name: str, depth: Any, device: str)
 
 @pytest.mark.parametrize(
     ("options", "mode", "longest"),
-    [({}, "weight", 1), ({"prompt_lookup_num_tokens": 2}, "weight", PROMPT), ({}, "token", PROMPT)],
+    [({}, "weight", 1), ({"prompt_lookup_num_tokens": 2}, "weight", PROMPT + 2), ({}, "token", PROMPT)],
 )
 def test_the_last_block_makes_what_a_step_looks_at(options: dict[str, Any], mode: str, longest: int) -> None:
     adapter = bayesian(mode=mode)
     seen: list[int] = []
     hook = adapter.anatomy.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     batch = zoo.prompt(1)
+    batch["input_ids"] = batch["input_ids"][:, :2].repeat(1, PROMPT // 2)  # so that there is something to look up
     with adapter.predictive(SAMPLES):
         adapter.model(**batch)
     assert seen == [PROMPT]

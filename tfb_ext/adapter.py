@@ -204,7 +204,9 @@ class BayesianAdapter:
                 ``.target_log_probabilities``; also to be set on what the context gives, before each call. See
                 :class:`~tfb_ext.fan.Predictive`.
 
-        Regression heads give the mean of the outputs, multi-label heads the logit of the mean probability.
+        Regression heads give the mean of the outputs, multi-label heads the logit of the mean probability. Where a call asks for
+        the last position alone (``logits_to_keep=1``, as ``generate`` does), the last block's attention output and MLP run
+        there alone; asked for hidden states or attentions, everywhere.
 
         Raises:
             ValueError: no sigma, or a bad one; no samples.

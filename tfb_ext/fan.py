@@ -220,6 +220,7 @@ class Fan:
         self.pending: Tensor | None = None
         self.bypassed: list[nn.Module] = []
         self.resumed: int | None = None
+        self.one_position = False  # does the forward in progress need the last block at its last position alone?
         text: Any = anatomy.model.config.get_text_config()
         # Classification heads of the same configuration are not capped by their models.
         capped = anatomy.head_name not in CLASSIFIER_HEADS
@@ -239,6 +240,7 @@ class Fan:
             hooks.append(
                 anatomy.blocks[index].register_forward_pre_hook(partial(self.before_block, index), with_kwargs=True)
             )
+        hooks += [part.register_forward_pre_hook(self.before_last_block_part) for part in last_block_parts(anatomy)]
         if self.first > 0 and self.view.trunk is not None:
             hooks.append(anatomy.blocks[0].register_forward_hook(self.after_lowest))
             for index in self.view.trunk.firsts:
@@ -269,6 +271,7 @@ class Fan:
         self.rows = batch_rows(args, kwargs)
         self.repeated = []
         self.pending = None
+        self.one_position = self.asks_for_one_position(kwargs)
         self.state.fanned = False
         # A forward that raised and was caught may have left a piece of the batch, missed layers or bypassed blocks.
         self.state.batch = self.batch
@@ -277,6 +280,13 @@ class Fan:
         if not torch.compiler.is_compiling():
             self.follow_beams(cache_of(kwargs))
             self.bypass_blocks()
+
+    def asks_for_one_position(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the model looks at the last position's logits alone, and the noise of the others is numbered by nothing."""
+        keep, config = kwargs.get("logits_to_keep"), self.anatomy.model.config.get_text_config()
+        inner = ("output_hidden_states", "output_attentions")
+        asked = any(kwargs[n] if kwargs.get(n) is not None else getattr(config, n, False) for n in inner)
+        return isinstance(keep, int) and keep == 1 and not asked and self.batch.mode == "weight"
 
     def after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.state.fanned = False
@@ -346,6 +356,9 @@ class Fan:
         if type(value) is dict:
             return {k: self.repeat(v, k) for k, v in value.items()}
         return value
+
+    def before_last_block_part(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _last_position(module, args) if self.one_position else args
 
     # The trunk ------------------------------------------------------------------------------------------------------
 
@@ -566,21 +579,27 @@ _RESIDUAL_BLOCK = {
 }
 
 
-@contextmanager
-def last_position_only(anatomy: Anatomy) -> Iterator[None]:
-    """Inside, the last block makes its attention's output and its MLP for the last position alone, whose logits are asked for.
+def last_block_parts(anatomy: Anatomy) -> list[nn.Module]:
+    """Of the last block, what may run for the last position alone where only its logits are asked for: the output of its
+    attention and its MLP.
 
     Both are added to the residual stream, so one position's result broadcasts over all and is right where it belongs; what the
-    other positions hold then is read by no one. Attention still sees every position. A block of an unknown structure is left
-    as it is, and so are the hidden states that the model returns: do not ask for them in here.
+    other positions hold then is read by no one. Attention still sees every position. None of a block of an unknown structure.
     """
-    hooks = []
-    if len(anatomy.blocks):
-        block: Any = anatomy.blocks[-1]
-        names = {name for name, part in block.named_children() if not isinstance(part, nn.Dropout)}
-        output = getattr(getattr(block, "self_attn", None), "o_proj", None)
-        if {"self_attn", "mlp"} <= names <= _RESIDUAL_BLOCK and isinstance(output, nn.Module):
-            hooks = [module.register_forward_pre_hook(_last_position) for module in (output, block.mlp)]
+    if not len(anatomy.blocks):
+        return []
+    block: Any = anatomy.blocks[-1]
+    names = {name for name, part in block.named_children() if not isinstance(part, nn.Dropout)}
+    output = getattr(getattr(block, "self_attn", None), "o_proj", None)
+    if not isinstance(output, nn.Module) or not {"self_attn", "mlp"} <= names <= _RESIDUAL_BLOCK:
+        return []
+    return [output, block.mlp]
+
+
+@contextmanager
+def last_position_only(anatomy: Anatomy) -> Iterator[None]:
+    """Inside, the plain model makes its last block's output at the last position alone, as a fan does by itself."""
+    hooks = [part.register_forward_pre_hook(_last_position) for part in last_block_parts(anatomy)]
     try:
         yield
     finally:

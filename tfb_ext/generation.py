@@ -12,7 +12,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from .adapter import BayesianAdapter
 from .data import pad_rows
 from .decoding import capturable, captured_decoding, open_decoding
 from .errors import SamplingError
-from .fan import Predictive, cache_argument, last_position_only, last_positions
+from .fan import Predictive, cache_argument, last_positions
 from .layers import SampleBatch
 
 if TYPE_CHECKING:
@@ -183,7 +183,6 @@ def generate(
     try:
         with (
             adapter.fanned(Predictive(batch)),
-            _last_token_only(adapter, options),
             _static_decoding(adapter, inputs["input_ids"], options) as options,
         ):
             sequences: Tensor = adapter.model.generate(**inputs, **options)
@@ -382,23 +381,6 @@ def _assistant(adapter: BayesianAdapter, name: str) -> Any:
     model = adapter.anatomy.model
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-
-
-def _last_token_only(adapter: BayesianAdapter, options: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """The last block's output where a step looks at it, at the last position.
-
-    Not where candidates are checked together or inner states asked for, nor for noise that is numbered by a call's tokens.
-    """
-    configs = (options.get("generation_config"), adapter.anatomy.model.generation_config)
-    names = (
-        "assistant_model",
-        "prompt_lookup_num_tokens",
-        "assistant_early_exit",
-        "output_hidden_states",
-        "output_attentions",
-    )
-    more = any(options.get(name) or any(getattr(config, name, None) for config in configs) for name in names)
-    return nullcontext() if more or adapter.mode != "weight" else last_position_only(adapter.anatomy)
 
 
 @contextmanager

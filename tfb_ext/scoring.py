@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -285,7 +285,8 @@ class Scorer:
             with torch.no_grad():
                 self.adapter.check_call()  # dropout, or another adapter, would be no mean of this one
                 try:
-                    with self._positions(batch):
+                    one = batch.inputs.get("logits_to_keep") == 1
+                    with last_position_only(self.adapter.anatomy) if one else nullcontext():
                         logits = self.model(**batch.inputs).logits
                 except torch.OutOfMemoryError:
                     raise _DoesNotFitError from None
@@ -410,17 +411,11 @@ class Scorer:
 
     def _fits(self, view: Predictive, batch: Batch, first: int) -> bool:
         try:
-            with self._positions(batch), self.adapter.fanned_at(first, view):
+            with self.adapter.fanned_at(first, view):
                 self.model(**batch.inputs)
         except torch.OutOfMemoryError:
             return False
         return True
-
-    def _positions(self, batch: Batch) -> AbstractContextManager[None]:
-        """What the last block may leave out. Noise that is numbered by tokens would be another's there."""
-        if batch.inputs.get("logits_to_keep") == 1 and self.adapter.mode == "weight":
-            return last_position_only(self.adapter.anatomy)
-        return nullcontext()
 
     def select(self, items: Tensor, samples: int) -> Iterator[Batch]:
         """Batches of some items of the data set, each good until the next is asked for, for another call with new samples.
