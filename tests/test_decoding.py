@@ -307,3 +307,35 @@ def test_on_the_cpu_nothing_is_captured() -> None:
         assert same(run(adapter, batch, **STATIC), expected)
         found = tfb_ext.generate(adapter, batch, samples=SAMPLES, **OPTIONS, **STATIC)
     assert steps.captured == 0 and torch.equal(found.sequences, expected[0])
+
+
+@pytest.mark.gpu
+def test_a_graph_survives_what_a_compiler_frees() -> None:
+    """torch.compile lets cuBLAS's workspaces go before it captures; a graph must not have been writing to one of those."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=zoo.VOCAB, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=8
+    )
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    batch = zoo.prompt(8, "cuda")
+
+    def text() -> Tensor:
+        cache = {cache_argument(model): steps.cache(8, 6 + NEW)}
+        out: Tensor = model.generate(**batch, **OPTIONS, **cache)
+        return out
+
+    def compiled() -> None:
+        halve = torch.compile(lambda x, w: torch.nn.functional.gelu(x @ w) / 2, mode="reduce-overhead")
+        weight = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16)
+        for _ in range(3):
+            halve(torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16), weight)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+    for _ in range(2):  # the first one's memory is gone when the second captures
+        with torch.no_grad(), captured_decoding(model) as steps:
+            text()
+            expected = text()
+            compiled()
+            assert torch.equal(text(), expected) and steps.captured == 1

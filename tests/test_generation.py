@@ -252,6 +252,8 @@ def quantised(backend: str) -> dict[str, Any]:
 
     if backend == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("this transformers has no fp8 cache")
+    if backend == "fp8" and torch.tensor(500.0).to(torch.float8_e4m3fn).isnan():
+        pytest.skip("this torch makes NaN of keys larger than the prompt's")
     if backend == "quanto" and not is_optimum_quanto_available():
         pytest.skip("needs optimum-quanto")
     if backend == "hqq" and not is_hqq_available():
@@ -341,6 +343,10 @@ def test_quantised_caches_are_as_exact_as_each_samples_own(depth: Any, backend: 
 @pytest.mark.parametrize("backend", ["fp8", "quanto"])
 def test_searches_move_the_rows_of_quantised_caches(backend: str, search: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, adapter, batch = quantised(backend), bayesian("qwen2"), zoo.prompt(2)
+    if "beams" in search and not tfb_ext.generation._quantised_rows_move():
+        with pytest.raises(ValueError, match=r"num_beams 3: transformers .* cannot reorder quantised rows; upgrade it"):
+            generate(adapter, batch, **SEARCHES[search], **options)
+        return
     if backend == "fp8":  # one scale for all batches, so that a row is quantised alike in each
         from transformers.cache_utils import Fp8QuantizedLayer
 

@@ -235,10 +235,12 @@ class _Step:
             self.batch = view.batch = own.twin()
             self.batch.tensors(inputs["input_ids"].device)
         self.graph = torch.cuda.CUDAGraph()
+        _clear_workspaces()
         try:
             with torch.cuda.graph(self.graph):
                 self.output = model(**self.inputs)
         finally:
+            _clear_workspaces()
             if view is not None and own is not None:
                 view.batch = own
         self.seen = None if view is None else (view.folded, view.sample_outputs)
@@ -253,6 +255,16 @@ class _Step:
         if view is not None and self.seen is not None:
             view.folded, view.sample_outputs = self.seen
         return self.output
+
+
+def _clear_workspaces() -> None:
+    """Let cuBLAS drop its workspaces, so that it takes one out of a graph's own memory while that is captured.
+
+    One that was there before could be freed while the graph still writes to it: torch.compile does so before it captures.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
 
 
 def _cache_addresses(cache: Any) -> Hashable | None:

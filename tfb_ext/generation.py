@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,6 +176,10 @@ def generate(
     inputs = _encode(adapter, prompts, tokenizer)
     _check_room(adapter, inputs["attention_mask"], options)
     _check_cache(adapter, options)
+    if options.get("cache_implementation") == "offloaded_static" and options.get("compile_config") is None:
+        options["disable_compile"] = (
+            True  # transformers compiles it by default, and its streams end the process in the compiler
+        )
     if tokenizer is not None and options.get("stop_strings") is not None:
         options.setdefault("tokenizer", tokenizer)
     if isinstance(options.get("assistant_model"), str):
@@ -366,12 +371,24 @@ def _check_cache(adapter: BayesianAdapter, options: Mapping[str, Any]) -> None:
             f"cache_implementation is {kind!r}, which copies between a GPU and the host's memory in streams of their own, and the "
             f"model is on {device}; move it to a GPU, or leave cache_implementation out"
         )
+    beams = options.get("num_beams") or getattr(config, "num_beams", None) or 1
+    if kind == "quantized" and beams > 1 and not _quantised_rows_move():
+        raise ValueError(
+            f"cache_implementation is 'quantized' with num_beams {beams}: transformers {version('transformers')} cannot reorder "
+            "quantised rows; upgrade it (5.24 can), or leave num_beams or cache_implementation out"
+        )
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
         if kind == "quantized" and options.get(name) is not None:
             raise ValueError(
                 f"cache_implementation is 'quantized' with {name}: rejected guesses are cut off the cache, and quantised states "
                 f"cannot be cut; leave {name} or cache_implementation out"
             )
+
+
+def _quantised_rows_move() -> bool:
+    from transformers.cache_utils import QuantizedLayer
+
+    return "reorder_cache" in vars(QuantizedLayer)
 
 
 def _assistant(adapter: BayesianAdapter, name: str) -> Any:

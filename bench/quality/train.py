@@ -233,6 +233,7 @@ def train_bank(
     with bank.opened():
         best = torch.full((len(group),), torch.inf, device=device)
         kept = [parameter.detach().clone() for parameter in trainer.parameters]
+        graph = graph and recipe.epochs * trainer.per_epoch > EAGER_STEPS
         captured = trainer.capture() if graph else None
         taken = EAGER_STEPS if captured is not None else 0
         for epoch in range(1, recipe.epochs + 1):
