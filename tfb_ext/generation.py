@@ -158,7 +158,7 @@ def generate(
             ``cache_implementation="static"`` decodes in CUDA graphs, see :func:`~tfb_ext.decoding.captured_decoding`. A
             quantised cache quantises the samples' rows together: with groups within a row (quanto's axis 0) as each sample's
             own would, else about as exactly; the scores, of a forward without a cache, know nothing of it. An offloaded cache
-            needs a GPU.
+            needs a GPU, and its steps are not compiled.
 
     Raises:
         ValueError: an empty prompt, a prompt that leaves no room in the model's context, no tokenizer where one is needed, an
