@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import small_sets
 import torch
 import zoo
 from torch import Tensor
@@ -120,17 +121,15 @@ def test_scores_are_those_of_separate_passes(name: str, depth: Any, device: str)
 )
 def test_the_last_block_makes_what_a_step_looks_at(options: dict[str, Any], mode: str, longest: int) -> None:
     adapter = bayesian(mode=mode)
-    seen: list[int] = []
-    hook = adapter.anatomy.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    shapes = small_sets.shapes_through(adapter.anatomy.blocks[-1].mlp)
     batch = zoo.prompt(1)
     batch["input_ids"] = batch["input_ids"][:, :2].repeat(1, PROMPT // 2)  # so that there is something to look up
     with adapter.predictive(SAMPLES):
         adapter.model(**batch)
-    assert seen == [PROMPT]
-    seen.clear()
+    assert [s[1] for s in shapes] == [PROMPT]
+    shapes.clear()
     found = generate(adapter, batch, **options)
-    hook.remove()
-    scoring = seen.pop()  # the whole text at once
+    *seen, scoring = (s[1] for s in shapes)  # at last the whole text at once
     assert max(seen) == longest and scoring == found.sequences.shape[1]
 
 

@@ -175,11 +175,9 @@ def generate(
     batch = adapter.batch(samples, sigma)
     inputs = _encode(adapter, prompts, tokenizer)
     _check_room(adapter, inputs["attention_mask"], options)
-    _check_cache(adapter, options)
-    if options.get("cache_implementation") == "offloaded_static" and options.get("compile_config") is None:
-        options["disable_compile"] = (
-            True  # transformers compiles it by default, and its streams end the process in the compiler
-        )
+    # transformers compiles this cache by default, and its streams end the process in the compiler.
+    if _checked_cache(adapter, options) == "offloaded_static" and options.get("compile_config") is None:
+        options["disable_compile"] = True
     if tokenizer is not None and options.get("stop_strings") is not None:
         options.setdefault("tokenizer", tokenizer)
     if isinstance(options.get("assistant_model"), str):
@@ -362,9 +360,10 @@ def _check_room(adapter: BayesianAdapter, mask: Tensor, options: Mapping[str, An
         )
 
 
-def _check_cache(adapter: BayesianAdapter, options: Mapping[str, Any]) -> None:
+def _checked_cache(adapter: BayesianAdapter, options: Mapping[str, Any]) -> str | None:
+    """The kind of cache that is asked for, once it is known to serve."""
     config: Any = options.get("generation_config") or adapter.model.generation_config
-    kind = options.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    kind: str | None = options.get("cache_implementation") or getattr(config, "cache_implementation", None)
     device = next(adapter.anatomy.model.parameters()).device
     if kind in ("offloaded", "offloaded_static") and device.type == "cpu":
         raise ValueError(
@@ -383,6 +382,7 @@ def _check_cache(adapter: BayesianAdapter, options: Mapping[str, Any]) -> None:
                 f"cache_implementation is 'quantized' with {name}: rejected guesses are cut off the cache, and quantised states "
                 f"cannot be cut; leave {name} or cache_implementation out"
             )
+    return kind
 
 
 def _quantised_rows_move() -> bool:

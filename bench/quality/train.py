@@ -214,7 +214,8 @@ def train_bank(
 
     Args:
         targets: a name in ``TARGETS``.
-        graph: run the steps as a CUDA graph; None: where the model is on a GPU.
+        graph: run the steps as a CUDA graph; None: where the model is on a GPU. A training of a few steps
+            never is one.
 
     Raises:
         RuntimeError: the steps cannot be captured (pass ``graph=False``).
@@ -227,13 +228,13 @@ def train_bank(
     bank = Bank(base.eval(), TARGETS[targets], group, recipe, training.choice_ids)
     trainer = Trainer(bank, Table.of(training, device), sorted({member.seed for member in group}))
     held_out = Table.of(validation, device)
-    graph = device.type == "cuda" if graph is None else graph
+    enough = recipe.epochs * trainer.per_epoch > EAGER_STEPS
+    graph = enough and (device.type == "cuda" if graph is None else graph)
     torch.manual_seed(min(member.seed for member in group))  # masks, signs and noise
     history: list[Tensor] = []
     with bank.opened():
         best = torch.full((len(group),), torch.inf, device=device)
         kept = [parameter.detach().clone() for parameter in trainer.parameters]
-        graph = graph and recipe.epochs * trainer.per_epoch > EAGER_STEPS
         captured = trainer.capture() if graph else None
         taken = EAGER_STEPS if captured is not None else 0
         for epoch in range(1, recipe.epochs + 1):
