@@ -55,6 +55,8 @@ GENERATIONS = (
 SEARCHES = (
     ("all blocks random, the same six evaluations", "search_all"),
     ("upper quarter of the blocks random, the same six evaluations", "search_quarter"),
+    ("all blocks random, the same, four anchors at once", "search_all_small"),
+    ("upper quarter, the same, four anchors at once", "search_quarter_small"),
     ("all blocks random, stopping early", "search_all_early"),
     ("upper quarter of the blocks random, stopping early", "search_quarter_early"),
 )

@@ -23,7 +23,8 @@ CONFIDENCE = 0.95  # of the adaptive sampling that counts
 SINGLE = (
     "prefill_all_linear_bf16 prefill_all_linear_fp32 prefill_all_linear_equal_heads prefill_qv_head prefill_rank64 "
     "prefill_quarter prefill_eighth memory_s64 decode_all decode_quarter sequential_prefill_bf16 sequential_prefill_fp32 "
-    "sequential_short sequential_decode portable_all_linear search_all search_quarter search_all_early search_quarter_early"
+    "sequential_short sequential_decode portable_all_linear search_all search_quarter search_all_early search_quarter_early "
+    "search_all_small search_quarter_small"
 ).split()
 FIELDS = ("value", "baseline", "ratio", "spread", "of", "device", "commit", "date")
 SHAPE = ("tokens", "n", "m", "r", "form", "dtype", "unit", "rows")

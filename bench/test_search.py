@@ -4,7 +4,7 @@ Random bfloat16 weights, r = 8 on all seven linear layers, 500 anchors of 128 ra
 tokens and whose pseudo-labels are the mean adapter's predictions; ten samples. Theirs: a baseline pass and five steps, always
 through the whole model. Ours: the same six evaluations (``bisect``) with all blocks random and with the upper quarter, and
 the same two with what the search can leave out (``root``, ``early_stop``), which must find the full search's sigma to a step
-of its grid.
+of its grid. The same six evaluations once more with about as many rows at once as theirs, for the memory.
 
 Every step of theirs is the same work, so two are timed on some of the anchors and the rest is counted: the passes grow with
 the anchors, the decompositions of B do not. Their batch is the faster of two sizes.
@@ -66,6 +66,7 @@ class Load:
         probed: anchors from which the tolerance is taken.
         timed_anchors, timed_steps: of theirs.
         batch_sizes: of theirs, of which the faster is taken.
+        small_batch: anchors at once of ours where memory counts.
     """
 
     shape: Shape
@@ -76,10 +77,11 @@ class Load:
     timed_anchors: int
     timed_steps: int
     batch_sizes: tuple[int, ...]
+    small_batch: int
 
 
-FULL = Load(LLAMA_8B, 500, 128, 10, probed=32, timed_anchors=128, timed_steps=2, batch_sizes=(8, 32))
-SMALL = Load(TINY, 24, 16, 4, probed=16, timed_anchors=16, timed_steps=2, batch_sizes=(4, 8))
+FULL = Load(LLAMA_8B, 500, 128, 10, probed=32, timed_anchors=128, timed_steps=2, batch_sizes=(8, 32), small_batch=4)
+SMALL = Load(TINY, 24, 16, 4, probed=16, timed_anchors=16, timed_steps=2, batch_sizes=(4, 8), small_batch=2)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Setting:
             factor *= 2
         raise RuntimeError(f"sigma = {high:g} changes the NLL by {change:.2%}, expected at least {LEAST_CHANGE:.0%}")
 
-    def search(self, depth: str, early: bool) -> SigmaSearch:
+    def search(self, depth: str, early: bool, small: bool = False) -> SigmaSearch:
         rule = self.rule(depth)
         activate(self.peft, "ours")
         how: dict[str, Any] = {"method": "bisect", "steps": STEPS}
@@ -149,9 +151,9 @@ class Setting:
         found = search_sigma(
             self.adapter, self.anchors, recipe="paper", metric="nll", tolerance=rule.tolerance, bound="two-sided",
             bracket=(rule.low, rule.high), samples=self.load.samples, depth=DEPTHS[depth], progress=False, apply=False,
-            **how,
+            batch_size=self.load.small_batch if small else None, **how,
         )  # fmt: skip
-        if not early:
+        if not early and not small:
             self.found[depth] = found
         return found
 
@@ -191,7 +193,9 @@ class Setting:
             steps=self.load.timed_steps, samples=self.load.samples, batch_size=size,
         )  # fmt: skip
 
-    def facts(self, depth: str, early: bool, found: SigmaSearch, seconds: list[float]) -> dict[str, Any]:
+    def facts(
+        self, depth: str, early: bool, found: SigmaSearch, seconds: list[float], small: bool = False
+    ) -> dict[str, Any]:
         """The row of a search that took ``seconds`` in each of its rounds.
 
         ``value`` and ``baseline``, seconds of ours and of theirs; ``ratio`` = baseline / value and its ``spread`` over the
@@ -201,7 +205,7 @@ class Setting:
         baseline, least, most = official.seconds_of(STEPS, load.anchors)
         value, fastest, slowest = spread(seconds)
         row = {
-            "case": f"search_{depth}{'_early' if early else ''}",
+            "case": f"search_{depth}{'_early' if early else ''}{'_small' if small else ''}",
             "of": f"the authors' search: a baseline pass and {STEPS} steps of {load.samples} sequential flipout passes",
             "unit": "s",
             "value": value,
@@ -217,6 +221,8 @@ class Setting:
             "method": found.method,
             "early_stop": CONFIDENCE if early else None,
             "evaluations": len(found.evaluations),
+            "anchors_seen": [e.items for e in found.evaluations],
+            "batch_size": load.small_batch if small else None,
             "depth": found.depth,
             "tokens_through_random_blocks": found.tokens,
             "anchors": load.anchors,
@@ -264,9 +270,10 @@ def setting() -> Iterator[Setting]:
     release()
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["full", "early"])
+@pytest.mark.parametrize("how", ["full", "early", "small"])
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_search(setting: Setting, benchmark: Any, depth: str, early: bool) -> None:
+def test_search(setting: Setting, benchmark: Any, depth: str, how: str) -> None:
+    early, small = how == "early", how == "small"
     rule = setting.rule(depth)
     results: list[SigmaSearch] = []
     peaks: list[float] = []
@@ -277,7 +284,7 @@ def test_search(setting: Setting, benchmark: Any, depth: str, early: bool) -> No
             torch.cuda.reset_peak_memory_stats()
 
     def run() -> None:
-        results.append(setting.search(depth, early))
+        results.append(setting.search(depth, early, small))
 
     # Short ones are repeated; the full search takes a minute and a half, and the same noise in every round.
     benchmark.pedantic(run, setup=setup, rounds=3 if depth == "quarter" and early else 1)
@@ -285,11 +292,11 @@ def test_search(setting: Setting, benchmark: Any, depth: str, early: bool) -> No
         peaks.append(torch.cuda.max_memory_allocated() / 2**30)
     found = results[-1]
     require_crossing(setting.full(depth), rule)
-    if early:
+    if early or small:
         require_same(found, setting.full(depth), rule)
     if benchmark.stats is None:  # --benchmark-disable: it ran, nothing was timed
         return
-    row = setting.facts(depth, early, found, list(benchmark.stats.stats.data))
+    row = setting.facts(depth, early, found, list(benchmark.stats.stats.data), small)
     benchmark.extra_info |= row | ({"peak_gib": peaks[0]} if peaks else {})
     low, high = row["spread"]
     print(f"\n{row['case']}: {row['ratio']:.2f} ({low:.2f} to {high:.2f}) times faster than {row['of']}", flush=True)

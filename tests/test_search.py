@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -803,6 +804,105 @@ def test_early_stop_near_the_edge_ends_once_the_amount_is_known() -> None:
     assert rule.settled(values, 0.99, 10)
     values[:100, 0] = 1 + 0.1 + 10 * (change[:100] - 0.1)
     assert not rule.settled(values, 0.99, 10)
+
+
+def two_sigmas(generator: torch.Generator, size: int, tails: bool) -> tuple[Tensor, Tensor]:
+    """(size,) changes of NLL at two neighbouring sigmas: nearly on a line, with a scatter that grows with the change."""
+    first = torch.randn(size, generator=generator, dtype=torch.float64)
+    if tails:
+        first = first.sign() * (first.abs().exp() - 1)
+    scatter = 0.1 * (1 + first.abs()) * torch.randn(size, generator=generator, dtype=torch.float64)
+    return 0.1 * first + 0.1, 0.12 * (first + scatter) + 0.12
+
+
+def seen_only(change: Tensor, seen: int) -> Tensor:
+    """(size, 5) records of a set whose mean adapter has an NLL of 1 everywhere, NaN from the anchor number ``seen`` on."""
+    values = torch.full((len(change), 5), math.nan, dtype=torch.float64)
+    values[:seen] = 0.0
+    values[:seen, 0] = 1 + change[:seen]
+    return values
+
+
+def test_what_one_sigma_shows_on_all_anchors_sharpens_the_next() -> None:
+    first, second = two_sigmas(torch.Generator().manual_seed(5), Curve.size, tails=False)
+    tried = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1, method="root"))
+    rule = tried.rule
+    few = seen_only(second, 40)
+    alone = rule.guess(0, rule.harm(few))
+    assert alone.control is None and alone.value == pytest.approx(float(second[:40].mean()))
+    assert alone.error == pytest.approx(float(second[:40].std()) * math.sqrt(1 / 40 - 1 / Curve.size))
+    rule.records.values[0, 0.01] = seen_only(first, Curve.size)
+    rule.evaluation(0, 0.01, "all")
+    helped = rule.guess(0, rule.harm(few))
+    assert helped.control == 0.01 and helped.slope == pytest.approx(1.2, abs=0.1) and helped.error < alone.error / 4
+    assert abs(helped.value - float(second.mean())) < 3 * helped.error
+    # Not at another depth, not where the other sigma lacks an anchor of these, not with fewer of its own than settle anything.
+    assert rule.guess(1, rule.harm(few)) == alone
+    assert rule.guess(0, rule.harm(seen_only(second, 31))).control is None
+    rule.records.values[0, 0.01][0] = math.nan
+    assert rule.guess(0, rule.harm(few)) == alone
+    rule.records.values[0, 0.01] = seen_only(first, Curve.size)
+    # The evaluation is the better guess, and the error it states over anchors is nearly that of all, not of forty.
+    rule.records.values[0, 0.012] = few
+    judged = rule.evaluation(0, 0.012, "all")
+    assert judged.items == 40 and judged.value == judged.nll == pytest.approx(1 + helped.value)
+    of_all = float(second.std()) / math.sqrt(Curve.size)
+    assert judged.standard_error == pytest.approx(math.hypot(of_all, helped.error), rel=0.3)
+    assert judged.standard_error < float(second.std()) / math.sqrt(40) / 2
+
+
+@pytest.mark.parametrize("tails", [False, True])
+@pytest.mark.parametrize("level", [0.9, 0.99])
+def test_early_stop_is_right_as_often_as_it_says_with_help(level: float, tails: bool) -> None:
+    """The amount is known to 5 % of the tolerance, or the verdict is the full set's, with another sigma seen on all."""
+    generator = torch.Generator().manual_seed(7)
+    size, wrong, stopped, seen = Curve.size, 0, 0, 0
+    for _ in range(200):
+        first, second = two_sigmas(generator, size, tails)
+        allowed = float(second.mean()) * (0.75 + 0.5 * float(torch.rand((), generator=generator)))
+        rule = tried_on(Curve(), plan(bound="one-sided", tolerance=allowed, method="bisect")).rule
+        rule.records.values[0, 0.01] = seen_only(first, size)
+        rule.evaluation(0, 0.01, "all")
+        for count in range(40, size, 40):
+            values = seen_only(second, count)
+            if rule.settled(values, level, size // 40, first=0):
+                guess = rule.guess(0, rule.harm(values))
+                stopped, seen = stopped + 1, seen + count
+                verdict = (guess.value <= allowed) == (float(second.mean()) <= allowed)
+                wrong += not verdict and abs(guess.value - float(second.mean())) > 0.05 * allowed
+                break
+    assert stopped > 150 and wrong <= (1 - level) * stopped + 3 * math.sqrt((1 - level) * stopped)
+    assert seen / stopped < size / 2
+
+
+def test_the_root_finder_knows_the_amount_near_the_edge_and_then_needs_few_anchors() -> None:
+    """A sigma that uses 80 % of the tolerance is run on for the next one's sake; one at 50 or at 91 % is not."""
+    noise = torch.randn(Curve.size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    noise -= noise.mean()
+    for used, count, method, settled in (
+        (0.5, 40, "root", True),
+        (0.8, 40, "root", False),
+        (0.8, 40, "bisect", True),
+        (0.91, 60, "root", True),
+        (1.3, 40, "root", False),
+        (2.0, 40, "root", True),
+    ):
+        rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1, method=method)).rule
+        change = 0.02 * noise
+        change += 0.1 * used - change[:count].mean()
+        assert rule.settled(seen_only(change, count), 0.9, 10, first=0) is settled, (used, method)
+
+
+def test_early_root_search_ends_on_few_anchors_and_goes_on_from_its_file(tmp_path: Path) -> None:
+    adapter, anchors = overconfident(300)
+    options: dict[str, Any] = {"metric": "nll", "tolerance": 0.02, "method": "root", "bound": "two-sided"}
+    options |= {"bracket": (0.01, 0.1), "batch_size": 10, "apply": False, "steps": 6}
+    whole = look(adapter, anchors, **options)
+    file = tmp_path / "search.json"
+    early = look(adapter, anchors, early_stop=0.95, checkpoint=file, **options)
+    assert early.tokens < 0.7 * whole.tokens and early.sigma == pytest.approx(whole.sigma, rel=0.05)
+    again = look(adapter, anchors, early_stop=0.95, checkpoint=file, **options)
+    assert again.tokens == 0 and again.evaluations == early.evaluations and again.sigma == early.sigma
 
 
 # Several depths -------------------------------------------------------------------------------------------------------

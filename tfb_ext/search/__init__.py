@@ -93,7 +93,8 @@ def search_sigma(
             and the cheapest of them is taken. Depths share the blocks below.
         batch_size: anchors a forward, before the fan; halved by itself where memory runs out.
         early_stop: stop a sigma's run over the anchors once its verdict is settled at this confidence, such as 0.99, or the
-            change is known to 5 % of the tolerance. Anchors then go in random order, and small batches give more occasions.
+            change is known to 5 % of the tolerance; sigmas tried before on more anchors help to know it. Anchors then go in
+            random order, and small batches give more occasions.
         checkpoint: file that holds every result as it comes; a search that finds it there goes on from it.
         sharded: every process brings anchors of its own (as from ``accelerator.prepare`` with ``even_batches=False``).
         progress: show a progress bar.
@@ -235,7 +236,7 @@ class _AtDepth:
         return {
             s
             for s in sigmas
-            if self.rule.settled(values[s], self.early_stop, looks, None if values[s] is lowest else lowest)
+            if self.rule.settled(values[s], self.early_stop, looks, None if values[s] is lowest else lowest, self.first)
         }
 
     @property

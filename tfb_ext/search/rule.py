@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .methods import ROOT_USED
 from .plan import Plan
 from .records import FIELDS, Records
 from .result import Evaluation
@@ -21,6 +22,10 @@ SET_RESAMPLES = 100  # of a metric that is a function of the whole set and must 
 # A comparison is also settled once the amount is known to this share of the tolerance: by the square law that is half of it
 # in sigma.
 SETTLED_SHARE = 0.05
+# Metrics whose change at an anchor is a smooth function of sigma.
+SMOOTH = ("nll", "brier")
+# Where between this and its inverse of the tolerance is used up, the root finder's next sigma lies close by.
+NEAR = 0.7
 # Fewer anchors than this settle nothing: the normal approximation of their mean is not to be trusted.
 SETTLING_ITEMS = 32
 
@@ -40,6 +45,23 @@ class _Change:
     amount: float
     resampled: Tensor | None
     error: float
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """What the mean change over all anchors is, guessed from those seen.
+
+    Attributes:
+        value: the guess.
+        error: its standard error; 0 once all anchors were seen.
+        control: a sigma judged before on more anchors, whose changes there correct the guess; ``None`` for the plain mean.
+        slope: change here for each unit of change at ``control``.
+    """
+
+    value: float
+    error: float
+    control: float | None = None
+    slope: float = 0.0
 
 
 class Rule:
@@ -120,15 +142,55 @@ class Rule:
     def _named_change(self, first: int, sigma: float) -> _Change:
         harm = self.harm(self.records.values[first, sigma])
         seen = ~harm.isnan()
-        harm = harm[seen]
-        mean = float(harm.mean())
+        guess = self.guess(first, harm)
+        harm, mean = harm[seen], guess.value
         value = self.base_value + self.worse * mean
         if len(harm) < 2:
             return _Change(value, self._amount(mean), None, math.nan)
         drawn = self._resampled_mean(harm, seen)
+        if guess.control is not None:
+            other = self.harm(self.records.values[first, guess.control])
+            more = ~other.isnan()
+            drawn += guess.slope * (self._resampled_mean(other[more], more) - self._resampled_mean(other[seen], seen))
         bases = self._resampled_mean(self.column(self.field, self.records.baseline)[seen], seen)
         used = drawn if self.plan.objective != "tolerance" else self._used(self._amount(drawn), self.allowed(bases))
         return _Change(value, self._amount(mean), used, float(drawn.std()))
+
+    def guess(self, first: int, harm: Tensor) -> _Guess:
+        """The mean of ``harm`` (items,), NaN where not seen, over all anchors.
+
+        The noise is the same at every sigma, so an anchor's changes at two sigmas nearly lie on a line through all anchors. Where
+        another sigma was seen on more of them, the line through the common ones says what the rest will add (the regression
+        estimator of two-phase sampling; Cochran, Sampling Techniques, section 12.6), and what is left to chance is the scatter
+        around it. Of the plain mean and every such line the guess with the least error is taken.
+        """
+        seen = ~harm.isnan()
+        here, count, size = harm[seen], int(seen.sum()), self.size
+        mean = float(here.mean())
+        if count < 2 or count == size:
+            return _Guess(mean, 0.0 if count == size else math.inf)
+        spread = float(here.var())
+        best = _Guess(mean, math.sqrt(spread * (1 / count - 1 / size)))
+        if self.plan.objective != "tolerance" or self.plan.metric not in SMOOTH or count < SETTLING_ITEMS:
+            return best
+        for depth, sigma in self._changes:
+            other = self.harm(self.records.values[depth, sigma])
+            more = ~other.isnan()
+            wider = int(more.sum())
+            if depth != first or wider <= count or bool((seen & ~more).any()):
+                continue
+            common, whole = other[seen], other[more]
+            scatter = float(common.var())
+            if scatter <= 0:
+                continue
+            slope = float(((here - mean) * (common - common.mean())).sum()) / (count - 1) / scatter
+            rest = max(spread - slope**2 * scatter, 0.0) * (count - 1) / (count - 2)
+            # Anchors that change more also lie further from the line.
+            rest *= max(1.0, float(whole.var()) / scatter)
+            error = math.sqrt(spread * (1 / wider - 1 / size) + rest * (1 / count - 1 / wider))
+            if error < best.error:
+                best = _Guess(mean + slope * float(whole.mean() - common.mean()), error, sigma, slope)
+        return best
 
     @staticmethod
     def _used(amount: Any, allowed: Any) -> Any:
@@ -179,6 +241,8 @@ class Rule:
         if sigma == 0:
             return Evaluation(0.0, self.base_value, 0.0, True, 1.0, **known, items=self.size, depth=depth)
         change = self.change(first, sigma)
+        if self.plan.metric_name in SMOOTH:
+            known[self.plan.metric_name] = change.value
         holds = self.holds(change)
         confidence = math.nan
         if change.resampled is not None:
@@ -201,15 +265,19 @@ class Rule:
 
     # Early stopping ---------------------------------------------------------------------------------------------------
 
-    def settled(self, values: Tensor, confidence: float, looks: int, lowest: Tensor | None = None) -> bool:
+    def settled(
+        self, values: Tensor, confidence: float, looks: int, lowest: Tensor | None = None, first: int | None = None
+    ) -> bool:
         """Whether the anchors not seen yet can hardly change the verdict, or hardly the amount.
 
         The anchors are a finite set in random order, so the error of a mean over those seen, as a guess of the mean over all,
-        shrinks by the square root of the share that is left. ``looks`` such questions share the error ``1 - confidence``.
+        shrinks by the square root of the share that is left; and by what a sigma judged before tells about it, see ``guess``.
+        ``looks`` such questions share the error ``1 - confidence``.
 
         Args:
             values: (items, 5), NaN where not seen.
             lowest: without a tolerance, the records of the lowest NLL so far: settled means clearly above it.
+            first: the first random block of ``values``, whose other sigmas may help; ``None``: none does.
         """
         harm = self.harm(values)
         seen = ~harm.isnan()
@@ -221,24 +289,24 @@ class Rule:
             return count == self.size
         if count < SETTLING_ITEMS:
             return False
-        part = harm[seen]
-        mean = float(part.mean())
-        left = math.sqrt((self.size - count) / max(self.size - 1, 1))
-        reach = NormalDist().inv_cdf(1 - (1 - confidence) / (2 * max(looks, 1)))
-        spread = float(part.std())
+        guess = self.guess(-1 if first is None else first, harm)
+        mean, error = guess.value, guess.error
         if self.plan.metric in ("flips", "accuracy"):
             # Of the first few anchors none may have changed; one that did and one that did not are added for what may come.
-            share = (float(part.abs().sum()) + 1) / (count + 2)
-            spread = max(spread, math.sqrt(share * (1 - share)))
-        error = reach * spread / math.sqrt(count) * left
+            share = (float(harm[seen].abs().sum()) + 1) / (count + 2)
+            error = max(error, math.sqrt(share * (1 - share) * (1 / count - 1 / self.size)))
+        error *= NormalDist().inv_cdf(1 - (1 - confidence) / (2 * max(looks, 1)))
         if self.plan.objective != "tolerance":
             return mean > error
         allowed = float(self.allowed(self.base_value))
         if error <= SETTLED_SHARE * allowed:
             return True
-        if self.plan.bound == "one-sided" or self.plan.metric == "flips":
-            return abs(mean - allowed) > error
-        return abs(mean) - error > allowed or abs(mean) + error < allowed
+        amount = self._amount(mean)
+        if abs(amount - allowed) <= error:
+            return False
+        # The root finder goes on from here to a sigma nearby: with the amount known here, few anchors tell it there.
+        next_is_near = NEAR * allowed <= amount < ROOT_USED * allowed or allowed < amount <= allowed / NEAR
+        return not (next_is_near and self.plan.method == "root" and self.plan.metric in SMOOTH)
 
     def gain(self, values: Tensor) -> float:
         """Mean change of NLL on the anchors seen; infinite where none was."""
