@@ -13,7 +13,7 @@ import small_sets
 import torch
 import zoo
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 import tfb_ext
 from tfb_ext import Generation
@@ -360,14 +360,67 @@ def test_searches_move_the_rows_of_quantised_caches(backend: str, search: str, m
     assert torch.equal(found.sequences[:, : expected.shape[1]], expected)
 
 
+def test_an_offloaded_cache_fetches_after_what_was_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Stream:
+        device = torch.device("cuda", 0)
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            current.append(self)
+
+        def __exit__(self, *_: Any) -> None:
+            current.pop()
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    current = [Stream("computing")]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+
+    class Offloaded(DynamicCache):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offloading, self.prefetch_stream = True, Stream("fetching")
+
+        def update(self, *args: Any, **kwargs: Any) -> Any:  # the copies themselves need a GPU
+            self.offloading = False
+            try:
+                return super().update(*args, **kwargs)
+            finally:
+                self.offloading = True
+
+        def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+            log.append(f"fetch {layer_idx}")
+
+    adapter, cache = bayesian("qwen2"), Offloaded()
+    model, batch = adapter.model, zoo.prompt(2)
+    name = cache_argument(adapter.anatomy.model)
+    with adapter.predictive(SAMPLES):
+        model(**batch, **{name: cache})
+        for _ in range(2):  # prepared once
+            model(batch["input_ids"][:, -1:], **{name: cache})
+            cache.prefetch(1, False)
+            assert log == ["fetching waits for computing", "fetch 1"]
+            log.clear()
+        cache.reorder_cache(torch.tensor([1, 0]))
+    assert log == ["computing waits for fetching"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("search", MOVING)
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 def test_offloaded_caches(cache: str, search: str) -> None:
+    """Also where the GPU lags behind the host, so that copies between them are late."""
     adapter, batch, options = bayesian("qwen2", device="cuda"), zoo.prompt(2, "cuda"), SEARCHES[search]
     torch.manual_seed(1)
     expected = oracle(adapter, batch, **options).cpu()
     torch.manual_seed(1)
+    for block in adapter.anatomy.blocks:
+        block.register_forward_pre_hook(lambda *_: torch.cuda._sleep(1_000_000))
     found = generate(adapter, batch, **options, cache_implementation=cache)
     assert torch.equal(found.sequences[:, : expected.shape[1]], expected)
 

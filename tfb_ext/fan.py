@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal
 
 import torch
@@ -278,7 +278,10 @@ class Fan:
         self.state.missed.clear()
         self.restore_blocks()
         if not torch.compiler.is_compiling():
-            self.follow_beams(cache_of(kwargs))
+            cache = cache_of(kwargs)
+            if getattr(cache, "offloading", False):
+                wait_for_copies(cache)
+            self.follow_beams(cache)
             self.bypass_blocks()
 
     def asks_for_one_position(self, kwargs: dict[str, Any]) -> bool:
@@ -496,6 +499,8 @@ class Fan:
         def reorder_cache(beam_idx: Tensor) -> None:
             rows = beam_idx.shape[0]
             fanned = torch.cat([beam_idx + s * rows for s in range(size)])
+            if getattr(cache, "offloading", False):  # a layer's rows may still be on their way back to the GPU
+                torch.cuda.current_stream(cache.prefetch_stream.device).wait_stream(cache.prefetch_stream)
             for index, layer in enumerate(cache.layers):
                 layer.reorder_cache(beam_idx if index < first else fanned)
 
@@ -651,6 +656,27 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
 def cache_argument(model: nn.Module) -> str:
     """The name that a model's call has for it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def wait_for_copies(cache: Any) -> None:
+    """Make an offloaded cache fetch a layer only after what the GPU was asked before.
+
+    transformers fetches in a stream of its own. Before 5.24 that stream did not wait for the copy to the host that it reads from,
+    nor for the last use of the memory that it writes to; a GPU that lags behind the host, as with many samples, then read
+    what was there before.
+    """
+    if "prefetch" in cache.__dict__:
+        return
+    fetch, stream = cache.prefetch, cache.prefetch_stream
+
+    @wraps(fetch)
+    def prefetch(*args: Any, **kwargs: Any) -> Any:
+        computing = torch.cuda.current_stream(stream.device)
+        with stream:
+            torch.cuda.current_stream(stream.device).wait_stream(computing)
+        return fetch(*args, **kwargs)
+
+    cache.prefetch = prefetch
 
 
 def batch_after(batch: SampleBatch, kwargs: dict[str, Any]) -> SampleBatch:
