@@ -17,7 +17,8 @@ class Evaluation:
     """The anchors at one sigma.
 
     Where the comparison was settled before all anchors were seen (``items`` of them were), every metric is the mean adapter's
-    on all anchors plus the change on those seen.
+    on all anchors plus the change on those seen; NLL or Brier score, where it is the search's metric, is corrected by what a sigma
+    nearby showed on more anchors.
 
     Attributes:
         sigma: posterior scale; 0 is the mean adapter.

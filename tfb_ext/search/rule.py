@@ -161,7 +161,7 @@ class Rule:
 
         The noise is the same at every sigma, so an anchor's changes at two sigmas nearly lie on a line through all anchors. Where
         another sigma was seen on more of them, the line through the common ones says what the rest will add (the regression
-        estimator of two-phase sampling; Cochran, Sampling Techniques, section 12.6), and what is left to chance is the scatter
+        estimator of two-phase sampling; Cochran, Sampling Techniques, chapter 12), and what is left to chance is the scatter
         around it. Of the plain mean and every such line the guess with the least error is taken.
         """
         seen = ~harm.isnan()
@@ -173,11 +173,11 @@ class Rule:
         best = _Guess(mean, math.sqrt(spread * (1 / count - 1 / size)))
         if self.plan.objective != "tolerance" or self.plan.metric not in SMOOTH or count < SETTLING_ITEMS:
             return best
-        for depth, sigma in self._changes:
-            other = self.harm(self.records.values[depth, sigma])
+        for block, sigma in self._changes:
+            other = self.harm(self.records.values[block, sigma])
             more = ~other.isnan()
             wider = int(more.sum())
-            if depth != first or wider <= count or bool((seen & ~more).any()):
+            if block != first or wider <= count or bool((seen & ~more).any()):
                 continue
             common, whole = other[seen], other[more]
             scatter = float(common.var())
