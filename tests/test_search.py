@@ -744,6 +744,9 @@ def test_metric_of_ones_own() -> None:
     chosen = found.chosen
     assert chosen is not None and chosen.value == pytest.approx(float(gap(prediction.probabilities, labels)), abs=1e-5)
     assert 0 < chosen.standard_error < 1
+    gap.__name__ = "brier"  # a name says nothing of what it is
+    named = look(adapter, anchors, metric=gap, tolerance=0.1, method="root", apply=False)
+    assert [e.brier for e in named.evaluations] == [e.brier for e in found.evaluations]
     with pytest.raises(ValueError, match=r"metric <lambda> returned a tensor of shape \(3,\) for 30 anchors"):
         look(adapter, anchors, metric=lambda p, t: torch.zeros(3))
     with pytest.raises(ValueError, match="returned NaN or infinity"):

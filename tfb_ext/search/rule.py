@@ -241,8 +241,8 @@ class Rule:
         if sigma == 0:
             return Evaluation(0.0, self.base_value, 0.0, True, 1.0, **known, items=self.size, depth=depth)
         change = self.change(first, sigma)
-        if self.plan.metric_name in SMOOTH:
-            known[self.plan.metric_name] = change.value
+        if self.plan.metric in SMOOTH:
+            known[self.plan.metric] = change.value
         holds = self.holds(change)
         confidence = math.nan
         if change.resampled is not None:
