@@ -40,6 +40,8 @@ SOURCE = "bench/test_search.py"
 TOY = os.environ.get("TFB_BENCH_TINY") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DEPTHS: dict[str, float | str] = {"all": "all", "quarter": 0.25}
+# The six evaluations; what of them the search can leave out; the six in small batches.
+FORMS = ("full", "early", "small")
 CONFIDENCE = 0.99
 # Any four tokens will do: the weights are random.
 LABEL_TOKENS, LABELS = (10, 20, 30, 40), ("a", "b", "c", "d")
@@ -142,24 +144,28 @@ class Setting:
             factor *= 2
         raise RuntimeError(f"sigma = {high:g} changes the NLL by {change:.2%}, expected at least {LEAST_CHANGE:.0%}")
 
-    def search(self, depth: str, early: bool, small: bool = False) -> SigmaSearch:
+    def search(self, depth: str, form: str) -> SigmaSearch:
         rule = self.rule(depth)
         activate(self.peft, "ours")
         how: dict[str, Any] = {"method": "bisect", "steps": STEPS}
-        if early:
+        if form == "early":
             how = {"method": "root", "early_stop": CONFIDENCE}
         found = search_sigma(
             self.adapter, self.anchors, recipe="paper", metric="nll", tolerance=rule.tolerance, bound="two-sided",
             bracket=(rule.low, rule.high), samples=self.load.samples, depth=DEPTHS[depth], progress=False, apply=False,
-            batch_size=self.load.small_batch if small else None, **how,
+            batch_size=self.batch_size(form), **how,
         )  # fmt: skip
-        if not early and not small:
+        if form == "full":
             self.found[depth] = found
         return found
 
+    def batch_size(self, form: str) -> int | None:
+        """Anchors at once of ours; ``None``: as memory allows."""
+        return self.load.small_batch if form == "small" else None
+
     def full(self, depth: str) -> SigmaSearch:
         """The full search at this depth: the one that was timed, or run now."""
-        return self.found.get(depth) or self.search(depth, early=False)
+        return self.found.get(depth) or self.search(depth, "full")
 
     @cached_property
     def official_batch_size(self) -> int:
@@ -193,9 +199,7 @@ class Setting:
             steps=self.load.timed_steps, samples=self.load.samples, batch_size=size,
         )  # fmt: skip
 
-    def facts(
-        self, depth: str, early: bool, found: SigmaSearch, seconds: list[float], small: bool = False
-    ) -> dict[str, Any]:
+    def facts(self, depth: str, form: str, found: SigmaSearch, seconds: list[float]) -> dict[str, Any]:
         """The row of a search that took ``seconds`` in each of its rounds.
 
         ``value`` and ``baseline``, seconds of ours and of theirs; ``ratio`` = baseline / value and its ``spread`` over the
@@ -205,7 +209,7 @@ class Setting:
         baseline, least, most = official.seconds_of(STEPS, load.anchors)
         value, fastest, slowest = spread(seconds)
         row = {
-            "case": f"search_{depth}{'_early' if early else ''}{'_small' if small else ''}",
+            "case": f"search_{depth}" if form == "full" else f"search_{depth}_{form}",
             "of": f"the authors' search: a baseline pass and {STEPS} steps of {load.samples} sequential flipout passes",
             "unit": "s",
             "value": value,
@@ -219,10 +223,10 @@ class Setting:
             "bracket": [rule.low, rule.high],
             "tolerance": rule.tolerance,
             "method": found.method,
-            "early_stop": CONFIDENCE if early else None,
+            "early_stop": found.early_stop,
             "evaluations": len(found.evaluations),
             "anchors_seen": [e.items for e in found.evaluations],
-            "batch_size": load.small_batch if small else None,
+            "batch_size": self.batch_size(form),
             "depth": found.depth,
             "tokens_through_random_blocks": found.tokens,
             "anchors": load.anchors,
@@ -270,10 +274,9 @@ def setting() -> Iterator[Setting]:
     release()
 
 
-@pytest.mark.parametrize("how", ["full", "early", "small"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_search(setting: Setting, benchmark: Any, depth: str, how: str) -> None:
-    early, small = how == "early", how == "small"
+def test_search(setting: Setting, benchmark: Any, depth: str, form: str) -> None:
     rule = setting.rule(depth)
     results: list[SigmaSearch] = []
     peaks: list[float] = []
@@ -284,19 +287,19 @@ def test_search(setting: Setting, benchmark: Any, depth: str, how: str) -> None:
             torch.cuda.reset_peak_memory_stats()
 
     def run() -> None:
-        results.append(setting.search(depth, early, small))
+        results.append(setting.search(depth, form))
 
     # Short ones are repeated; the full search takes a minute and a half, and the same noise in every round.
-    benchmark.pedantic(run, setup=setup, rounds=3 if depth == "quarter" and early else 1)
+    benchmark.pedantic(run, setup=setup, rounds=3 if (depth, form) == ("quarter", "early") else 1)
     if setting.device.type == "cuda":
         peaks.append(torch.cuda.max_memory_allocated() / 2**30)
     found = results[-1]
     require_crossing(setting.full(depth), rule)
-    if early or small:
+    if form != "full":
         require_same(found, setting.full(depth), rule)
     if benchmark.stats is None:  # --benchmark-disable: it ran, nothing was timed
         return
-    row = setting.facts(depth, early, found, list(benchmark.stats.stats.data), small)
+    row = setting.facts(depth, form, found, list(benchmark.stats.stats.data))
     benchmark.extra_info |= row | ({"peak_gib": peaks[0]} if peaks else {})
     low, high = row["spread"]
     print(f"\n{row['case']}: {row['ratio']:.2f} ({low:.2f} to {high:.2f}) times faster than {row['of']}", flush=True)

@@ -25,15 +25,15 @@ def setting() -> bench.Setting:
     return bench.Setting(bench.SMALL, torch.device("cpu"))
 
 
-def row(setting: bench.Setting, depth: str, early: bool) -> dict[str, Any]:
-    found = setting.search(depth, early)
-    return setting.facts(depth, early, found, [found.seconds])
+def row(setting: bench.Setting, depth: str, form: str) -> dict[str, Any]:
+    found = setting.search(depth, form)
+    return setting.facts(depth, form, found, [found.seconds])
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_full_search(setting: bench.Setting, depth: str) -> None:
     rule = setting.rule(depth)
-    made = row(setting, depth, early=False)
+    made = row(setting, depth, "full")
     bench.require_crossing(setting.full(depth), rule)
     assert made["sigma"] == made["sigma_full"] and made["evaluations"] == bench.STEPS
     assert made["steps_timed"] == len(made["baseline_step_seconds"]) == 2
@@ -44,7 +44,7 @@ def test_full_search(setting: bench.Setting, depth: str) -> None:
 @stops_early
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_early_search(setting: bench.Setting, depth: str) -> None:
-    bench.require_same(setting.search(depth, early=True), setting.full(depth), setting.rule(depth))
+    bench.require_same(setting.search(depth, "early"), setting.full(depth), setting.rule(depth))
 
 
 def test_theirs_runs_the_adapter_that_ours_runs(setting: bench.Setting) -> None:
@@ -56,7 +56,7 @@ def test_theirs_runs_the_adapter_that_ours_runs(setting: bench.Setting) -> None:
 
 
 def test_rows_reach_summary_and_readme(setting: bench.Setting, tmp_path: Path) -> None:
-    rows = [row(setting, depth, early=False) for depth in DEPTHS]
+    rows = [row(setting, depth, "full") for depth in DEPTHS]
     file = tmp_path / "search.json"
     file.write_text(json.dumps({"benchmarks": [{"name": r["case"], "extra_info": r} for r in rows]}))
     found = summary.summarise([file])

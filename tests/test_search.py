@@ -777,6 +777,14 @@ def test_early_stop_of_the_lowest_nll_drops_what_is_clearly_higher() -> None:
     assert min(e.items for e in early.evaluations) < 200
 
 
+def seen_only(change: Tensor, seen: int) -> Tensor:
+    """(size, 5) records of a set whose mean adapter has an NLL of 1 everywhere, NaN from the anchor number ``seen`` on."""
+    values = torch.full((len(change), 5), math.nan, dtype=torch.float64)
+    values[:seen] = 0.0
+    values[:seen, 0] = 1 + change[:seen]
+    return values
+
+
 @pytest.mark.parametrize("level", [0.9, 0.99])
 def test_early_stop_is_right_as_often_as_it_says(level: float) -> None:
     """Many sets of anchors whose change lies near the tolerance, in random order, looked at every 20."""
@@ -786,12 +794,8 @@ def test_early_stop_is_right_as_often_as_it_says(level: float) -> None:
     for _ in range(300):
         mean = 0.01 + 0.01 * float(torch.randn((), generator=generator))
         change = mean + 0.1 * torch.randn(size, generator=generator, dtype=torch.float64)
-        full = torch.zeros(size, 5, dtype=torch.float64)
-        full[:, 0] = 1 + change
         for seen in range(20, size, 20):
-            values = torch.full((size, 5), math.nan, dtype=torch.float64)
-            values[:seen] = full[:seen]
-            if rule.settled(values, level, size // 20):
+            if rule.settled(0, seen_only(change, seen), level, size // 20):
                 stopped += 1
                 wrong += (change[:seen].mean() <= 0.01) != (change.mean() <= 0.01)
                 break
@@ -801,12 +805,9 @@ def test_early_stop_is_right_as_often_as_it_says(level: float) -> None:
 def test_early_stop_near_the_edge_ends_once_the_amount_is_known() -> None:
     """The very edge of the tolerance: the verdict stays open to the end, the amount does not."""
     rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1)).rule
-    values = torch.full((rule.size, 5), math.nan, dtype=torch.float64)
     change = 0.1 + 0.01 * torch.randn(rule.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    values[:100, 0] = 1 + change[:100]
-    assert rule.settled(values, 0.99, 10)
-    values[:100, 0] = 1 + 0.1 + 10 * (change[:100] - 0.1)
-    assert not rule.settled(values, 0.99, 10)
+    assert rule.settled(0, seen_only(change, 100), 0.99, 10)
+    assert not rule.settled(0, seen_only(0.1 + 10 * (change - 0.1), 100), 0.99, 10)
 
 
 def two_sigmas(generator: torch.Generator, size: int, tails: bool) -> tuple[Tensor, Tensor]:
@@ -816,14 +817,6 @@ def two_sigmas(generator: torch.Generator, size: int, tails: bool) -> tuple[Tens
         first = first.sign() * (first.abs().exp() - 1)
     scatter = 0.1 * (1 + first.abs()) * torch.randn(size, generator=generator, dtype=torch.float64)
     return 0.1 * first + 0.1, 0.12 * (first + scatter) + 0.12
-
-
-def seen_only(change: Tensor, seen: int) -> Tensor:
-    """(size, 5) records of a set whose mean adapter has an NLL of 1 everywhere, NaN from the anchor number ``seen`` on."""
-    values = torch.full((len(change), 5), math.nan, dtype=torch.float64)
-    values[:seen] = 0.0
-    values[:seen, 0] = 1 + change[:seen]
-    return values
 
 
 def test_what_one_sigma_shows_on_all_anchors_sharpens_the_next() -> None:
@@ -868,7 +861,7 @@ def test_early_stop_is_right_as_often_as_it_says_with_help(level: float, tails: 
         rule.evaluation(0, 0.01, "all")
         for count in range(40, size, 40):
             values = seen_only(second, count)
-            if rule.settled(values, level, size // 40, first=0):
+            if rule.settled(0, values, level, size // 40):
                 guess = rule.guess(0, rule.harm(values))
                 stopped, seen = stopped + 1, seen + count
                 verdict = (guess.value <= allowed) == (float(second.mean()) <= allowed)
@@ -893,7 +886,7 @@ def test_the_root_finder_knows_the_amount_near_the_edge_and_then_needs_few_ancho
         rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1, method=method)).rule
         change = 0.02 * noise
         change += 0.1 * used - change[:count].mean()
-        assert rule.settled(seen_only(change, count), 0.9, 10, first=0) is settled, (used, method)
+        assert rule.settled(0, seen_only(change, count), 0.9, 10) is settled, (used, method)
 
 
 def test_early_root_search_ends_on_few_anchors_and_goes_on_from_its_file(tmp_path: Path) -> None:

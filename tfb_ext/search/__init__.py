@@ -236,7 +236,7 @@ class _AtDepth:
         return {
             s
             for s in sigmas
-            if self.rule.settled(values[s], self.early_stop, looks, None if values[s] is lowest else lowest, self.first)
+            if self.rule.settled(self.first, values[s], self.early_stop, looks, None if values[s] is lowest else lowest)
         }
 
     @property

@@ -174,10 +174,12 @@ class Rule:
         if self.plan.objective != "tolerance" or self.plan.metric not in SMOOTH or count < SETTLING_ITEMS:
             return best
         for block, sigma in self._changes:
+            if block != first:
+                continue
             other = self.harm(self.records.values[block, sigma])
             more = ~other.isnan()
             wider = int(more.sum())
-            if block != first or wider <= count or bool((seen & ~more).any()):
+            if wider <= count or bool((seen & ~more).any()):
                 continue
             common, whole = other[seen], other[more]
             scatter = float(common.var())
@@ -265,9 +267,7 @@ class Rule:
 
     # Early stopping ---------------------------------------------------------------------------------------------------
 
-    def settled(
-        self, values: Tensor, confidence: float, looks: int, lowest: Tensor | None = None, first: int | None = None
-    ) -> bool:
+    def settled(self, first: int, values: Tensor, confidence: float, looks: int, lowest: Tensor | None = None) -> bool:
         """Whether the anchors not seen yet can hardly change the verdict, or hardly the amount.
 
         The anchors are a finite set in random order, so the error of a mean over those seen, as a guess of the mean over all,
@@ -275,9 +275,9 @@ class Rule:
         ``looks`` such questions share the error ``1 - confidence``.
 
         Args:
+            first: the first random block; other sigmas judged there may help.
             values: (items, 5), NaN where not seen.
             lowest: without a tolerance, the records of the lowest NLL so far: settled means clearly above it.
-            first: the first random block of ``values``, whose other sigmas may help; ``None``: none does.
         """
         harm = self.harm(values)
         seen = ~harm.isnan()
@@ -289,7 +289,7 @@ class Rule:
             return count == self.size
         if count < SETTLING_ITEMS:
             return False
-        guess = self.guess(-1 if first is None else first, harm)
+        guess = self.guess(first, harm)
         mean, error = guess.value, guess.error
         if self.plan.metric in ("flips", "accuracy"):
             # Of the first few anchors none may have changed; one that did and one that did not are added for what may come.
