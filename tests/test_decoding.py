@@ -20,7 +20,7 @@ from transformers import StaticCache
 
 import tfb_ext
 from tfb_ext import CapturedDecoding, captured_decoding, decoding
-from tfb_ext.fan import cache_argument
+from tfb_ext.caches import cache_argument
 
 SAMPLES, SIGMA, NEW = 3, 0.3, 6
 STATIC = {"cache_implementation": "static"}

@@ -73,7 +73,7 @@ def test_equals_separate_passes(name: str, depth: str | int, device: str) -> Non
         zoo.assert_as_exact_as(logits[keep], zoo.average(low)[keep], zoo.average(exact)[keep], spread)
         assert view.folded is not None and torch.equal(pooled(name, view.folded)[0][keep], logits[keep])
         assert view.sample_outputs is not None
-        per_sample = pooled(name, view.sample_outputs)
+        per_sample = view.sample_outputs
         for k in range(SAMPLES):
             zoo.assert_as_exact_as(per_sample[k][keep], low[k][keep], exact[k][keep], spread)
 
@@ -213,6 +213,7 @@ def test_head_in_pieces_equals_whole(name: str, groups: int, monkeypatch: pytest
             adapter.model(**batch)
         return view
 
+    zoo.compared(adapter)
     monkeypatch.setattr(
         adapter.anatomy.head, "forward", lambda hidden: seen.append(hidden.shape[0]) or head_forward(hidden)
     )
@@ -368,7 +369,7 @@ def test_multi_label_head_averages_probabilities() -> None:
     assert torch.allclose(logits.double(), expected, atol=1e-4)
     assert (raw.mean(0) - expected).abs().max() > 0.01  # the mean of the logits is something else
     assert view.sample_outputs is not None
-    per_sample = pooled("llama-cls", view.sample_outputs).double()
+    per_sample = view.sample_outputs.double()
     assert torch.allclose(per_sample, nn.functional.logsigmoid(raw), atol=1e-4)
 
 
@@ -392,7 +393,7 @@ def test_regression_head_averages_outputs(problem: str | None) -> None:
         logits = adapter.model(**batch).logits
     assert torch.allclose(logits.double(), raw.mean(0), atol=1e-4)
     assert view.sample_outputs is not None
-    assert torch.allclose(pooled("llama-cls", view.sample_outputs).double(), raw, atol=1e-4)
+    assert torch.allclose(view.sample_outputs.double(), raw, atol=1e-4)
 
 
 def test_soft_cap_is_not_put_on_classification_scores() -> None:
@@ -550,6 +551,16 @@ def refusal(adapter: Any, words: str, call: Callable[[], Any], context: str = "p
     assert footprint(adapter) == before
 
 
+def refused_at_once(adapter: Any, words: str) -> None:
+    """No context opens, now or later, and nothing is left behind."""
+    before = footprint(adapter)
+    for _ in range(2):
+        with pytest.raises(SamplingError, match=words):
+            with adapter.predictive(SAMPLES):
+                pass
+        assert footprint(adapter) == before
+
+
 @pytest.mark.parametrize("context", ["predictive", "sampling"])
 def test_refused_calls(context: str) -> None:
     first, _, batch = two_adapters()
@@ -636,8 +647,7 @@ def test_random_layer_below_the_fan_is_refused() -> None:
     peft = get_peft_model(model, LoraConfig(r=2, target_modules=["front", "q_proj"], task_type="CAUSAL_LM"))
     zoo.randomise(peft)
     adapter = tfb_ext.bayesianize(peft.eval(), sigma=SIGMA)
-    words = "random layers front ran before the first random block.*target_modules"
-    refusal(adapter, words, lambda: peft(**zoo.inputs()))
+    refused_at_once(adapter, "random layers front ran before the first random block.*target_modules")
 
 
 class ScaledLlama(tf.LlamaForCausalLM):
@@ -666,7 +676,7 @@ def test_logits_changed_after_the_head_are_refused() -> None:
         adapter = tfb_ext.bayesianize(peft.eval(), sigma=SIGMA)
         batch = zoo.inputs(padded=False)
         if cls is ScaledLlama:
-            refusal(adapter, "changes its logits after its head.*adapter.sampling", lambda p=peft, b=batch: p(**b))
+            refused_at_once(adapter, "changes its logits after its head.*adapter.sampling")
         else:
             with adapter.predictive(2):
                 assert peft(**batch).logits.dtype == torch.bfloat16
@@ -676,8 +686,9 @@ def test_hidden_states_without_rows_first_are_refused() -> None:
     adapter = bayesian("llama", depth=1)
     blocks = adapter.anatomy.blocks
     original = blocks[2].forward
+    zoo.compared(adapter)  # a model that lays out its rows otherwise only later
     blocks[2].forward = lambda hidden, **kw: original(hidden, **kw).transpose(0, 1)
-    words = r"hidden states of shape \(9, 3, 32\) for a batch of 3 rows"
+    words = r"hidden states of shape \(9, 3, 32\), expected the batch's 3 rows"
     with adapter.predictive(2), pytest.raises(SamplingError, match=words):
         adapter.model(**zoo.batch_for("llama"))
 
@@ -689,8 +700,12 @@ def test_call_without_rows_is_refused() -> None:
 
 def test_flex_attention_is_refused() -> None:
     adapter = bayesian("llama")
-    adapter.anatomy.model.config._attn_implementation = "flex_attention"
-    refusal(adapter, "flex attention.*attn_implementation='sdpa'", lambda: adapter.model(**zoo.batch_for("llama")))
+    zoo.compared(adapter)
+    with adapter.predictive(SAMPLES):
+        adapter.anatomy.model.config._attn_implementation = "flex_attention"
+        with pytest.raises(SamplingError, match="flex attention.*attn_implementation='sdpa'"):
+            adapter.model(**zoo.batch_for("llama"))
+    refused_at_once(adapter, "flex attention.*attn_implementation='sdpa'")
 
 
 # Exceptions ---------------------------------------------------------------------------------------------------------
@@ -767,9 +782,6 @@ def test_anatomy_of_unknown_models() -> None:
     headless = tf.LlamaModel(tf.LlamaConfig(**zoo._COMMON))
     with pytest.raises(UnsupportedModelError, match="LlamaModel has no output head"):
         fan.find_anatomy(headless, ["layers.0.self_attn.q_proj"])
-    scaled = tf.CohereForCausalLM(tf.CohereConfig(**zoo._COMMON, logit_scale=0.0625))
-    with pytest.raises(UnsupportedModelError, match=r"rescales its logits after the head \(logit_scale = 0.0625\)"):
-        fan.find_anatomy(scaled, ["model.layers.0.self_attn.q_proj"])
     shortened = tf.LlamaForCausalLM(tf.LlamaConfig(**zoo._COMMON))
     del shortened.model.layers[3]
     with pytest.raises(UnsupportedModelError, match="expected one list of 4 transformer blocks.*found none"):

@@ -87,6 +87,7 @@ def test_a_prompt_passes_the_last_block_at_its_last_position(asked: dict[str, bo
     """Unless someone looks at the others."""
     adapter, batch = bayesian("llama", 2), zoo.prompt(2, "cpu")
     adapter.model.base_model.model.set_attn_implementation("eager")  # the one that has attentions to give
+    zoo.compared(adapter)
     below, last = (small_sets.shapes_through(adapter.anatomy.blocks[i].mlp) for i in (-2, -1))
     generate(adapter, batch, return_dict_in_generate=True, **asked)
     width = batch["input_ids"].shape[1]

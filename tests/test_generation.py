@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationConfig
 
 import tfb_ext
 from tfb_ext import Generation
-from tfb_ext.fan import cache_argument
+from tfb_ext.caches import cache_argument
 
 SAMPLES, SIGMA, NEW, PROMPT = 3, 0.3, 6, 6
 

@@ -21,7 +21,7 @@ SAMPLES, SIGMA = 4, 0.3
 
 def bayesian(name: str = "llama", device: str = "cpu", **options: Any) -> Any:
     dtype = options.pop("dtype", torch.float32)
-    return tfb_ext.bayesianize(zoo.peft_model(name, dtype=dtype).to(device), sigma=SIGMA, **options)
+    return zoo.compared(tfb_ext.bayesianize(zoo.peft_model(name, dtype=dtype).to(device), sigma=SIGMA, **options))
 
 
 def predict(adapter: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
@@ -230,7 +230,7 @@ def test_autocast_goes_through_the_slot() -> None:
 
 
 def test_bias_of_lora_goes_through_the_slot() -> None:
-    adapter = tfb_ext.bayesianize(zoo.peft_model("llama", lora_bias=True), sigma=SIGMA)
+    adapter = zoo.compared(tfb_ext.bayesianize(zoo.peft_model("llama", lora_bias=True), sigma=SIGMA))
     with counted() as calls:
         predict(adapter, zoo.batch_for("llama"))
     assert "linear" not in calls and calls["expand_"] == len(adapter.layers)

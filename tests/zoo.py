@@ -129,9 +129,9 @@ def prompt(rows: int = 3, device: str = "cpu", tokens: int = 6) -> dict[str, Ten
     return moved(batch, device)
 
 
-def sampled_copy(adapter: Any, sample: int, sigma: float, random: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+def sampled_copy(adapter: Any, sample: int, sigma: float, random: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """Write sample ``k``'s weights into the random layers' base weights (float32 models); returns what to restore."""
-    saved = {}
+    saved: dict[str, nn.Parameter] = {}
     for name in random:
         module = adapter._modules[name]
         basis, mean = adapter.sample_weights(name, sample, sigma)
@@ -139,10 +139,9 @@ def sampled_copy(adapter: Any, sample: int, sigma: float, random: tuple[str, ...
         base = module.get_base_layer()
         plain = (module.lora_B[adapter.name].weight.double() @ module.lora_A[adapter.name].weight.double()).cpu()
         change = (delta - module.scaling[adapter.name] * plain).to(base.weight.device)
-        saved[name] = base.weight.data.clone()
-        base.weight.data = (base.weight.data.double() + (change.T if module.fan_in_fan_out else change)).to(
-            base.weight.dtype
-        )
+        saved[name] = base.weight
+        written = (base.weight.double() + (change.T if module.fan_in_fan_out else change)).to(base.weight.dtype)
+        base.weight = nn.Parameter(written, requires_grad=False)  # this layer's alone, where others share the old one
     return saved
 
 
@@ -159,8 +158,14 @@ def separate_passes(
                 outputs.append(call())
         finally:
             for name, weight in saved.items():
-                adapter._modules[name].get_base_layer().weight.data = weight
+                adapter._modules[name].get_base_layer().weight = weight
     return torch.stack(outputs)
+
+
+def compared(adapter: Any) -> Any:
+    """The adapter, once its guard has run: what a test counts from here on are its own calls."""
+    with adapter.predictive(1, sigma=0.1):
+        return adapter
 
 
 def twin64(adapter: Any) -> Any:

@@ -7,9 +7,10 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from . import ops
-from .errors import ConfigError, SamplingError, UnsupportedModelError
+from . import guard, ops
+from .attached import Attachment
+from .errors import ConfigError, GuardError, SamplingError, UnsupportedModelError
 from .families import check_family
-from .fan import Anatomy, Fan, Predictive, Trunk, batch_rows, check_packing, find_anatomy
+from .fan import Anatomy, Fan, Layout, Predictive, Trunk, batch_shape, check_packing, find_anatomy
 from .files import CONFIG_NAME, MODES, TFBConfig
 from .layers import (
     SampleBatch,
@@ -31,6 +33,7 @@ from .layers import (
     check_layer,
     disable_input_casts,
     find_groups,
+    take_over,
 )
 from .posterior import LayerPosterior, canonical_name, layer_posterior, unique_layer_ids
 
@@ -61,6 +64,7 @@ class BayesianAdapter:
             entries of the update, in mode ``"token"`` only); see :mod:`tfb_ext.families`. A sigma found for one family does
             not hold for another.
         search: summary of the search that chose sigma, kept in the saved file.
+        guard: whether the first context at a depth compares the model with separate passes, see :mod:`tfb_ext.guard`.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class BayesianAdapter:
         seed: int,
         antithetic: bool,
         mode: str = "weight",
+        guard: bool = True,
     ) -> None:
         as_int64(seed)
         self.family = posteriors[0].family
@@ -85,10 +90,8 @@ class BayesianAdapter:
         self.anatomy = anatomy
         self.seed = seed
         self.antithetic = antithetic
+        self.guard = guard
         self.search: dict[str, Any] | None = None
-        self._sigma: float | None = None
-        if sigma is not None:
-            self.sigma = sigma
         self._state = SamplingState()
         self._modules: dict[str, Any] = dict(zip((p.name for p in posteriors), modules, strict=True))
         blocks = [_block_of(anatomy, p.name) for p in posteriors]
@@ -96,6 +99,12 @@ class BayesianAdapter:
         self.posteriors = tuple(posteriors)
         self._attached = False
         self._open: tuple[int, Predictive] | None = None
+        self._guarded: dict[Hashable, Layout | GuardError] = {}
+        self._attachment = Attachment(anatomy.model, name, self._modules)
+        self._sigma: float | None = None
+        self._sigma_scalings: tuple[float, ...] | None = None
+        if sigma is not None:
+            self.sigma = sigma
         self.depth = depth
 
     @property
@@ -105,6 +114,10 @@ class BayesianAdapter:
     @sigma.setter
     def sigma(self, value: float) -> None:
         self._sigma = check_sigma(value)
+        self._sigma_scalings = self._scalings()
+
+    def _scalings(self) -> tuple[float, ...]:
+        return tuple(m.scaling.get(self.name, math.nan) for m in self._modules.values())
 
     @property
     def mode(self) -> str:
@@ -220,43 +233,106 @@ class BayesianAdapter:
     @contextmanager
     def fanned(self, view: Predictive, depth: Depth | None = None) -> Iterator[Predictive]:
         """The context behind :meth:`predictive`, for callers that hold several sigmas in one batch or keep a trunk."""
+        self.check_attached()
         with self.fanned_at(self._first if depth is None else self.first_random_block(depth), view):
             yield view
 
     @contextmanager
     def fanned_at(self, first: int, view: Predictive) -> Iterator[Predictive]:
         """The same by the index of the first random block; with that of the head no block is random, only a head may be."""
-        with self._exclusive(first), Fan(self.anatomy, self._state, first, view, self.check_call).open():
+        layout = self._layout(first)
+        with self.opened(first, Fan(self.anatomy, self._state, first, view, self.check_call, layout)):
+            yield view
+
+    @contextmanager
+    def opened(self, first: int, fan: Fan) -> Iterator[None]:
+        """A fan's context on this adapter's model."""
+        with self._exclusive(first), fan.open() as view:
             self._open = (first, view)
             try:
-                yield view
+                yield
             finally:
                 self._open = None
+
+    def _layout(self, first: int, fanned: bool = True) -> Layout | None:
+        """How the model lays out its rows at this first random block, compared with separate passes where that was not done yet.
+
+        Raises:
+            GuardError: samples in one call differ from separate passes.
+        """
+        self._check_free()
+        if not self.guard:
+            warnings.warn(
+                f"adapter {self.name!r}: samples in one call were not compared with separate passes on this model (guard=False)",
+                stacklevel=4,
+            )
+            return None
+        if not any(v.block >= first for v in self._variants):
+            return Layout({}, {})
+        model = self.anatomy.model
+        weight = next(model.parameters())
+        key = (first, fanned, weight.dtype, weight.device, getattr(model.config, "_attn_implementation", None))
+        if key not in self._guarded:
+            try:
+                self._guarded[key] = guard.learn(self, first, fanned)
+            except GuardError as error:
+                self._guarded[key] = error
+        found = self._guarded[key]
+        if isinstance(found, GuardError):
+            raise GuardError(str(found))
+        return found
+
+    def _check_free(self) -> None:
+        if self.anatomy.model in _SAMPLING_MODELS:
+            raise SamplingError("a sampling context of this model is open already; contexts of one model do not nest")
+
+    def check_attached(self) -> None:
+        """Raise a :class:`~tfb_ext.errors.SamplingError` if the posterior is not that of the model's adapter any more."""
+        if not self._attached:
+            raise SamplingError(f"adapter {self.name!r} was unloaded; call tfb_ext.bayesianize again")
+        self._attachment.check({v.name: v for v in self._variants})
 
     @contextmanager
     def sampling(self, samples: int | Sequence[int] = 10, sigma: float | None = None) -> Iterator[SampleBatch]:
         """Inside, the caller lays out S * B rows, sample-major (row ``s * B + b``), and gets S * B rows of raw outputs."""
         batch = self.batch(samples, sigma)
+        self.check_attached()
+        # One sample has all rows for itself, however they lie.
+        layout = self._layout(self._first, fanned=False) if len(batch) > 1 else None
+        with self.laid_out(self._first, batch, layout):
+            yield batch
+
+    @contextmanager
+    def laid_out(self, first: int, batch: SampleBatch, layout: Layout | None) -> Iterator[None]:
+        """The context behind :meth:`sampling`, for callers that know how the model lays out its rows."""
         state, model = self._state, self.anatomy.model
 
         def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not torch.compiler.is_compiling():
+                state.turn.begin()
             self.check_call()
             check_packing(module, kwargs)
-            rows = batch_rows(args, kwargs)
+            rows, state.tokens = batch_shape(args, kwargs)
             if rows % len(batch):
                 raise SamplingError(
                     f"sampling({len(batch)} samples) got {rows} rows, expected a multiple of {len(batch)}: repeat the batch "
                     "once for every sample, sample-major (inputs.repeat(samples, 1))"
                 )
+            state.each = rows // len(batch)
+            state.shared = None
 
-        with self._exclusive(self._first):
-            hook = model.register_forward_pre_hook(before_model, with_kwargs=True)
-            state.batch, state.first, state.fanned = batch, self._first, True
-            try:
-                yield batch
-            finally:
-                hook.remove()
-                state.batch, state.fanned = None, False
+        def end_turn(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not torch.compiler.is_compiling():
+                state.turn.end()
+
+        with self._exclusive(first), ExitStack() as undo:
+            for hook in (
+                model.register_forward_pre_hook(before_model, with_kwargs=True),
+                model.register_forward_hook(end_turn, always_call=True),
+            ):
+                undo.callback(hook.remove)
+            undo.enter_context(state.serving(batch, first, None if layout is None else layout.layers, fanned=True))
+            yield
 
     def batch(
         self,
@@ -297,26 +373,20 @@ class BayesianAdapter:
 
     @contextmanager
     def _exclusive(self, first: int) -> Iterator[None]:
-        if not self._attached:
-            raise SamplingError(f"adapter {self.name!r} was unloaded; call tfb_ext.bayesianize again")
+        self._check_free()
         model = self.anatomy.model
-        if model in _SAMPLING_MODELS:
-            raise SamplingError("a sampling context of this model is open already; contexts of one model do not nest")
-        _SAMPLING_MODELS.add(model)
-        random = [self._modules[v.name] for v in self._variants if v.block >= first]
-        undo = disable_input_casts(random, self.name)
-        hook = self.model.register_forward_pre_hook(_refuse_adapter_names, with_kwargs=True)
-        direct = [v for v in self._variants if v.install(self._modules[v.name])]
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for variant in direct:
-                variant.restore(self._modules[variant.name])
-            self._state.shared = None
-            hook.remove()
-            undo()
-            _SAMPLING_MODELS.discard(model)
+        with ExitStack() as undo:
+            _SAMPLING_MODELS.add(model)
+            undo.callback(_SAMPLING_MODELS.discard, model)
+            random = [self._modules[v.name] for v in self._variants if v.block >= first]
+            undo.callback(disable_input_casts(random, self.name))
+            undo.callback(self.model.register_forward_pre_hook(_refuse_adapter_names, with_kwargs=True).remove)
+            for variant in self._variants:
+                module = self._modules[variant.name]
+                if variant.install(module):
+                    undo.callback(variant.restore, module)
+            undo.enter_context(torch.no_grad())
+            yield
 
     @property
     def open_context(self) -> tuple[int, Predictive] | None:
@@ -336,23 +406,49 @@ class BayesianAdapter:
             )
         if self.anatomy.model.training:
             raise SamplingError("the model is in training mode, so dropout would add its own noise; call model.eval()")
-        module = self._modules[self._variants[-1].name]
-        if module.merged:
-            raise SamplingError(
-                f"adapters {module.merged_adapters} are merged into the weights; call unmerge_adapter()"
-            )
-        if not module.disable_adapters and self.name not in module.active_adapters:
-            raise SamplingError(
-                f"adapter {self.name!r} is not active (active: {list(module.active_adapters)}); call "
-                f"model.set_adapter({self.name!r})"
-            )
+        self._attachment.check_switches()
 
     # Attaching ------------------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
         for variant, posterior in zip(self._variants, self.posteriors, strict=True):
             variant.attach(self._modules[variant.name], posterior)
+        self._state.owner = weakref.ref(self)
         self._attached = True
+
+    def refresh(self) -> None:
+        """Rebuild the posterior of the adapter's weights as they are now, after training, loading or writing to them.
+
+        The search's summary is dropped. Sigma stays what it was and can be used, but is not saved before it is set or searched
+        again: it was found for other weights.
+
+        Raises:
+            SamplingError: inside a sampling context, or after :meth:`unload`.
+            UnsupportedModelError: a layer is gone, or its weights cannot carry a posterior. The old posterior stays then.
+        """
+        if self.anatomy.model in _SAMPLING_MODELS or not self._attached:
+            raise SamplingError(
+                "refresh() inside a sampling context or after unload(), expected neither. Fix: leave the with block first"
+            )
+        for name, module in self._modules.items():
+            if self.name not in module.lora_A:
+                raise UnsupportedModelError(
+                    f"layer {name!r} has no weights of adapter {self.name!r} any more. Fix: load it and call tfb_ext.bayesianize again"
+                )
+            check_layer(name, module, self.name, own=self._state)
+        posteriors = [
+            layer_posterior(
+                n, m.lora_A[self.name].weight, m.lora_B[self.name].weight, m.scaling[self.name], self.family
+            )
+            for n, m in self._modules.items()
+        ]
+        for variant, posterior in zip(self._variants, posteriors, strict=True):
+            variant.detach(self._modules[variant.name])
+            variant.rank = posterior.rank
+            variant.attach(self._modules[variant.name], posterior)
+        self.posteriors = tuple(posteriors)
+        self._attachment.note()
+        self.search, self._sigma_scalings = None, None
 
     def _group(self) -> None:
         for group in find_groups(self.anatomy.model, [(v, self._modules[v.name]) for v in self._variants]):
@@ -393,6 +489,7 @@ class BayesianAdapter:
         """Take the posterior off; the PEFT model is what it was before. Returns it."""
         if self.anatomy.model in _SAMPLING_MODELS:
             raise SamplingError("unload() inside a sampling context; leave the with block first")
+        self._state.owner = lambda: None
         for variant in self._variants:
             variant.detach(self._modules[variant.name])
         self._attached = False
@@ -429,6 +526,7 @@ class BayesianAdapter:
 
         As in PEFT, an adapter that is not called ``default`` goes into a subfolder of its name.
         """
+        self._check_certified()
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         place = target if self.name == "default" else target / self.name
@@ -442,6 +540,17 @@ class BayesianAdapter:
                 os.replace(file, place / file.name)
         self.config().write(place)
         return place
+
+    def _check_certified(self) -> None:
+        """Raise unless sigma was set for the weights and the scaling that the adapter has now: what a file says of them."""
+        self.check_attached()
+        if self.sigma is None or self._sigma_scalings == self._scalings():
+            return
+        was = "weights" if self._sigma_scalings is None else "LoRA scaling"
+        raise ConfigError(
+            f"sigma = {self.sigma:g} was set for another {was} of adapter {self.name!r}, expected one for those it has now. Fix: search "
+            "sigma again, or set adapter.sigma to say that it holds"
+        )
 
     def posterior(self, name: str) -> LayerPosterior:
         """The posterior of one layer; a ``ValueError`` if it has none."""
@@ -491,6 +600,7 @@ def bayesianize(
     antithetic: bool = True,
     mode: str | None = None,
     family: str = "low-rank",
+    guard: bool = True,
 ) -> BayesianAdapter:
     """Attach the TFB posterior to a trained LoRA adapter; the model's outputs do not change until a context is opened.
 
@@ -504,6 +614,8 @@ def bayesianize(
         mode: ``"weight"``, ``"flipout"`` or ``"token"``; see :class:`BayesianAdapter`. ``None`` is ``"weight"``, and ``"token"``
             for the family ``"full-rank"``.
         family: ``"low-rank"`` (the paper's posterior), ``"constant"`` or ``"full-rank"``; see :mod:`tfb_ext.families`.
+        guard: compare the model with separate passes on a tiny input in its first context at each depth. A few forwards;
+            ``False`` (for models whose weights are offloaded, say) puts it off, and every context says so.
 
     Raises:
         ValueError: an unknown depth, mode or family, a mode that the family does not have, a bad sigma or seed.
@@ -533,6 +645,7 @@ def bayesianize(
             f"adapter {adapter!r} has no LoRA layer in this model; its target_modules matched nothing"
         )
     for name, module in found:
+        take_over(module, adapter)
         check_layer(name, module, adapter)
     unique_layer_ids(name for name, _ in found)
     anatomy = find_anatomy(base, [name for name, _ in found])
@@ -553,6 +666,7 @@ def bayesianize(
         seed=seed,
         antithetic=antithetic,
         mode=mode,
+        guard=guard,
     )
     try:
         bayesian._attach()

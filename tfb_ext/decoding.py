@@ -19,7 +19,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .adapter import BayesianAdapter
-from .fan import Predictive, cache_of
+from .caches import cache_of
+from .fan import Predictive
 from .layers import SampleBatch
 
 GRAPHS = 4  # kept at a time; each holds the memory of one step

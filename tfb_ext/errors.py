@@ -17,3 +17,7 @@ class SamplingError(TFBError, RuntimeError):
 
 class ConfigError(TFBError, ValueError):
     """``tfb_config.json`` cannot be read or does not belong to this adapter; nothing was changed."""
+
+
+class GuardError(UnsupportedModelError, SamplingError):
+    """Several samples in one call of this model are not what separate passes give; the message names the difference."""

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .caches import CacheWatch, cache_of
 from .errors import SamplingError, UnsupportedModelError
-from .layers import SampleBatch, SamplingState, head_columns
+from .layers import ONE_SAMPLE, RowLayout, SampleBatch, SamplingState, head_columns
 from .posterior import canonical_name
 
 Kind = Literal["categorical", "multi_label", "regression"]
@@ -30,6 +31,12 @@ FOLD_BYTES = 256 * 2**20
 
 CLASSIFIER_HEADS = ("score", "classifier")
 
+# The way out for a model that cannot be attached to.
+BY_HAND = (
+    "draw samples by hand: tfb_ext.posterior.layer_posterior gives a layer's U and M, tfb_ext.ops.noise its E_k, and the sample's "
+    "weight is W0 + s U (M + sigma E_k)"
+)
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -39,7 +46,6 @@ class Anatomy:
         model: the transformers model inside PEFT's wrapper; its hooks see every call.
         blocks: its transformer blocks, bottom first, and their canonical name.
         head: the module whose output are logits, and its canonical name.
-        kind: what the logits mean: classes, independent labels, or real values.
     """
 
     model: Any  # a transformers.PreTrainedModel, whose attributes carry no types
@@ -47,7 +53,28 @@ class Anatomy:
     blocks_name: str
     head: nn.Module
     head_name: str
-    kind: Kind
+
+    @property
+    def kind(self) -> Kind:
+        """What the logits mean by the model's configuration as it is now: classes, independent labels, or real values."""
+        return self.kind_of_call(None)
+
+    def kind_of_call(self, labels: Any) -> Kind:
+        """The same for a call with ``labels``, by which transformers decides where its configuration does not say.
+
+        It writes what it decided into the configuration. The rule is that of ``ForSequenceClassificationLoss`` in
+        ``transformers/loss/loss_utils.py`` (5.17 to 5.24).
+        """
+        config: Any = self.model.config
+        if self.head_name not in CLASSIFIER_HEADS or type(self.model).__name__.endswith("ForTokenClassification"):
+            return "categorical"
+        problem = config.problem_type
+        if problem is None and config.num_labels == 1:
+            problem = "regression"
+        elif problem is None and isinstance(labels, Tensor) and labels.dtype not in (torch.int64, torch.int32):
+            problem = "multi_label_classification"
+        kinds: dict[Any, Kind] = {"regression": "regression", "multi_label_classification": "multi_label"}
+        return kinds.get(problem, "categorical")
 
     def block_of(self, layer_name: str) -> int | None:
         """Index of the block that holds the layer; the number of blocks for layers after them; ``None`` if before."""
@@ -62,38 +89,30 @@ def find_anatomy(model: Any, lora_names: list[str]) -> Anatomy:
     """Find blocks and head of a transformers model.
 
     Raises:
-        UnsupportedModelError: encoder-decoder models, models whose blocks or head are not found, logits that the model
-            rescales after its head.
+        UnsupportedModelError: encoder-decoder models, models whose blocks or head are not found.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no transformers config; tfb_ext works on PEFT models over transformers models"
+            f"{type(model).__name__} has no transformers config, expected a PEFT model over a transformers model. Fix: {BY_HAND}"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder model, whose two row counts the fan does not serve yet; "
-            "use a decoder-only or encoder-only model"
+            f"{type(model).__name__} is an encoder-decoder model, whose two row counts the fan does not serve, expected a "
+            f"decoder-only or encoder-only one. Fix: {BY_HAND}"
         )
-    text = config.get_text_config()
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(text, name, None) not in (None, 1, 1.0):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} rescales its logits after the head ({name} = {getattr(text, name)}), so averaging "
-                "probabilities at the head would be wrong; use adapter.sampling(...) and average its outputs"
-            )
-    depth = getattr(text, "num_hidden_layers", None)
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     names = [canonical_name(name) for name in lora_names]
     holding = [(name, m) for name, m in lists if any(n.startswith(name + ".") for n in names)] or lists[:1]
     if len(holding) != 1:
         found = ", ".join(name for name, _ in holding) or "none"
         raise UnsupportedModelError(
-            f"{type(model).__name__}: expected one list of {depth} transformer blocks that holds the adapter, found {found}; "
-            "use adapter.sampling(...) with rows you lay out, on a model whose blocks are one nn.ModuleList"
+            f"{type(model).__name__}: expected one list of {depth} transformer blocks that holds the adapter, found {found}. "
+            f"Fix: {BY_HAND}"
         )
     head_name, head = _find_head(model)
-    return Anatomy(model, holding[0][1], holding[0][0], head, head_name, _kind(model, head_name))
+    return Anatomy(model, holding[0][1], holding[0][0], head, head_name)
 
 
 def _find_head(model: Any) -> tuple[str, nn.Module]:
@@ -102,20 +121,10 @@ def _find_head(model: Any) -> tuple[str, nn.Module]:
         head = model.get_output_embeddings()
     if head is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no output head (looked for score, classifier and get_output_embeddings()); "
-            "load it with an AutoModelFor... class that has one"
+            f"{type(model).__name__} has no output head, expected score, classifier or get_output_embeddings(). Fix: load it with an "
+            "AutoModelFor... class that has one"
         )
     return next(canonical_name(name) for name, m in model.named_modules() if m is head), head
-
-
-def _kind(model: Any, head_name: str) -> Kind:
-    config: Any = model.config
-    if head_name in CLASSIFIER_HEADS:
-        if config.problem_type == "multi_label_classification":
-            return "multi_label"
-        if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
-            return "regression"
-    return "categorical"
 
 
 @dataclass
@@ -184,7 +193,8 @@ class Predictive:
             position. A target belongs to the position that predicts it; negative ones (-100) are not looked up. May be set anew
             before each forward.
         folded: (groups, B, ..., V) result of the last forward: log mean probability, or the kind's own mean.
-        sample_outputs: (S, B, ..., V) per-sample log probabilities (or outputs) of the last forward, if kept.
+        sample_outputs: (S, B, ..., V) per-sample log probabilities (or outputs) of the last forward, if kept. Where the model
+            pools its logits they are those of the position that it returned.
         target_log_probabilities: (S, *targets.shape) per-sample log probabilities of the targets in the last forward, 0 for
             those that are not looked up, so that a sum over positions is that of a sequence. All that is kept of S * B * T * V.
         key: which batch of the trunk the next forward is; ``None`` keeps no trunk.
@@ -203,19 +213,50 @@ class Predictive:
     target_log_probabilities: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a model lays out its rows below a first random block: learnt by :mod:`tfb_ext.guard`.
+
+    Attributes:
+        layers: by layer name, how its input has its rows.
+        arguments: by the path of a tensor among a block's arguments, what its leading size counts: ``"rows"`` of the batch (or some
+            number for each), ``"tokens"`` of a row, or an integer where it was that whatever the batch.
+    """
+
+    layers: Mapping[str, RowLayout]
+    arguments: Mapping[str, str | int]
+
+
 class Fan:
-    """The hooks of one sampling context on one model."""
+    """The hooks of one sampling context on one model.
+
+    Args:
+        anatomy: the model's parts.
+        state: what its layers share.
+        first: index of the first random block.
+        view: the context as its user sees it.
+        check: raises where a call now would not sample.
+        layout: how the model lays out its rows; ``None`` tells them by their number alone.
+    """
 
     def __init__(
-        self, anatomy: Anatomy, state: SamplingState, first: int, view: Predictive, check: Callable[[], None]
+        self,
+        anatomy: Anatomy,
+        state: SamplingState,
+        first: int,
+        view: Predictive,
+        check: Callable[[], None],
+        layout: Layout | None = None,
     ) -> None:
         self.anatomy = anatomy
         self.state = state
         self.first = first
         self.view = view
         self.check = check
+        self.layout = layout
         self.batch = view.batch  # of the forward in progress
         self.rows = 0
+        self.kind: Kind = anatomy.kind
         self.repeated: list[tuple[Tensor, Tensor]] = []
         self.pending: Tensor | None = None
         self.bypassed: list[nn.Module] = []
@@ -228,47 +269,59 @@ class Fan:
 
     @contextmanager
     def open(self) -> Iterator[Predictive]:
-        anatomy, state = self.anatomy, self.state
-        text: Any = anatomy.model.config.get_text_config()
-        hooks = [
-            anatomy.model.register_forward_pre_hook(self.before_model, with_kwargs=True),
-            anatomy.model.register_forward_hook(self.after_model),
-            anatomy.head.register_forward_pre_hook(self.before_head, with_kwargs=True),
-            anatomy.head.register_forward_hook(self.after_head),
-        ]
-        for index in range(self.first, len(anatomy.blocks)):
-            hooks.append(
-                anatomy.blocks[index].register_forward_pre_hook(partial(self.before_block, index), with_kwargs=True)
+        anatomy, state, view = self.anatomy, self.state, self.view
+        with ExitStack() as undo:
+            hooks: list[Any] = []
+            undo.callback(lambda: [hook.remove() for hook in hooks])
+            hooks += [
+                anatomy.model.register_forward_pre_hook(self.before_model, with_kwargs=True),
+                anatomy.model.register_forward_hook(self.after_model),
+                anatomy.model.register_forward_hook(self.end_turn, always_call=True),
+                anatomy.head.register_forward_pre_hook(self.before_head, with_kwargs=True),
+                anatomy.head.register_forward_hook(self.after_head),
+            ]
+            for index in range(self.first, len(anatomy.blocks)):
+                hook = partial(self.before_block, index)
+                hooks.append(anatomy.blocks[index].register_forward_pre_hook(hook, with_kwargs=True))
+            hooks += [part.register_forward_pre_hook(self.before_last_block_part) for part in last_block_parts(anatomy)]
+            if self.first > 0 and view.trunk is not None:
+                hooks.append(anatomy.blocks[0].register_forward_hook(self.after_lowest))
+                for index in view.trunk.firsts:
+                    if index < self.first:
+                        hook = partial(self.before_trunk_block, index)
+                        hooks.append(anatomy.blocks[index].register_forward_pre_hook(hook, with_kwargs=True))
+            undo.callback(self.restore_blocks)
+            self.caches = CacheWatch(self.first, len(view.batch), self.names_of_rows())
+            undo.callback(self.caches.close)
+            undo.enter_context(
+                state.serving(view.batch, self.first, None if self.layout is None else self.layout.layers)
             )
-        hooks += [part.register_forward_pre_hook(self.before_last_block_part) for part in last_block_parts(anatomy)]
-        if self.first > 0 and self.view.trunk is not None:
-            hooks.append(anatomy.blocks[0].register_forward_hook(self.after_lowest))
-            for index in self.view.trunk.firsts:
-                if index < self.first:
-                    hook = partial(self.before_trunk_block, index)
-                    hooks.append(anatomy.blocks[index].register_forward_pre_hook(hook, with_kwargs=True))
-        state.batch, state.first, state.fanned = self.view.batch, self.first, False
-        if self.soft_cap is not None:
-            # The model caps after its head, on probabilities by then; the fold caps each sample's logits instead.
-            text.final_logit_softcapping = None
-        try:
-            yield self.view
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.restore_blocks()
-            state.batch, state.fanned = None, False
-            state.missed.clear()
             if self.soft_cap is not None:
-                text.final_logit_softcapping = self.soft_cap
+                # The model caps after its head, on probabilities by then; the fold caps each sample's logits instead. Written past
+                # the configuration's own checks, which may not take None.
+                settings = vars(anatomy.model.config.get_text_config())
+                undo.callback(settings.__setitem__, "final_logit_softcapping", self.soft_cap)
+                settings["final_logit_softcapping"] = None
+            yield view
+
+    def names_of_rows(self) -> Hashable | None:
+        """What the rows of a cache's fanned layers are of; ``None`` where no layer is fanned."""
+        batch = self.view.batch
+        if self.first >= len(self.anatomy.blocks):
+            return None
+        return (self.first, batch.sigma, batch.samples, batch.seed, batch.antithetic, batch.mode, batch.family)
 
     # The model's own call -------------------------------------------------------------------------------------------
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self.state.turn.begin()
         self.check()
         check_packing(model, kwargs)
         self.batch = batch_after(self.view.batch, kwargs)
-        self.rows = batch_rows(args, kwargs)
+        self.rows, self.state.tokens = batch_shape(args, kwargs)
+        self.state.each = self.rows
+        self.kind = self.anatomy.kind_of_call(kwargs.get("labels"))
         self.repeated = []
         self.pending = None
         self.one_position = self.asks_for_one_position(kwargs)
@@ -278,11 +331,13 @@ class Fan:
         self.state.missed.clear()
         self.restore_blocks()
         if not torch.compiler.is_compiling():
-            cache = cache_of(kwargs)
-            if getattr(cache, "offloading", False):
-                wait_for_copies(cache)
-            self.follow_beams(cache)
+            self.caches.enter(cache_of(kwargs))
             self.bypass_blocks()
+
+    def end_turn(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After every call, one that raised too."""
+        if not torch.compiler.is_compiling():
+            self.state.turn.end()
 
     def asks_for_one_position(self, kwargs: dict[str, Any]) -> bool:
         """Whether the model looks at the last position's logits alone, and the noise of the others is numbered by nothing."""
@@ -291,30 +346,66 @@ class Fan:
         asked = any(kwargs[n] if kwargs.get(n) is not None else getattr(config, n, False) for n in inner)
         return isinstance(keep, int) and keep == 1 and not asked and self.batch.mode == "weight"
 
-    def after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self.state.fanned = False
         self.restore_blocks()
         if self.state.missed:
             names = ", ".join(dict.fromkeys(self.state.missed))
             self.state.missed.clear()
             raise SamplingError(
-                f"the random layers {names} ran before the first random block, where all samples still share one row; "
-                "take them out of the adapter's target_modules"
+                f"the random layers {names} ran before the first random block, where all samples still share one row. Fix: take "
+                "them out of the adapter's target_modules"
             )
-        self.check_untouched(output)
+        if not torch.compiler.is_compiling():
+            self.check_untouched(output)
+            if isinstance(output, dict) and cache_of(output) is not None:
+                self.caches.adopt(cache_of(output))
+        return self.average_states(output)
 
     def check_untouched(self, output: Any) -> None:
-        """Refuse a language model that computes on its head's output: it would do so on log mean probabilities."""
-        logits, folded = getattr(output, "logits", None), self.view.folded
-        if torch.compiler.is_compiling() or self.anatomy.head_name in CLASSIFIER_HEADS or folded is None:
+        """Refuse a model that computes on its head's output, for it would do so on log mean probabilities.
+
+        It may cut positions out of it, and take one of each row: then the samples' outputs are cut to those.
+        """
+        view, folded = self.view, self.view.folded
+        given = [v for v in output if isinstance(v, Tensor) and v.dim() > 1] if isinstance(output, tuple) else []
+        logits = given[0] if given else getattr(output, "logits", None)
+        if folded is None or not isinstance(logits, Tensor):
             return
-        if not isinstance(logits, Tensor) or logits.untyped_storage().data_ptr() == folded.untyped_storage().data_ptr():
+        made = folded[0]
+        if logits.untyped_storage().data_ptr() == folded.untyped_storage().data_ptr() or not made.numel():
             return
-        if not torch.equal(logits, folded[0].to(logits.dtype)):  # a copy in another type is no change
-            raise SamplingError(
-                f"{type(self.anatomy.model).__name__} changes its logits after its head, so averaging probabilities "
-                "at the head is wrong; use adapter.sampling(...) and average its outputs"
-            )
+        made = made.to(logits.dtype)  # a copy in another type is no change
+        if logits.shape == made.shape:
+            if torch.equal(logits.nan_to_num(), made.nan_to_num()):
+                return
+        elif logits.dim() == 2 and made.dim() == 3 and logits.shape[-1] == made.shape[-1]:
+            here = ((made == logits[:, None]) | (made.isnan() & logits[:, None].isnan())).all(-1)
+            if bool(here.any(1).all()):
+                if view.sample_outputs is not None:
+                    rows = torch.arange(len(here), device=here.device)
+                    view.sample_outputs = view.sample_outputs[:, rows, here.int().argmax(1)]
+                return
+        raise SamplingError(
+            f"{type(self.anatomy.model).__name__} changes its logits after its head, so averaging probabilities at the head is wrong. "
+            f"Fix: {ONE_SAMPLE}"
+        )
+
+    def average_states(self, output: Any) -> Any:
+        """Hidden states and attentions that were asked for: B rows again, the average over samples where these differ."""
+        if isinstance(output, tuple):
+            return tuple(self.averaged(part) for part in output)
+        for name in ("hidden_states", "attentions"):
+            if isinstance(getattr(output, name, None), tuple):
+                output[name] = self.averaged(output[name])
+        return output
+
+    def averaged(self, states: Any) -> Any:
+        size = len(self.view.batch)
+        if size == 1 or not isinstance(states, tuple) or not all(isinstance(v, Tensor) for v in states):
+            return states
+        fanned = size * self.rows
+        return tuple(v.unflatten(0, (size, -1)).mean(0) if v.shape[0] == fanned else v for v in states)
 
     # Blocks ---------------------------------------------------------------------------------------------------------
 
@@ -326,7 +417,7 @@ class Fan:
                 args = (self.fan_out(args[0]), *args[1:])
             else:
                 kwargs = {**kwargs, "hidden_states": self.fan_out(kwargs["hidden_states"])}
-        rest = tuple(self.repeat(a) for a in args[1:])
+        rest = tuple(self.repeat(a, str(i)) for i, a in enumerate(args[1:], 1))
         kwargs = {name: v if name == "hidden_states" else self.repeat(v, name) for name, v in kwargs.items()}
         return (*args[:1], *rest), kwargs
 
@@ -335,18 +426,21 @@ class Fan:
         view = self.view
         if hidden.shape[0] != self.rows:
             raise SamplingError(
-                f"the first random block got hidden states of shape {tuple(hidden.shape)} for a batch of {self.rows} rows; "
-                "this architecture does not keep rows first, so the fan cannot serve it: use adapter.sampling(...)"
+                f"the first random block got hidden states of shape {tuple(hidden.shape)}, expected the batch's {self.rows} rows "
+                f"first. Fix: {ONE_SAMPLE}"
             )
         hidden = self.kept_or(self.first, hidden)
         self.state.fanned = True
         return repeat_rows(hidden, len(view.batch))
 
-    def repeat(self, value: Any, name: str = "") -> Any:
-        """Repeat the B-row tensors in an argument; tensors of one row and of one dimension serve all rows as they are."""
+    def repeat(self, value: Any, path: str) -> Any:
+        """Repeat what is the batch's among a block's arguments: tensors with leading entries for every row.
+
+        Args:
+            path: of ``value`` among the arguments.
+        """
         if isinstance(value, Tensor):
-            # A single row broadcasts, but for a padding mask (rows, tokens), which some kernels index by row.
-            if value.dim() < 2 or value.shape[0] != self.rows or (self.rows == 1 and not _is_padding_mask(value, name)):
+            if not self.is_batch(value, path):
                 return value
             for source, repeated in self.repeated:
                 if source is value:
@@ -355,13 +449,38 @@ class Fan:
             self.repeated.append((value, repeated))
             return repeated
         if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
-            return type(value)(self.repeat(v, name) for v in value)
+            return type(value)(self.repeat(v, f"{path}.{i}") for i, v in enumerate(value))
         if type(value) is dict:
-            return {k: self.repeat(v, k) for k, v in value.items()}
+            return {k: self.repeat(v, f"{path}.{k}") for k, v in value.items()}
         return value
 
+    def is_batch(self, value: Tensor, path: str) -> bool:
+        """Whether a tensor among a block's arguments has leading entries for every row.
+
+        Raises:
+            SamplingError: it has neither these nor serves all rows.
+        """
+        known = None if self.layout is None else self.layout.arguments.get(path)
+        if len(self.view.batch) == 1 or value.dim() == 0:
+            return False
+        lead = value.shape[0]
+        if known is None:
+            return value.dim() > 1 and lead == self.rows
+        if known != "rows":
+            # What served all rows may be given for each of them: positions, say.
+            return lead == self.rows and lead != (self.state.tokens if known == "tokens" else known)
+        if lead % max(self.rows, 1) == 0:
+            return True
+        if lead == 1:
+            return False
+        raise SamplingError(
+            f"a block's argument {path!r} has shape {tuple(value.shape)}, expected leading entries for each of the batch's {self.rows} "
+            f"rows, or one for all. Fix: {ONE_SAMPLE}"
+        )
+
     def before_last_block_part(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _last_position(module, args) if self.one_position else args
+        laid_out = args[0].shape[:2] == (len(self.batch) * self.rows, self.state.tokens) and args[0].dim() == 3
+        return _last_position(module, args) if self.one_position and laid_out else args
 
     # The trunk ------------------------------------------------------------------------------------------------------
 
@@ -418,6 +537,11 @@ class Fan:
         # weight once a row.
         hidden = hidden.contiguous()
         size = len(self.view.batch)
+        if hidden.shape[0] != size * self.rows:
+            raise SamplingError(
+                f"the output head got hidden states of shape {tuple(hidden.shape)}, expected {size * self.rows} rows ({size} samples of "
+                f"{self.rows}) first. Fix: {ONE_SAMPLE}"
+            )
         self.pending = hidden
         if self.view.columns is not None:
             return (hidden[:0], *args[1:]), kwargs
@@ -439,7 +563,7 @@ class Fan:
         assert hidden is not None
         size = len(view.batch)
         targets = self.checked_targets(head, hidden)
-        folding = _Folding(self.anatomy.kind, view.groups, size, view.keep_samples, targets, view.observe)
+        folding = _Folding(self.kind, view.groups, size, view.keep_samples, targets, view.observe)
         if view.columns is not None:
             output = head_columns(head, hidden, view.columns)
             piece = size
@@ -463,9 +587,9 @@ class Fan:
         targets, columns = self.view.targets, self.view.columns
         if targets is None:
             return None
-        if self.anatomy.kind != "categorical":
+        if self.kind != "categorical":
             raise SamplingError(
-                f"targets need class probabilities, and the model's head is {self.anatomy.kind.replace('_', '-')}; use "
+                f"targets need class probabilities, and the model's head is {self.kind.replace('_', '-')}; use "
                 "keep_samples=True and take what you need of .sample_outputs"
             )
         expected = (self.rows, *hidden.shape[1:-1])
@@ -487,24 +611,6 @@ class Fan:
         if self.soft_cap is None:
             return logits
         return torch.tanh(logits / self.soft_cap) * self.soft_cap
-
-    # Caches ---------------------------------------------------------------------------------------------------------
-
-    def follow_beams(self, cache: Any) -> None:
-        """Beam search reorders the cache by B-row indices; the fanned layers hold S * B rows."""
-        if cache is None or not hasattr(cache, "layers") or "reorder_cache" in cache.__dict__:
-            return
-        first, size = self.first, len(self.view.batch)
-
-        def reorder_cache(beam_idx: Tensor) -> None:
-            rows = beam_idx.shape[0]
-            fanned = torch.cat([beam_idx + s * rows for s in range(size)])
-            if getattr(cache, "offloading", False):  # a layer's rows may still be on their way back to the GPU
-                torch.cuda.current_stream(cache.prefetch_stream.device).wait_stream(cache.prefetch_stream)
-            for index, layer in enumerate(cache.layers):
-                layer.reorder_cache(beam_idx if index < first else fanned)
-
-        cache.reorder_cache = reorder_cache
 
 
 class _Folding:
@@ -636,47 +742,18 @@ def last_positions(model: Any, targets: Tensor, width: int) -> tuple[dict[str, i
 
 
 def repeat_rows(value: Tensor, size: int) -> Tensor:
-    """(B, ...) -> (size * B, ...), sample-major: row ``s * B + b`` is row ``b``."""
+    """(B, ...) -> (size * B, ...), sample-major: row ``s * B + b`` is row ``b``. One row of many entries is not copied."""
+    if value.shape[0] == 1 and value.dim() > 3:  # attention masks (rows, heads, queries, keys)
+        return value.expand(size, *value.shape[1:])
     return value.repeat(size, *([1] * (value.dim() - 1)))
 
 
-def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows of a transformers model call, from ``input_ids`` or ``inputs_embeds``."""
+def batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Rows of a transformers model call and positions of each, from ``input_ids`` or ``inputs_embeds``."""
     for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args):
         if isinstance(value, Tensor):
-            return value.shape[0]
+            return value.shape[0], value.shape[1] if value.dim() > 1 else 1
     raise SamplingError("the model was called without input_ids and inputs_embeds, so its number of rows is unknown")
-
-
-def cache_of(kwargs: dict[str, Any]) -> Any:
-    """The key-value cache of a model call; transformers 5.24 renamed its argument."""
-    return kwargs["cache"] if kwargs.get("cache") is not None else kwargs.get("past_key_values")
-
-
-def cache_argument(model: nn.Module) -> str:
-    """The name that a model's call has for it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def wait_for_copies(cache: Any) -> None:
-    """Make an offloaded cache fetch a layer only after what the GPU was asked before.
-
-    transformers fetches in a stream of its own. Before 5.24 that stream did not wait for the copy to the host that it reads from,
-    nor for the last use of the memory that it writes to; a GPU that lags behind the host, as with many samples, then read
-    what was there before.
-    """
-    if "prefetch" in cache.__dict__:
-        return
-    fetch, stream = cache.prefetch, cache.prefetch_stream
-
-    @wraps(fetch)
-    def prefetch(*args: Any, **kwargs: Any) -> Any:
-        computing = torch.cuda.current_stream(stream.device)
-        with stream:
-            torch.cuda.current_stream(stream.device).wait_stream(computing)
-        return fetch(*args, **kwargs)
-
-    cache.prefetch = prefetch
 
 
 def batch_after(batch: SampleBatch, kwargs: dict[str, Any]) -> SampleBatch:
@@ -708,10 +785,6 @@ def check_packing(model: Any, kwargs: dict[str, Any]) -> None:
         raise SamplingError(
             "flex attention's block mask cannot be repeated for samples; load the model with attn_implementation='sdpa'"
         )
-
-
-def _is_padding_mask(value: Tensor, name: str) -> bool:
-    return value.dim() == 2 and "mask" in name
 
 
 def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -24,7 +24,8 @@ from .adapter import BayesianAdapter
 from .data import pad_rows
 from .decoding import capturable, captured_decoding, open_decoding
 from .errors import SamplingError
-from .fan import Predictive, cache_argument, last_positions
+from .caches import cache_argument
+from .fan import Predictive, last_positions
 from .layers import SampleBatch
 
 if TYPE_CHECKING:

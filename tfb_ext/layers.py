@@ -9,9 +9,11 @@ as the mean. Every call decides anew; whatever does not fit goes to PEFT's forwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -20,9 +22,15 @@ from peft.tuners.lora.variants import LoraVariant
 from torch import Tensor, nn
 
 from . import ops
-from .errors import UnsupportedModelError
+from .errors import SamplingError, UnsupportedModelError
 from .families import add_full_rank_noise_
 from .posterior import LayerPosterior
+
+# How a layer's input has its rows: S * B of them first, or S * B * T of them, the positions of a row one after the other.
+RowLayout = Literal["rows", "tokens"]
+
+# What works on any model whose layers can sample: no row has to be told from another.
+ONE_SAMPLE = "one sample a call, `with adapter.sampling([k]): model(**inputs)` for each k, and average the probabilities yourself"
 
 # Exact classes whose forward is known to call the slot. A subclass may override forward, so isinstance is not enough.
 SUPPORTED_CLASSES: tuple[type[LoraLayer], ...] = (LoraLinear,)
@@ -148,6 +156,27 @@ class SharedInput:
     written: bool
 
 
+class Turn:
+    """Lets one thread's call of a model through at a time; the others wait.
+
+    A call that an exception ended without a word to us is over when its thread begins another.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def begin(self) -> None:
+        if self._owner != threading.get_ident():
+            self._lock.acquire()
+            self._owner = threading.get_ident()
+
+    def end(self) -> None:
+        if self._owner == threading.get_ident():
+            self._owner = None
+            self._lock.release()
+
+
 class SamplingState:
     """What the layers of one Bayesian adapter share: the samples of the pass in progress, if any.
 
@@ -155,18 +184,85 @@ class SamplingState:
         batch: the row groups that the next layers see; ``None`` outside sampling contexts (the mean adapter).
         first: index of the first random block; layers of lower blocks use the mean.
         fanned: whether the rows are already laid out sample by sample at this point of the forward.
+        each: rows of one sample in the call in progress; 0 between calls.
+        tokens: positions of a row in it.
+        layout: by layer name, how its input's rows lie, see :class:`RowLayout`; ``None`` where that is not known.
+        seen: while a list, sampled layers write the shapes of their inputs there and nothing is checked.
         missed: random layers that ran before the fan, which the model's hook turns into an error.
         probed: while a list, sampled layers write their names there (the check that PEFT really calls the slot).
         shared: computed for the next layers that get the same input.
+        turn: lets one call at a time through.
+        owner: the Bayesian adapter.
     """
 
     def __init__(self) -> None:
         self.batch: SampleBatch | None = None
         self.first = 0
         self.fanned = False
+        self.each = 0
+        self.tokens = 0
+        self.layout: Mapping[str, RowLayout] | None = None
+        self.seen: list[tuple[str, tuple[int, ...]]] | None = None
         self.missed: list[str] = []
         self.probed: list[str] | None = None
         self.shared: SharedInput | None = None
+        self.turn = Turn()
+        self.owner: Callable[[], Any] = lambda: None
+
+    @contextmanager
+    def serving(
+        self, batch: SampleBatch, first: int, layout: Mapping[str, RowLayout] | None, fanned: bool = False
+    ) -> Iterator[None]:
+        """Inside, the layers sample ``batch``."""
+        self.batch, self.first, self.layout, self.fanned = batch, first, layout, fanned
+        try:
+            yield
+        finally:
+            self.batch, self.layout, self.fanned, self.each, self.shared = None, None, False, 0, None
+            self.missed.clear()
+            self.turn.end()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: nothing of a context. Inside one there is no copy, which would go on sampling by itself."""
+        if self.batch is not None:
+            raise SamplingError(
+                "the model is copied or pickled inside a sampling context, whose hooks would stay on the copy. Fix: leave the with "
+                "block first"
+            )
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def check_rows(self, name: str, x: Tensor) -> None:
+        """Raise unless the rows of a layer's input are known to lie sample by sample.
+
+        One sample has all rows for itself, however they lie.
+
+        Raises:
+            SamplingError: other leading sizes than the layer had when the model was compared with separate passes.
+        """
+        assert self.batch is not None
+        size = len(self.batch.samples)
+        if self.seen is not None:
+            self.seen.append((name, tuple(x.shape)))
+            return
+        lead = x.shape[0]
+        rows = size * self.each
+        if size == 1 or lead == 0:
+            return
+        known = None if self.layout is None else self.layout.get(name)
+        if known is None and self.layout is not None:
+            raise SamplingError(
+                f"layer {name!r} did not run when the model was compared with separate passes, so it is not known how its rows lie. "
+                f"Fix: {ONE_SAMPLE}"
+            )
+        if lead == rows or (known != "rows" and lead == rows * self.tokens):
+            return
+        raise SamplingError(
+            f"layer {name!r} got an input of shape {tuple(x.shape)}, expected {rows} rows ({size} samples of {self.each}) first, so "
+            f"its rows cannot be told apart by sample. Fix: {ONE_SAMPLE}"
+        )
 
 
 class TFBVariant(LoraVariant):
@@ -266,10 +362,15 @@ class TFBVariant(LoraVariant):
 
     def share(self, module: Any, x: Tensor) -> SharedInput:
         """Read ``x`` once for this layer and those of its group that can follow."""
-        batch = self.state.batch if self.is_random() else MEAN
-        assert batch is not None
+        batch = MEAN
+        if self.is_random():
+            assert self.state.batch is not None
+            batch = self.state.batch
         together = [(self, module)]
         together += [(v, m) for v, m in self.group if v is not self and v.is_direct(m, x)]
+        if batch is not MEAN:
+            for variant, _ in together:
+                self.state.check_rows(variant.name, x)
         rows = x.reshape(-1, x.shape[-1])
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
@@ -332,6 +433,7 @@ class TFBVariant(LoraVariant):
         """
         batch = self.state.batch
         assert batch is not None
+        self.state.check_rows(self.name, x)
         sigma, samples, seed = batch.tensors(x.device)
         scaling = module.scaling[self.adapter]  # the layer's own: PEFT's rescaling helpers change it
         mean, basis = getattr(module, self.mean_buffer), getattr(module, self.basis_buffer)
@@ -414,15 +516,30 @@ def find_groups(model: Any, layers: Sequence[tuple[TFBVariant, Any]]) -> list[tu
     return [tuple(group) for group in groups if len(group) > 1]
 
 
-def check_layer(name: str, module: Any, adapter: str) -> None:
-    """Refuse a layer that cannot carry a posterior, naming it, the reason and the way out; changes nothing."""
+def take_over(module: Any, adapter: str) -> None:
+    """Take a posterior off a layer that no Bayesian adapter holds on to: its handle was lost, or the model was copied."""
+    variant = module.lora_variant.get(adapter)
+    if isinstance(variant, TFBVariant):
+        owner = variant.state.owner()
+        if owner is None or owner._modules.get(variant.name) is not module:
+            variant.detach(module)
+
+
+def check_layer(name: str, module: Any, adapter: str, own: SamplingState | None = None) -> None:
+    """Refuse a layer that cannot carry a posterior, naming it, the reason and the way out; changes nothing.
+
+    ``own``: the state of a posterior that the layer may carry already.
+    """
 
     def refuse(reason: str, way_out: str) -> None:
         raise UnsupportedModelError(f"layer {name!r} ({type(module).__name__}): {reason}; {way_out}")
 
     variant = module.lora_variant.get(adapter)
     if isinstance(variant, TFBVariant):
-        refuse(f"adapter {adapter!r} is Bayesian already", "call unload() on its BayesianAdapter first")
+        if variant.state is own:
+            variant = None
+        else:
+            refuse(f"adapter {adapter!r} is Bayesian already", "call unload() on its BayesianAdapter first")
     if variant is not None:
         refuse(
             f"adapter {adapter!r} uses PEFT's {type(variant).__name__}, which owns the slot the posterior needs",
