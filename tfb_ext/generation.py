@@ -184,11 +184,11 @@ def generate(
     alternatives = check_count(alternatives, "alternatives")
     _check_model(adapter)
     batch = adapter.batch(samples, sigma)
-    if tokenizer is not None:
-        options.setdefault("tokenizer", tokenizer)
     if isinstance(options.get("assistant_model"), str):
         options["assistant_model"] = _assistant(adapter, options["assistant_model"])
     config, rest = _resolved(adapter, options)
+    if tokenizer is not None and (config.stop_strings is not None or options.get("assistant_tokenizer") is not None):
+        options["tokenizer"] = tokenizer
     _check_options(adapter, config, rest, options)
     inputs = _encode(adapter, prompts, tokenizer, config)
     ids = inputs["input_ids"]
