@@ -50,9 +50,7 @@ def plain(adapter: Any, prompt: str, **options: Any) -> list[int]:
     """The new tokens of one prompt alone, of the mean adapter."""
     ids = torch.tensor([WORDS(prompt)["input_ids"]])
     mask = torch.ones_like(ids)
-    found: Any = adapter.model.generate(
-        input_ids=ids, attention_mask=mask, tokenizer=WORDS, **copy.deepcopy(options)
-    )
+    found: Any = adapter.model.generate(input_ids=ids, attention_mask=mask, tokenizer=WORDS, **copy.deepcopy(options))
     found = found if isinstance(found, Tensor) else found.sequences
     return found[0, ids.shape[1] :].tolist()
 
@@ -208,7 +206,7 @@ def test_several_sequences_of_a_prompt_end_apart(adapter: Any, free: list[list[i
         assert math.isclose(found.token_scores[row], score(adapter, PROMPTS[row // 4], new), abs_tol=1e-3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_batch_ends_as_its_prompts_do_alone(data: st.DataObject) -> None:
     adapter = _shared()
@@ -223,7 +221,7 @@ def test_a_batch_ends_as_its_prompts_do_alone(data: st.DataObject) -> None:
     options["eos_token_id"] = data.draw(st.none() | token | st.lists(token, min_size=1, max_size=2) | st.just(-1))
     options["pad_token_id"] = data.draw(st.none() | token | st.just(0))
     if data.draw(st.booleans()):
-        options["stop_strings"] = [f"w{data.draw(token)}"]
+        options["stop_strings"] = [WORDS.convert_ids_to_tokens(data.draw(token))]
     if data.draw(st.booleans()):
         options["min_new_tokens"] = data.draw(st.integers(1, options["max_new_tokens"]))
     if data.draw(st.booleans()):

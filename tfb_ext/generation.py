@@ -550,7 +550,7 @@ def _conversation(number: int, messages: list[dict[str, Any]], tokenizer: PreTra
         )
 
     if any(isinstance(message.get("content"), list | tuple) for message in messages):
-        messages = _contents(number, messages, render)
+        messages = _contents(number, messages, tokenizer)
     try:
         text = render(messages)
     except Exception as error:  # a template raises what it likes
@@ -586,15 +586,15 @@ def _check_message(what: str, message: Mapping[str, Any], last: bool) -> None:
             )
 
 
-def _contents(number: int, messages: list[dict[str, Any]], render: Any) -> list[dict[str, Any]]:
+def _contents(number: int, messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """The messages with contents that the template takes: lists of texts if it writes them out, else their one text."""
     lists = [message for message in messages if not isinstance(message.get("content"), str | None)]
     parts = [part for message in lists for part in message["content"]]
     try:
-        text = render(messages)
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:  # a template raises what it likes
-        text = None
-    if text is not None and all(
+        text = ""
+    if all(
         _appears(part["text"], text) and str(part) not in text and json.dumps(part, ensure_ascii=False) not in text
         for part in parts
     ):
