@@ -317,3 +317,49 @@ def test_a_model_that_sees_what_follows() -> None:
         else:
             with pytest.raises(ValueError, match="got BertLMHeadModel with is_decoder=False"):
                 generate(adapter, {"input_ids": IDS})
+
+
+# Pieces -------------------------------------------------------------------------------------------------------------
+
+
+def byte_fallback() -> Any:
+    """As Llama 2's: what is not in the vocabulary is written in bytes, and bytes that are no character spoil their neighbours."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁w", "a", "."]
+    made = Tokenizer(
+        models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[], byte_fallback=True, unk_token="<unk>")
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+def word_pieces() -> Any:
+    """As BERT's, whose clean-up takes spaces away again when the next token comes."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["[UNK]", "do", "##n", "'", "t", ".", "'s", "'m", "n't", "n"]
+    made = Tokenizer(models.WordPiece({n: i for i, n in enumerate(names)}, unk_token="[UNK]"))
+    made.decoder = decoders.WordPiece(cleanup=True)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
+
+
+SPELLING = {"bytes": byte_fallback(), "pieces": word_pieces()}
+
+
+@pytest.mark.parametrize("kind", SPELLING)
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_pieces_join_to_the_text(kind: str, data: st.DataObject) -> None:
+    from tfb_ext.generation import pieces_of
+
+    words = SPELLING[kind]
+    token = st.integers(0, len(words) - 1)
+    if kind == "bytes":
+        token |= st.sampled_from([words.convert_tokens_to_ids(n) for n in ("<0x30>", "<0xC3>", "<0xA9>", "▁w", "▁")])
+    tokens = data.draw(st.lists(token, max_size=7))
+    pieces = pieces_of(tokens, words)
+    assert len(pieces) == len(tokens) and "".join(pieces) == words.decode(tokens)

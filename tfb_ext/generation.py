@@ -11,11 +11,13 @@ import copy
 import inspect
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,7 +163,9 @@ def generate(
         adapter: a Bayesian adapter with a sigma, in mode ``"weight"`` (a sample is one weight for the whole text) or ``"token"``
             (fresh noise at every step; the scores are of one more draw then, not of those that the text was chosen by).
         prompts: a text or several; a conversation (a list of ``{"role", "content"}``) or several, through the tokenizer's chat
-            template; or ``input_ids`` and ``attention_mask`` (R, P), padded on the left.
+            template; or ``input_ids`` and ``attention_mask`` (R, P), padded on the left. A conversation that ends with a message
+            of the assistant is continued there. A text that already begins with the tokenizer's first special token gets no
+            second one.
         tokenizer: needed for texts and conversations.
         samples: how many samples, or their numbers.
         sigma: posterior scale instead of the adapter's own.
@@ -174,8 +178,9 @@ def generate(
             needs a GPU, and its steps are not compiled.
 
     Raises:
-        ValueError: an empty prompt, a prompt that leaves no room in the model's context, no tokenizer where one is needed, an
-            option that this cannot serve, NaN (the message names the first module that gave it).
+        ValueError: an empty prompt, a prompt that leaves no room in the model's context, tokens that the model does not have, a
+            conversation that the chat template refuses or leaves parts of out, no tokenizer where one is needed, an option that
+            this cannot serve, NaN (the message names the first module that gave it).
         SamplingError: from the sampling context, see :meth:`~tfb_ext.adapter.BayesianAdapter.predictive`.
     """
     for name, why in _OURS.items():
@@ -769,7 +774,16 @@ def pieces_of(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tupl
             continue
         found.append(text[len(decode(tokens[done:start])) :])
         done, start = start, end
-    return tuple(found)
+    whole = decode(tokens)
+    if "".join(found) == whole:
+        return tuple(found)
+    # A decoder that looks further than a token back (bytes that are no character, clean-up): cut the whole text instead, each
+    # piece up to where the text so far is still the whole's.
+    ends = [0]
+    for end in range(1, len(tokens)):
+        ends.append(max(ends[-1], len(os.path.commonprefix([decode(tokens[:end]), whole]))))
+    ends.append(len(whole))
+    return tuple(whole[start:end] for start, end in pairwise(ends))
 
 
 def _for_json(value: Any) -> Any:
