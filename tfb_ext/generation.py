@@ -1,4 +1,4 @@
-"""Text from the posterior predictive, with the doubt that its samples have about every token.
+"""Text from the posterior predictive, with the samples' uncertainty about every token.
 
 Generation is transformers' own ``generate`` inside :meth:`~tfb_ext.adapter.BayesianAdapter.predictive`: at every step the
 samples' probabilities are averaged and all emit the same token. What comes out is then scored by one forward of the whole
@@ -10,29 +10,32 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModelForCausalLM
 from torch import Tensor
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from .adapter import BayesianAdapter
-from .data import pad_rows
+from .checks import check_count
 from .decoding import capturable, captured_decoding, open_decoding
 from .errors import SamplingError
 from .caches import cache_argument
 from .fan import Predictive, last_positions
 from .layers import SampleBatch
+from .prompts import Prompts, encode_prompts, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = Mapping[str, Any]
-Prompts = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]] | Mapping[str, Tensor]
 
 # Options that ours sets itself, and why.
 _OURS = {
@@ -40,14 +43,19 @@ _OURS = {
     "output_scores": "a Generation holds the probabilities of every token",
     "output_logits": "call adapter.model.generate(..., output_logits=True) inside adapter.predictive(...) for those",
     "input_ids": "pass prompts",
+    "attention_mask": "pass prompts={'input_ids': ..., 'attention_mask': ...}",
     "inputs": "pass prompts",
     "inputs_embeds": "the tokens of a prompt are needed to score it",
     "labels": "nothing is trained here",
-}
-_REFUSED = {
-    "guidance_scale": "its second, unconditional forward would be averaged over samples apart from the first",
     "custom_generate": "its code is not known",
 }
+_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
+)
 
 
 @dataclass(frozen=True)
@@ -55,12 +63,13 @@ class Generation:
     """Generated sequences: R rows of up to N new tokens, S samples; on the CPU, entropies and logarithms in nats.
 
     Uncertainties are about the model's own next-token distribution, before temperature, top-k and the like changed it. Entries
-    behind a row's end are NaN, tokens there are padding.
+    behind a row's end are NaN. Tokens there are what transformers fills an ended row with: padding, or, where it knows no
+    end-of-sequence token, further tokens.
 
     Attributes:
         sequences: (R, P + N) int64, prompts and what follows.
         prompt_length: P, the padding of shorter prompts included.
-        lengths: (R,) new tokens of each row, an end-of-sequence token included.
+        lengths: (R,) new tokens of each row up to where transformers' criteria ended it, the last token included.
         texts: what each row adds to its prompt, without special tokens; empty without a tokenizer.
         pieces: each new token's own part of the text, special tokens included; empty without a tokenizer.
         sample_log_probabilities: (S, R, N) of each new token under each sample.
@@ -105,7 +114,7 @@ class Generation:
         return (torch.logsumexp(per_sample, dim=0) - math.log(len(per_sample))).float()
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers and texts as JSON takes them: one entry of ``items`` for each row."""
+        """Numbers and texts as JSON takes them: one entry of ``items`` for each row, null for what is not finite."""
         names = ("tokens", "log_probabilities", "total", "aleatoric", "epistemic")
         columns = {name: getattr(self, name) for name in (*names, "alternatives", "alternative_probabilities")}
         scores = zip(self.sequence_scores.tolist(), self.token_scores.tolist(), strict=True)
@@ -115,7 +124,9 @@ class Generation:
             item |= {"sequence_score": sequence, "token_score": token}
             item |= {name: value[row, :count].tolist() for name, value in columns.items()}
             items.append(item | ({"pieces": list(self.pieces[row])} if self.pieces else {}))
-        return {"sigma": self.sigma, "samples": list(self.samples), "seconds": self.seconds, "items": items}
+        numbers = {"sigma": self.sigma, "samples": list(self.samples), "seconds": self.seconds}
+        found: dict[str, Any] = _for_json(numbers | {"items": items})
+        return found
 
     @property
     def token_scores(self) -> Tensor:
@@ -149,7 +160,9 @@ def generate(
         adapter: a Bayesian adapter with a sigma, in mode ``"weight"`` (a sample is one weight for the whole text) or ``"token"``
             (fresh noise at every step; the scores are of one more draw then, not of those that the text was chosen by).
         prompts: a text or several; a conversation (a list of ``{"role", "content"}``) or several, through the tokenizer's chat
-            template; or ``input_ids`` and ``attention_mask`` (R, P), padded on the left.
+            template; or ``input_ids`` and ``attention_mask`` (R, P), padded on the left. A conversation that ends with a message
+            of the assistant is continued there. A text that already begins with the tokenizer's first special token gets no
+            second one.
         tokenizer: needed for texts and conversations.
         samples: how many samples, or their numbers.
         sigma: posterior scale instead of the adapter's own.
@@ -162,49 +175,67 @@ def generate(
             needs a GPU, and its steps are not compiled.
 
     Raises:
-        ValueError: an empty prompt, a prompt that leaves no room in the model's context, no tokenizer where one is needed, an
-            option that this cannot serve, NaN (the message names the first module that gave it).
+        ValueError: an empty prompt, a prompt that leaves no room in the model's context, tokens that the model does not have, a
+            conversation that the chat template refuses or leaves parts of out, no tokenizer where one is needed, an option that
+            this cannot serve, NaN (the message names the first module that gave it).
         SamplingError: from the sampling context, see :meth:`~tfb_ext.adapter.BayesianAdapter.predictive`.
     """
-    for name, why in (_OURS | _REFUSED).items():
+    for name, why in _OURS.items():
         if options.get(name) is not None and options[name] is not False:
             raise ValueError(f"generate() does not take {name}: {why}")
-    if isinstance(alternatives, bool) or not isinstance(alternatives, int) or alternatives < 1:
-        raise ValueError(f"alternatives is {alternatives!r}, expected a count of at least 1")
-    if adapter.anatomy.kind != "categorical" or not adapter.anatomy.model.can_generate():
-        raise ValueError(f"{type(adapter.anatomy.model).__name__} does not generate text; load a causal language model")
+    alternatives = check_count(alternatives, "alternatives")
+    _check_model(adapter)
     batch = adapter.batch(samples, sigma)
-    inputs = _encode(adapter, prompts, tokenizer)
-    _check_room(adapter, inputs["attention_mask"], options)
-    # transformers compiles this cache by default, and its streams end the process in the compiler.
-    if _checked_cache(adapter, options) == "offloaded_static" and options.get("compile_config") is None:
-        options["disable_compile"] = True
-    if tokenizer is not None and options.get("stop_strings") is not None:
-        options.setdefault("tokenizer", tokenizer)
     if isinstance(options.get("assistant_model"), str):
         options["assistant_model"] = _assistant(adapter, options["assistant_model"])
+    config, rest = _resolved(adapter, options)
+    if tokenizer is not None and (config.stop_strings is not None or options.get("assistant_tokenizer") is not None):
+        options["tokenizer"] = tokenizer
+    _check_options(adapter, config, rest, options)
+    inputs = encode_prompts(adapter.anatomy.model, prompts, tokenizer, config._pad_token_tensor)
+    ids = inputs["input_ids"]
+    config = _with_length(adapter, config, options, ids)
+    _check_room(adapter, inputs["attention_mask"], config)
+    beams = config.get_generation_mode(options.get("assistant_model")) in (
+        GenerationMode.BEAM_SEARCH,
+        GenerationMode.BEAM_SAMPLE,
+    )
+    if bool(config.return_dict_in_generate) != beams:  # beams say there how long each of them is
+        options["return_dict_in_generate"] = beams
+    # transformers compiles this cache by default, and its streams end the process in the compiler.
+    if config.cache_implementation == "offloaded_static" and config.compile_config is None:
+        options["disable_compile"] = True
+    pad = config._pad_token_tensor
+    if pad is not None and not 0 <= int(pad) < vocabulary(adapter.anatomy.model):
+        options["pad_token_id"] = 0  # ended rows are filled with it, and the model reads it
     started = time.perf_counter()
     try:
         with (
             adapter.fanned(Predictive(batch)),
-            _static_decoding(adapter, inputs["input_ids"], options) as options,
+            _static_decoding(adapter, ids, config, options) as options,
+            _recorded_ends(adapter) as ends,
         ):
-            sequences: Tensor = adapter.model.generate(**inputs, **options)
+            output: Any = adapter.model.generate(**inputs, **options)
     except RuntimeError as error:
         if "probability tensor contains" in str(error):  # torch.multinomial's words for NaN and infinity
             raise ValueError(_nan_message(adapter, batch, inputs)) from None
         raise
+    sequences: Tensor = output.sequences if beams else output
     _wait(sequences)
     generated = time.perf_counter()
-    width = inputs["input_ids"].shape[1]
-    lengths = _lengths(adapter, sequences[:, width:], options)
-    rows = len(sequences) // len(inputs["input_ids"])
+    width = ids.shape[1]
+    count = sequences.shape[1] - width
+    lengths = (output.beam_indices >= 0).sum(dim=1) if beams else _lengths(ends, width, count)
+    lengths = lengths.to(sequences.device)
+    rows = len(sequences) // len(ids)
     mask = inputs["attention_mask"].repeat_interleave(rows, dim=0)
-    inside = torch.arange(sequences.shape[1] - width, device=sequences.device) < lengths[:, None]
+    inside = torch.arange(count, device=sequences.device) < lengths[:, None]
     mask = torch.cat([mask, inside.to(mask)], dim=1)
-    scores = score_tokens(adapter, sequences, mask, width, batch, alternatives)
-    if scores.mean.isnan().any():
-        raise ValueError(_nan_message(adapter, batch, {"input_ids": sequences, "attention_mask": mask}))
+    # What is behind an end need not be a token of the vocabulary: beams may be filled with -1.
+    real = torch.cat([sequences[:, :width], sequences[:, width:].masked_fill(~inside, 0)], dim=1)
+    scores = score_tokens(adapter, real, mask, width, batch, alternatives)
+    if scores.mean.masked_fill(~inside, 0.0).isnan().any():
+        raise ValueError(_nan_message(adapter, batch, {"input_ids": real, "attention_mask": mask}))
     _wait(scores.mean)
     outside = ~inside
     cut = {name: getattr(scores, name).masked_fill(outside, math.nan).cpu() for name in ("mean", "total", "aleatoric")}
@@ -275,7 +306,7 @@ def _score(
     accepted = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": sequences, "attention_mask": mask, "use_cache": False}
     if "position_ids" in accepted:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs["position_ids"] = model._prepare_position_ids_for_generation(sequences, {"attention_mask": mask})
     following = torch.nn.functional.pad(targets, (0, 1), value=-1)  # the token that each kept position predicts
     keep, following = last_positions(model, following, sequences.shape[1])
     with adapter.fanned(Predictive(batch, observe=observe, targets=following)) as view:
@@ -295,95 +326,145 @@ def _score(
 # What goes in -------------------------------------------------------------------------------------------------------
 
 
-def _encode(adapter: BayesianAdapter, prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Tensor]:
-    device = adapter.anatomy.model.get_input_embeddings().weight.device
-    if isinstance(prompts, Mapping):
-        ids = prompts.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.dim() != 2:
-            raise ValueError(
-                "prompts is a mapping without input_ids of shape (rows, tokens); expected what a tokenizer returns"
-            )
-        mask = prompts.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask
-        if not len(ids) or not mask.any(dim=1).all():
-            raise ValueError("a prompt is empty, expected at least one token in every row")
-        if not mask[:, -1].all():
-            raise ValueError(
-                "prompts are padded on the right, expected padding on the left (tokenizer.padding_side = 'left')"
-            )
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    if tokenizer is None:
-        raise ValueError("prompts are texts, expected a tokenizer with them, or input_ids and attention_mask")
-    rows: list[list[int]] = []
-    for number, prompt in enumerate(_each(prompts)):
-        rows.append(_tokens(number, prompt, tokenizer))
-    if not rows:
-        raise ValueError("prompts is empty, expected at least one")
-    ids, mask = pad_rows(rows, tokenizer.pad_token_id or 0)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _each(prompts: Any) -> list[Any]:
-    """Single prompts: texts or conversations."""
-    if isinstance(prompts, str):
-        return [prompts]
-    listed = list(prompts)
-    return [listed] if listed and isinstance(listed[0], Mapping) else listed
-
-
-def _tokens(number: int, prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if isinstance(prompt, str):
-        tokens = list(tokenizer(prompt)["input_ids"]) if prompt else []
-    elif isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError(
-                f"prompt {number} is a conversation, but the tokenizer has no chat template; pass texts, or set "
-                "tokenizer.chat_template"
-            )
-        text = tokenizer.apply_chat_template([dict(m) for m in prompt], tokenize=False, add_generation_prompt=True)
-        tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    else:
-        raise ValueError(f"prompt {number} is {prompt!r}, expected a text or a list of messages with role and content")
-    if not tokens:
-        raise ValueError(f"prompt {number} is empty, expected a text of at least one token")
-    return tokens
-
-
-def _check_room(adapter: BayesianAdapter, mask: Tensor, options: Mapping[str, Any]) -> None:
-    config = adapter.anatomy.model.config.get_text_config()
-    room = getattr(config, "max_position_embeddings", None)
-    longest = int(mask.sum(dim=1).max())
-    wanted = options.get("max_new_tokens") or 1
-    if room is not None and longest + wanted > room:
+def _check_model(adapter: BayesianAdapter) -> None:
+    model = adapter.anatomy.model
+    if adapter.anatomy.kind != "categorical" or not model.can_generate():
+        raise ValueError(f"{type(model).__name__} does not generate text; load a causal language model")
+    # BERT and its like predict the next token only as decoders; GPT-NeoX has the same flag and is always one.
+    if getattr(model.config, "is_decoder", True) is False and not _is_causal(adapter):
         raise ValueError(
-            f"the longest prompt has {longest} tokens and {wanted} more are asked for, but the model's context is {room} tokens; "
-            "shorten the prompt or lower max_new_tokens"
+            f"model: got {type(model).__name__} with is_decoder=False, whose tokens see what follows them, expected a causal "
+            "language model. Fix: load it with is_decoder=True, if it was trained so"
         )
 
 
-def _checked_cache(adapter: BayesianAdapter, options: Mapping[str, Any]) -> str | None:
-    """The kind of cache that is asked for, once it is known to serve."""
-    config: Any = options.get("generation_config") or adapter.model.generation_config
-    kind: str | None = options.get("cache_implementation") or getattr(config, "cache_implementation", None)
+def _is_causal(adapter: BayesianAdapter) -> bool:
+    """Whether the first token's logits are the same whatever token follows."""
+    model = adapter.anatomy.model
+    ids = torch.tensor([[0, 1], [0, 2]], device=model.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        first = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0].float()
+    return torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3 * float(first.abs().max()))
+
+
+def _resolved(adapter: BayesianAdapter, options: Mapping[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+    """The generation configuration that transformers makes of these options, and the options left for the model's forward.
+
+    Its special tokens are those that ``generate`` takes (``_pad_token_tensor`` and its like); its lengths are not yet
+    those of the prompts, see :func:`_with_length`.
+    """
+    model = adapter.anatomy.model
+    if isinstance(adapter.model, PeftModelForCausalLM):  # its generate passes its own on to the model
+        model.generation_config = adapter.model.generation_config
+    own = {*inspect.signature(model.generate).parameters, "tokenizer", "assistant_tokenizer", "trust_remote_code"}
+    given = options.get("generation_config")
+    config, rest = model._prepare_generation_config(given, **{n: v for n, v in options.items() if n not in own})
+    model._prepare_special_tokens(config, True, device=model.get_input_embeddings().weight.device)
+    return config, rest
+
+
+def _with_length(
+    adapter: BayesianAdapter, config: GenerationConfig, options: Mapping[str, Any], ids: Tensor
+) -> GenerationConfig:
+    """The configuration with ``max_length`` and ``min_length`` of whole rows, as ``generate`` makes them for these prompts."""
+    model, given = adapter.anatomy.model, options.get("generation_config")
+
+    def default(name: str) -> bool:  # transformers 5.24, has_default_max_length in GenerationMixin.generate
+        places = (options.get(name), getattr(given, name, None), getattr(model.generation_config, name))
+        return all(value is None for value in places)
+
+    found: GenerationConfig = model._prepare_generated_length(
+        generation_config=config,
+        has_default_max_length=default("max_length"),
+        has_default_min_length=default("min_length"),
+        model_input_name="input_ids",
+        input_ids_length=ids.shape[1],
+        inputs_tensor=ids,
+    )
+    return found
+
+
+def _check_options(
+    adapter: BayesianAdapter, config: GenerationConfig, rest: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Refuse what the fan or the scoring forward cannot follow, wherever it was asked for."""
+    model = adapter.anatomy.model
+    if config.guidance_scale not in (None, 1):
+        raise ValueError(
+            "generate() does not take guidance_scale: its second, unconditional forward would be averaged over samples apart "
+            "from the first"
+        )
+    if config.token_healing:
+        raise ValueError("generate() does not take token_healing: it changes the prompts, which are scored as they are")
+    mode = config.get_generation_mode(options.get("assistant_model"))
+    if mode not in _MODES:
+        raise ValueError(
+            f"generation mode: got {mode.value}, whose code is not part of transformers, expected one of "
+            f"{', '.join(m.value for m in _MODES)}. Fix: leave the option that asks for it out"
+        )
+    accepted = inspect.signature(model.forward).parameters
+    known = {cache_argument(model), "past_key_values", "cache_params", "logits_to_keep", "return_dict"}
+    extra = sorted(
+        n for n, v in rest.items() if v is not None and n in accepted and n not in known and not hasattr(config, n)
+    )
+    if extra:
+        raise ValueError(
+            f"options: got {extra} for the model's forward, expected none, because the forward that scores the tokens is not given "
+            "them. Fix: leave them out, or call adapter.model.generate(...) inside adapter.predictive(...)"
+        )
+    _check_cache(adapter, config, mode, options)
+
+
+def _check_room(adapter: BayesianAdapter, mask: Tensor, config: GenerationConfig) -> None:
+    """Refuse prompts that leave no room, in ``max_length`` or in the model's context."""
+    text = adapter.anatomy.model.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    # Dynamic scaling stretches the positions to whatever length there is.
+    room = None if rope.get("rope_type") == "dynamic" else getattr(text, "max_position_embeddings", None)
+    width = mask.shape[1]
+    longest = int(mask.sum(dim=1).max())
+    wanted = config.max_length - width
+    if room is not None and longest + max(wanted, 1) > room:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and {max(wanted, 1)} more are asked for, but the model's context is {room} "
+            "tokens; shorten the prompt or lower max_new_tokens"
+        )
+    if wanted < 1:
+        raise ValueError(
+            f"max_length: got {config.max_length} for prompts of {width} tokens, expected room for at least one new token. Fix: "
+            "raise max_length, or pass max_new_tokens"
+        )
+
+
+def _check_cache(
+    adapter: BayesianAdapter, config: GenerationConfig, mode: GenerationMode, options: Mapping[str, Any]
+) -> None:
+    """Refuse a kind of cache that does not serve."""
+    kind = config.cache_implementation
     device = next(adapter.anatomy.model.parameters()).device
+    if kind == "paged":
+        raise ValueError(
+            "cache_implementation: got 'paged', which runs transformers' continuous batching, expected a cache of one batch. Fix: "
+            "leave cache_implementation out"
+        )
     if kind in ("offloaded", "offloaded_static") and device.type == "cpu":
         raise ValueError(
             f"cache_implementation is {kind!r}, which copies between a GPU and the host's memory in streams of their own, and the "
             f"model is on {device}; move it to a GPU, or leave cache_implementation out"
         )
-    beams = options.get("num_beams") or getattr(config, "num_beams", None) or 1
-    if kind == "quantized" and beams > 1 and not _quantised_rows_move():
+    if kind == "quantized" and (config.num_beams or 1) > 1 and not _quantised_rows_move():
         raise ValueError(
-            f"cache_implementation is 'quantized' with num_beams {beams}: transformers {version('transformers')} cannot reorder "
-            "quantised rows; upgrade it (5.24 can), or leave num_beams or cache_implementation out"
+            f"cache_implementation is 'quantized' with num_beams {config.num_beams}: transformers {version('transformers')} cannot "
+            "reorder quantised rows; upgrade it (5.24 can), or leave num_beams or cache_implementation out"
         )
-    for name in ("assistant_model", "prompt_lookup_num_tokens"):
-        if kind == "quantized" and options.get(name) is not None:
-            raise ValueError(
-                f"cache_implementation is 'quantized' with {name}: rejected guesses are cut off the cache, and quantised states "
-                f"cannot be cut; leave {name} or cache_implementation out"
-            )
-    return kind
+    if kind == "quantized" and mode == GenerationMode.ASSISTED_GENERATION:
+        names = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+        asked = [name for name in names if getattr(config, name, None)]
+        name = "assistant_model" if options.get("assistant_model") is not None else asked[0] if asked else mode.value
+        raise ValueError(
+            f"cache_implementation is 'quantized' with {name}: rejected guesses are cut off the cache, and quantised states "
+            f"cannot be cut; leave {name} or cache_implementation out"
+        )
 
 
 def _quantised_rows_move() -> bool:
@@ -402,45 +483,73 @@ def _assistant(adapter: BayesianAdapter, name: str) -> Any:
 
 
 @contextmanager
-def _static_decoding(adapter: BayesianAdapter, ids: Tensor, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _static_decoding(
+    adapter: BayesianAdapter, ids: Tensor, config: GenerationConfig, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     """The options to generate with: in graphs where a static cache is asked for, in the kept one if ``captured_decoding`` is open."""
     model = adapter.anatomy.model
-    wanted = options.get("cache_implementation") == "static" and options.get("compile_config") is None
-    if not wanted or not capturable(ids.device) or options.get("disable_compile"):
+    wanted = config.cache_implementation == "static" and config.compile_config is None and not config.disable_compile
+    if not wanted or not capturable(ids.device):
         yield options
         return
-    decoding, new = open_decoding(model), options.get("max_new_tokens")
+    decoding = open_decoding(model)
     if decoding is None:
         with captured_decoding(adapter):
             yield options
-    elif new is None:  # how long the cache must be is in a configuration
-        yield options
     else:
-        rows = len(ids) * max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-        rest = {name: value for name, value in options.items() if name != "cache_implementation"}
-        yield rest | {cache_argument(model): decoding.cache(rows, ids.shape[1] + new)}
+        rows = len(ids) * max(config.num_beams or 1, config.num_return_sequences or 1)
+        cache = decoding.cache(rows, config.max_length)
+        yield options | {"cache_implementation": None, cache_argument(model): cache}
 
 
 # What comes out -----------------------------------------------------------------------------------------------------
 
 
-def _lengths(adapter: BayesianAdapter, new: Tensor, options: Mapping[str, Any]) -> Tensor:
-    """(R,) tokens of each row up to its end: the first end-of-sequence token, or where only padding follows."""
-    config: Any = options.get("generation_config") or adapter.model.generation_config
+class _Recorded(StoppingCriteriaList):
+    """transformers' criteria of one call, and what they said after every step.
 
-    def ids(name: str) -> list[int]:
-        value = options[name] if name in options else getattr(config, name, None)
-        if isinstance(value, Tensor):
-            value = value.tolist()
-        return [] if value is None else [int(v) for v in value] if isinstance(value, Sequence) else [int(value)]
+    Attributes:
+        said: the tokens of a row by then, and for each row whether it has ended.
+    """
 
-    count = new.shape[1]
-    ends = torch.isin(new, torch.tensor(ids("eos_token_id"), dtype=new.dtype, device=new.device))
-    first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, count)
-    # A row that another criterion ended is filled with padding while the others go on.
-    real = ~torch.isin(new, torch.tensor(ids("pad_token_id"), dtype=new.dtype, device=new.device))
-    last = torch.where(real.any(dim=1), count - real.flip(1).int().argmax(dim=1), 0)
-    return torch.where(ends.any(dim=1), first, last)
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        super().__init__(criteria)
+        self.said: list[tuple[int, Tensor]] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        ended = super().__call__(input_ids, scores, **kwargs)
+        self.said.append((input_ids.shape[1], ended))
+        return ended
+
+
+@contextmanager
+def _recorded_ends(adapter: BayesianAdapter) -> Iterator[list[_Recorded]]:
+    """Inside, the criteria that the model's ``generate`` makes are recorded; its own call's are the first."""
+    model, made = adapter.anatomy.model, list[_Recorded]()
+    original = model._get_stopping_criteria
+
+    def recorded(*args: Any, **kwargs: Any) -> _Recorded:
+        made.append(_Recorded(original(*args, **kwargs)))
+        return made[-1]
+
+    model._get_stopping_criteria = recorded
+    try:
+        yield made
+    finally:
+        del model._get_stopping_criteria
+
+
+def _lengths(ends: Sequence[_Recorded], width: int, count: int) -> Tensor:
+    """(R,) new tokens of each row when a criterion first ended it; all of them where none did."""
+    if not ends or not ends[0].said:
+        raise SamplingError(
+            "generate: got a model that asks transformers for no stopping criteria, expected one that does. Fix: call "
+            "adapter.model.generate(...) inside adapter.predictive(...)"
+        )
+    ended = torch.stack([each for _, each in ends[0].said]).cpu()
+    reached = torch.tensor([tokens - width for tokens, _ in ends[0].said])
+    first = torch.where(ended.any(dim=0), reached[ended.int().argmax(dim=0)], count)
+    return first.clamp(max=count)
 
 
 def pieces_of(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -458,7 +567,25 @@ def pieces_of(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tupl
             continue
         found.append(text[len(decode(tokens[done:start])) :])
         done, start = start, end
-    return tuple(found)
+    whole = decode(tokens)
+    if "".join(found) == whole:
+        return tuple(found)
+    # A decoder that looks further than a token back (bytes that are no character, clean-up): cut the whole text instead, each
+    # piece up to where the text so far is still the whole's.
+    ends = [0]
+    for end in range(1, len(tokens)):
+        ends.append(max(ends[-1], len(os.path.commonprefix([decode(tokens[:end]), whole]))))
+    ends.append(len(whole))
+    return tuple(whole[start:end] for start, end in pairwise(ends))
+
+
+def _for_json(value: Any) -> Any:
+    """The same with None for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: _for_json(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_for_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _wait(value: Tensor) -> None:
