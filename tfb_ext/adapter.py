@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -305,34 +306,34 @@ class BayesianAdapter:
     @contextmanager
     def laid_out(self, first: int, batch: SampleBatch, layout: Layout | None) -> Iterator[None]:
         """The context behind :meth:`sampling`, for callers that know how the model lays out its rows."""
-        state, model = self._state, self.anatomy.model
-
-        def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not torch.compiler.is_compiling():
-                state.turn.begin()
-            self.check_call()
-            check_packing(module, kwargs)
-            rows, state.tokens = batch_shape(args, kwargs)
-            if rows % len(batch):
-                raise SamplingError(
-                    f"sampling({len(batch)} samples) got {rows} rows, expected a multiple of {len(batch)}: repeat the batch "
-                    "once for every sample, sample-major (inputs.repeat(samples, 1))"
-                )
-            state.each = rows // len(batch)
-            state.shared = None
-
-        def end_turn(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not torch.compiler.is_compiling():
-                state.turn.end()
-
+        model, state = self.anatomy.model, self._state
         with self._exclusive(first), ExitStack() as undo:
-            for hook in (
-                model.register_forward_pre_hook(before_model, with_kwargs=True),
-                model.register_forward_hook(end_turn, always_call=True),
-            ):
-                undo.callback(hook.remove)
+            before = partial(self._before_laid_out, batch)
+            undo.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(model.register_forward_hook(self._after_laid_out, always_call=True).remove)
             undo.enter_context(state.serving(batch, first, None if layout is None else layout.layers, fanned=True))
             yield
+
+    def _before_laid_out(
+        self, batch: SampleBatch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        state = self._state
+        if not torch.compiler.is_compiling():
+            state.turn.begin()
+        self.check_call()
+        check_packing(module, kwargs)
+        rows, state.tokens = batch_shape(args, kwargs)
+        if rows % len(batch):
+            raise SamplingError(
+                f"sampling({len(batch)} samples) got {rows} rows, expected a multiple of {len(batch)}: repeat the batch "
+                "once for every sample, sample-major (inputs.repeat(samples, 1))"
+            )
+        state.each = rows // len(batch)
+        state.shared = None
+
+    def _after_laid_out(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._state.turn.end()
 
     def batch(
         self,

@@ -25,7 +25,7 @@ class Attachment:
 
     def __init__(self, model: nn.Module, name: str, modules: Mapping[str, Any]) -> None:
         self.model, self.name, self.modules = model, name, modules
-        self._signs: dict[tuple[int, torch.device], Tensor] = {}
+        self._weights: dict[tuple[int, torch.device], Tensor] = {}
         self._noted = self._sums()
 
     def note(self) -> None:
@@ -117,16 +117,15 @@ class Attachment:
         return found
 
     def _sum(self, weights: Tensor) -> Tensor:
-        """(L, 2) of L matrices W: ``u^T W v`` with fixed signs u and v, which moves with any entry's value and place, and the norm."""
-        rows, columns = (self._signs_of(size, weights.device) for size in weights.shape[1:])
+        """(L, 2) of L matrices W: ``u^T W v`` with fixed random u and v, which moves with any entry's value and place, and the norm."""
+        rows, columns = (self._weights_of(size, weights.device) for size in weights.shape[1:])
         return torch.stack([(weights @ columns) @ rows, torch.linalg.vector_norm(weights, dim=(1, 2))], dim=1)
 
-    def _signs_of(self, size: int, device: torch.device) -> Tensor:
+    def _weights_of(self, size: int, device: torch.device) -> Tensor:
         key = (size, device)
-        if key not in self._signs:
-            drawn = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(size))
-            self._signs[key] = (2.0 * drawn - 1.0).to(device)
-        return self._signs[key]
+        if key not in self._weights:
+            self._weights[key] = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(device)
+        return self._weights[key]
 
     def _first_changed(self) -> str | None:
         """The first layer whose weights are others now. Moved to another device they are the same."""

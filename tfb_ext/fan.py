@@ -271,25 +271,8 @@ class Fan:
     def open(self) -> Iterator[Predictive]:
         anatomy, state, view = self.anatomy, self.state, self.view
         with ExitStack() as undo:
-            hooks: list[Any] = []
-            undo.callback(lambda: [hook.remove() for hook in hooks])
-            hooks += [
-                anatomy.model.register_forward_pre_hook(self.before_model, with_kwargs=True),
-                anatomy.model.register_forward_hook(self.after_model),
-                anatomy.model.register_forward_hook(self.end_turn, always_call=True),
-                anatomy.head.register_forward_pre_hook(self.before_head, with_kwargs=True),
-                anatomy.head.register_forward_hook(self.after_head),
-            ]
-            for index in range(self.first, len(anatomy.blocks)):
-                hook = partial(self.before_block, index)
-                hooks.append(anatomy.blocks[index].register_forward_pre_hook(hook, with_kwargs=True))
-            hooks += [part.register_forward_pre_hook(self.before_last_block_part) for part in last_block_parts(anatomy)]
-            if self.first > 0 and view.trunk is not None:
-                hooks.append(anatomy.blocks[0].register_forward_hook(self.after_lowest))
-                for index in view.trunk.firsts:
-                    if index < self.first:
-                        hook = partial(self.before_trunk_block, index)
-                        hooks.append(anatomy.blocks[index].register_forward_pre_hook(hook, with_kwargs=True))
+            for handle in self.hooks():
+                undo.callback(handle.remove)
             undo.callback(self.restore_blocks)
             self.caches = CacheWatch(self.first, len(view.batch), self.names_of_rows())
             undo.callback(self.caches.close)
@@ -303,6 +286,25 @@ class Fan:
                 undo.callback(settings.__setitem__, "final_logit_softcapping", self.soft_cap)
                 settings["final_logit_softcapping"] = None
             yield view
+
+    def hooks(self) -> Iterator[Any]:
+        """Register the hooks one after the other; each is given out before the next one is made."""
+        anatomy, trunk = self.anatomy, self.view.trunk
+        yield anatomy.model.register_forward_pre_hook(self.before_model, with_kwargs=True)
+        yield anatomy.model.register_forward_hook(self.after_model)
+        yield anatomy.model.register_forward_hook(self.end_turn, always_call=True)
+        yield anatomy.head.register_forward_pre_hook(self.before_head, with_kwargs=True)
+        yield anatomy.head.register_forward_hook(self.after_head)
+        for index in range(self.first, len(anatomy.blocks)):
+            hook = partial(self.before_block, index)
+            yield anatomy.blocks[index].register_forward_pre_hook(hook, with_kwargs=True)
+        for part in last_block_parts(anatomy):
+            yield part.register_forward_pre_hook(self.before_last_block_part)
+        if self.first > 0 and trunk is not None:
+            yield anatomy.blocks[0].register_forward_hook(self.after_lowest)
+            for index in (i for i in trunk.firsts if i < self.first):
+                hook = partial(self.before_trunk_block, index)
+                yield anatomy.blocks[index].register_forward_pre_hook(hook, with_kwargs=True)
 
     def names_of_rows(self) -> Hashable | None:
         """What the rows of a cache's fanned layers are of; ``None`` where no layer is fanned."""
