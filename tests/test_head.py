@@ -370,6 +370,6 @@ def test_a_model_that_changes_its_logits_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_regression_heads_are_refused() -> None:
     adapter = bayesian("llama-cls")
-    adapter.anatomy = replace(adapter.anatomy, kind="regression")
+    adapter.anatomy.model.config.problem_type = "regression"
     with pytest.raises(ValueError, match="head is regression, whose outputs are no class probabilities"):
         tfb_ext.head_gaussian(adapter, data_for("llama-cls"))

@@ -409,6 +409,26 @@ class BayesianAdapter:
             raise SamplingError("the model is in training mode, so dropout would add its own noise; call model.eval()")
         self._attachment.check_switches()
 
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """Inside, calls of the model would sample, whatever mode it is in and whichever adapter is active; for the guard."""
+        model, modules = self.anatomy.model, list(self._modules.values())
+        training = [part for part in model.modules() if part.training]
+        switches = [(m, m._active_adapter, m._disable_adapters) for m in modules]
+        try:
+            for part in training:
+                part.training = False
+            for module in modules:
+                module._active_adapter, module._disable_adapters = [self.name], False
+            with torch.no_grad():
+                self.check_call()
+                yield
+        finally:
+            for part in training:
+                part.training = True
+            for module, active, off in switches:
+                module._active_adapter, module._disable_adapters = active, off
+
     # Attaching ------------------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:

@@ -98,8 +98,8 @@ def find_anatomy(model: Any, lora_names: list[str]) -> Anatomy:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder model, whose two row counts the fan does not serve, expected a "
-            f"decoder-only or encoder-only one. Fix: {BY_HAND}"
+            f"{type(model).__name__} is an encoder-decoder model, whose two row counts the fan does not serve. Fix: use a decoder-only "
+            f"or encoder-only model; or {BY_HAND}"
         )
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]

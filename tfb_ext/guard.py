@@ -53,6 +53,11 @@ def learn(adapter: BayesianAdapter, first: int, fanned: bool = True) -> Layout:
             give. The message names what differs.
     """
     check_packing(adapter.anatomy.model, {})
+    with adapter.in_order():
+        return _learn(adapter, first, fanned)
+
+
+def _learn(adapter: BayesianAdapter, first: int, fanned: bool) -> Layout:
     trial = _Trial(adapter, first, fanned)
     arguments = trial.arguments() if fanned else {}
     problem = ""
@@ -181,7 +186,6 @@ class _Trial:
         """Calls outside any context; what they raise says that the tiny input is to blame."""
         try:
             with torch.no_grad():
-                self.adapter.check_call()
                 yield
         except (GuardError, torch.OutOfMemoryError):
             raise
