@@ -156,19 +156,29 @@ def read_json_object(path: Path, way_out: str) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not JSON, or holds something else. ``way_out`` ends the message.
     """
     try:
-        if not path.is_file():  # a pipe would be waited for, and a device has no end
-            raise ConfigError(f"{path} is no regular file, expected a JSON file; {way_out}")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}), expected a JSON file; {way_out}") from None
-    except RecursionError:
-        raise ConfigError(f"{path} is nested too deeply to be read, expected a JSON object; {way_out}") from None
-    except ConfigError:
-        raise
+        return parse_json_object(path)
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); {way_out}") from None
+        raise ConfigError(f"{path} {error}; {way_out}") from None
+
+
+def parse_json_object(path: Path) -> dict[str, Any]:
+    """The same with a ``ValueError`` that only says what is wrong with the file."""
+    try:
+        if not path.is_file():  # a pipe would be waited for, and a device has no end
+            raise ValueError("is no regular file, expected a JSON file")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror}), expected a JSON file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not valid JSON ({error})") from None
+    try:
+        raw = json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply, expected a JSON object") from None
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON ({error})") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}, expected a JSON object; {way_out}")
+        raise ValueError(f"holds a {type(raw).__name__}, expected a JSON object")
     return raw
 
 
