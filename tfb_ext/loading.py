@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,13 +139,14 @@ def attach_adapter(model: Any, folder: Path, name: str = "default", base: str | 
         UnsupportedModelError: the adapter's files are damaged or of another kind, or hold tensors that the model does not take,
             or lack some of which it has.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     if isinstance(model, PeftModel) and name in model.peft_config:
         return model
     _adapter_config(folder)
     tensors = _adapter_tensors(folder)
     fits = "pass the model it was trained on with --base, and for a classifier as many choices as it has classes"
+    restore = "restore the file or its adapter_config.json"
     try:
         if not isinstance(model, PeftModel):
             mapping = getattr(model, "_checkpoint_conversion_mapping", None)
@@ -163,31 +165,30 @@ def attach_adapter(model: Any, folder: Path, name: str = "default", base: str | 
             f"{folder}: the adapter has tokens that the base model {base or ''} does not have ({error}); put the tokenizer it was "
             "trained with into its folder, or resize the model's embeddings before"
         ) from None
+    except KeyError as error:
+        raise UnsupportedModelError(
+            f"{folder}: the adapter's file lacks tensors that its configuration asks for, such as {error}, expected all; {restore}"
+        ) from None
     except Exception as error:
         raise UnsupportedModelError(
             f"{folder}: PEFT cannot load this adapter ({type(error).__name__}: {error}); restore its files"
         ) from error
-    if found.unexpected_keys:
+    # With resized embeddings in modules_to_save, PEFT saves the wrapper's own tensors a second time.
+    extra = [k for k in found.unexpected_keys if _WRAPPED.sub(".", k) not in tensors or not _WRAPPED.search(k)]
+    if extra:
         raise UnsupportedModelError(
-            f"{folder}: the adapter's file has {len(found.unexpected_keys)} tensors that {type(model.get_base_model()).__name__} does "
-            f"not take, such as {found.unexpected_keys[0]!r}, expected none; load it over the kind of model it was trained on: {fits}"
+            f"{folder}: the adapter's file has {len(extra)} tensors that {type(model.get_base_model()).__name__} does not take, "
+            f"such as {extra[0]!r}, expected none; load it over the kind of model it was trained on: {fits}"
         )
-    trained = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    ends = {_last_names(key) for key in tensors}
-    missing = [
-        *found.missing_keys,
-        *(k for k in trained if tensors and "lora_" not in k and _last_names(k) not in ends),
-    ]
-    if missing:
+    if found.missing_keys:
         raise UnsupportedModelError(
-            f"{folder}: the adapter's file lacks {len(missing)} tensors that its configuration asks for, such as {missing[0]!r}, "
-            "expected all; restore the file or its adapter_config.json"
+            f"{folder}: the adapter's file lacks {len(found.missing_keys)} tensors that its configuration asks for, such as "
+            f"{found.missing_keys[0]!r}, expected all; {restore}"
         )
     return model.eval()
 
 
-def _last_names(key: str) -> str:
-    return ".".join(key.split(".")[-2:])
+_WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")
 
 
 def _model_class(folder: Path, config: dict[str, Any]) -> tuple[Any, bool]:
