@@ -172,18 +172,9 @@ def test_damaged_records_are_refused(name: str, finished: Path, tmp_path: Path) 
     path.write_text(json.dumps(raw))
     with pytest.raises(ConfigError, match="holds no records of a search .*; give another checkpoint, or delete"):
         search_sigma(*prepared(), **OPTIONS, checkpoint=path)
-    with (
-        pytest.raises(ConfigError, match="is no search for sigma: .*; restore it, or search again")
-        if name != "class outside"
-        else _nothing()
-    ):
-        SigmaSearch.load(path)  # which does not know how many classes there are
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
+    if name != "class outside":  # a file alone does not say how many classes there are
+        with pytest.raises(ConfigError, match="is no search for sigma: .*; restore it, or search again"):
+            SigmaSearch.load(path)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
