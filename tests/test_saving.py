@@ -174,7 +174,7 @@ def test_without_exchange_a_half_replaced_folder_is_refused(tmp_path: Path, monk
 
 
 def test_a_running_save_is_no_leftover(tmp_path: Path) -> None:
-    path, handle = files._new_temporary(tmp_path)
+    path, handle = files.new_temporary(tmp_path)
     remove_leftovers(tmp_path)
     assert path.exists()
     os.close(handle)

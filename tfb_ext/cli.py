@@ -536,9 +536,9 @@ def generate(
     _check_sigma(sigma)
     _check_samples(samples)
     check_count("max_new_tokens", max_new_tokens, _MOST_NEW_TOKENS)
-    for name, value in (("--temperature", temperature), ("--top-p", top_p)):
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise typer.BadParameter(f"{value}, expected a finite number above 0", param_hint=name)
+            raise ValueError(f"{name} is {value}, expected a finite number above 0")
     _check_targets({}, {"--html": html})
     texts = prompt or [sys.stdin.read().rstrip("\n")]
     for text in texts:

@@ -64,7 +64,7 @@ class TFBConfig:
 
     def write(self, folder: Path) -> Path:
         path = folder / CONFIG_NAME
-        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(path, json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
         return path
 
     @classmethod
@@ -227,7 +227,7 @@ def _own_stream(status: os.stat_result) -> Any:
 def _replace(path: Path, data: bytes, status: os.stat_result | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    temporary, handle = _new_temporary(path.parent)
+    temporary, handle = new_temporary(path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             if status is not None:
@@ -241,7 +241,7 @@ def _replace(path: Path, data: bytes, status: os.stat_result | None) -> None:
         raise
 
 
-def _new_temporary(folder: Path, directory: bool = False) -> tuple[Path, int]:
+def new_temporary(folder: Path, directory: bool = False) -> tuple[Path, int]:
     """A new file or folder and its open handle, locked: as long as the lock is held, nobody takes it for a leftover."""
     while True:
         path = folder / f".tfb-{secrets.token_hex(4)}"
@@ -287,7 +287,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     for place in (folder.parent, folder):
         remove_leftovers(place)
-    staged, handle = _new_temporary(folder.parent, directory=True)
+    staged, handle = new_temporary(folder.parent, directory=True)
     try:
         yield staged
         for file in staged.iterdir():

@@ -103,7 +103,7 @@ def search_sigma(
 
     Raises:
         ValueError: empty anchors, or an argument outside what is said here.
-        ConfigError: the checkpoint is damaged or of another adapter, data set or noise.
+        ConfigError: the checkpoint is damaged or of another adapter, base model, data set or noise.
         SamplingError: another process of the search was lost.
     """
     started = time.perf_counter()
