@@ -24,7 +24,7 @@ def digest(path: Path) -> str:
 
 
 def unfinished() -> list[Path]:
-    return list(cache_dir().glob("unfinished-*"))
+    return list(cache_dir().glob(".tfb-*"))
 
 
 def test_fetch_downloads_both_wheels_once(shop: Path) -> None:

@@ -41,7 +41,7 @@ def test_missing_file(tmp_path: Path) -> None:
         (b"", "is not valid JSON"),
         (b"\xff\xfe\x00", "is not valid JSON"),
         (b"[1, 2]", "holds a list, expected a JSON object"),
-        (b"{}", "format_version is None, expected an integer from 1 to 2"),
+        (b"{}", "format_version is None, expected an integer from 1 to 3"),
         (b'{"alpha": 16, "peft_type": "LORA"}', "format_version is None"),
         (b'{"format_version": "1"}', "format_version is '1', expected an integer"),
         (b'{"format_version": true}', "format_version is True, expected an integer"),
@@ -58,7 +58,7 @@ def test_damaged_file(tmp_path: Path, content: bytes, words: str) -> None:
 def test_newer_file(tmp_path: Path) -> None:
     raw = {"format_version": FORMAT_VERSION + 1, "package_version": "9.8.7"}
     (tmp_path / CONFIG_NAME).write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=r"has format_version 3, this tfb_ext .* reads up to 2; upgrade.*9\.8\.7"):
+    with pytest.raises(ConfigError, match=r"has format_version 4, this tfb_ext .* reads up to 3; upgrade.*9\.8\.7"):
         TFBConfig.read(tmp_path)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shutil
-import tempfile
+import struct
 import warnings
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
@@ -18,14 +17,16 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import guard, ops
 from .attached import Attachment
+from .checks import check_samples, check_sigma
 from .errors import ConfigError, GuardError, SamplingError, UnsupportedModelError
 from .families import check_family
 from .fan import Anatomy, Fan, Layout, Predictive, Trunk, batch_shape, check_packing, find_anatomy
-from .files import CONFIG_NAME, MODES, TFBConfig
+from .files import CONFIG_NAME, FORMAT_VERSION, MODES, TFBConfig, replacing_folder
 from .layers import (
     SampleBatch,
     SamplingState,
@@ -36,6 +37,7 @@ from .layers import (
     find_groups,
     take_over,
 )
+from .loading import attach_adapter
 from .posterior import LayerPosterior, canonical_name, layer_posterior, unique_layer_ids
 
 Depth = int | float | str
@@ -533,33 +535,47 @@ class BayesianAdapter:
             fingerprint=self.fingerprint(),
         )
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the adapter's A and B as float32: sigma was chosen for these weights and no others."""
+    def fingerprint(self, version: int = FORMAT_VERSION) -> str:
+        """SHA-256 of the adapter's A and B as float32 and of the scaling: sigma was chosen for these and no others.
+
+        ``version`` is that of ``tfb_config.json``; before 3 the scaling was not part of it.
+        """
         digest = hashlib.sha256()
         for name in self.layers:
+            module = self._modules[name]
             digest.update(name.encode())
-            for part in (self._modules[name].lora_A, self._modules[name].lora_B):
+            for part in (module.lora_A, module.lora_B):
                 digest.update(part[self.name].weight.detach().float().cpu().contiguous().numpy().tobytes())
+            if version >= 3:
+                digest.update(struct.pack("<d", module.scaling[self.name]))
         return digest.hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Save the adapter as PEFT does and ``tfb_config.json`` beside it, last; each file whole or not at all. Returns that folder.
+        """Save the adapter as PEFT does with ``tfb_config.json`` beside it, all of it or nothing. Returns that folder.
 
-        As in PEFT, an adapter that is not called ``default`` goes into a subfolder of its name.
+        As in PEFT, an adapter that is not called ``default`` goes into a subfolder of its name. Other files there stay.
+
+        Raises:
+            OSError: it cannot be written.
         """
         self._check_certified()
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         place = target if self.name == "default" else target / self.name
-        with tempfile.TemporaryDirectory(prefix=".tfb-", dir=target) as temporary:
-            if self.name == "default" and (place / "README.md").exists():  # PEFT keeps what people wrote into the card
-                shutil.copy(place / "README.md", temporary)
-            self.model.save_pretrained(temporary, selected_adapters=[self.name], safe_serialization=True)
-            written = Path(temporary) if self.name == "default" else Path(temporary) / self.name
-            place.mkdir(exist_ok=True)
-            for file in sorted(p for p in written.iterdir() if p.is_file()):
-                os.replace(file, place / file.name)
-        self.config().write(place)
+        with replacing_folder(place) as staged:
+            if self.name == "default" and (place / "README.md").is_file():  # PEFT keeps what people wrote into the card
+                shutil.copyfile(place / "README.md", staged / "README.md")
+            try:
+                self.model.save_pretrained(str(staged), selected_adapters=[self.name], safe_serialization=True)
+            except SafetensorError as error:  # its errors of the operating system are no OSError
+                raise OSError(
+                    f"{place}: the adapter's weights cannot be written ({error}). Fix: free some space"
+                ) from None
+            if self.name != "default":
+                (staged / "README.md").unlink(missing_ok=True)
+                for file in (staged / self.name).iterdir():
+                    file.rename(staged / file.name)
+                (staged / self.name).rmdir()
+            self.config().write(staged)
         return place
 
     def _check_certified(self) -> None:
@@ -710,14 +726,12 @@ def load(model: nn.Module, folder: str | Path, adapter: str = "default") -> Baye
     Raises:
         ConfigError: the file is missing, damaged, newer than this package, or of another adapter. The model is untouched
             unless the mismatch could only be seen after loading the adapter.
+        UnsupportedModelError: the adapter's own files are damaged or do not fit the model.
     """
     config = TFBConfig.read(folder)
-    if not isinstance(model, PeftModel):
-        model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter)
-    elif adapter not in model.peft_config:
-        model.load_adapter(str(folder), adapter_name=adapter)
+    peft_model = attach_adapter(model, Path(folder), adapter)
     bayesian = bayesianize(
-        model,
+        peft_model,
         adapter,
         sigma=config.sigma,
         seed=config.seed,
@@ -742,9 +756,10 @@ def _restore(bayesian: BayesianAdapter, config: TFBConfig, path: Path) -> None:
             f"{path} belongs to another adapter: of its layers {missing[:3]} are not here, and {extra[:3]} are not in it; "
             "search sigma again for this adapter"
         )
-    if config.fingerprint is not None and config.fingerprint != bayesian.fingerprint():
+    if config.fingerprint is not None and config.fingerprint != bayesian.fingerprint(config.format_version):
+        scaling = " or another scaling (lora_alpha)" if config.format_version >= 3 else ""
         raise ConfigError(
-            f"{path}: sigma was chosen for other weights than those of adapter {bayesian.name!r} (their SHA-256 differs); "
+            f"{path}: sigma was chosen for other weights than those of adapter {bayesian.name!r}{scaling} (their SHA-256 differs); "
             "search sigma again, or set fingerprint to null if the weights were only converted"
         )
     bayesian.search = config.search
@@ -752,15 +767,6 @@ def _restore(bayesian: BayesianAdapter, config: TFBConfig, path: Path) -> None:
         bayesian.depth = config.depth
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def check_sigma(value: float) -> float:
-    """A usable posterior scale: finite and positive."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ValueError(
-            f"sigma is {value!r}, expected a finite number above 0 (the mean adapter needs no sampling context)"
-        )
-    return float(value)
 
 
 def check_mode(value: str, family: str) -> str:
@@ -772,16 +778,6 @@ def check_mode(value: str, family: str) -> str:
             "'low-rank' or 'constant'"
         )
     return value
-
-
-def check_samples(samples: int | Sequence[int]) -> tuple[int, ...]:
-    """Sample numbers from a count or a list of them."""
-    if isinstance(samples, bool | float | str) or (isinstance(samples, int) and samples < 1):
-        raise ValueError(f"samples is {samples!r}, expected a count of at least 1 or a list of sample numbers")
-    numbers = tuple(range(samples)) if isinstance(samples, int) else tuple(samples)
-    if not numbers or any(isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < 2**31 for k in numbers):
-        raise ValueError(f"samples is {samples!r}, expected a count of at least 1 or sample numbers in [0, 2**31)")
-    return numbers
 
 
 def _refuse_adapter_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

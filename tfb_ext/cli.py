@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .uncertainty import Detection, Selective
 
 _DOUBTS = ("total", "aleatoric", "epistemic")
+_MOST_NEW_TOKENS = 2**20  # more than any model's context
 # A table: title, header, rows, note.
 _Rows = tuple[str, tuple[str, ...], Sequence[tuple[str, ...]], str]
 
@@ -122,6 +124,9 @@ def demo(
     from .files import write_atomically
     from .loading import DEMO
 
+    _check_samples(samples)
+    _check_samples(search_samples)
+    _check_targets({"--out": out} if report else {}, {"--save": save})
     started = time.perf_counter()
     options = DemoOptions(
         adapters=tuple(adapter or [DEMO]),
@@ -135,18 +140,23 @@ def demo(
         dtype=dtype,
     )
     screen = _screen()
-    runs = run_demo(options, lambda text: screen.print(text, highlight=False, markup=False))
-    written = write_report(runs, out, _command(), time.perf_counter() - started) if report else None
+    runs = run_demo(options, lambda text: _say(text, screen))
+    outcome = _Outcome()
     rows = [run.to_dict() for run in runs]
-    if save is not None:
-        write_atomically(save, json.dumps(rows, indent=1) + "\n")
     if as_json:
-        print(json.dumps(rows))
+        outcome.show(lambda: _print_json(rows))
     items = len(runs[0].labels)
-    _table(f"Sarcastic headlines, {items} test items ({runs[0].device})", TABLE_COLUMNS, table_rows(runs), screen)
-    if written is not None:
-        screen.print(f"report: {written}", highlight=False)
-    screen.print(f"total {time.perf_counter() - started:.0f} s", highlight=False)
+    title = f"Sarcastic headlines, {items} test items ({runs[0].device})"
+    outcome.show(lambda: _table(title, TABLE_COLUMNS, table_rows(runs), screen))
+    if save is not None:
+        outcome.write("--save", lambda: write_atomically(save, json.dumps(_finite(rows), indent=1) + "\n"))
+    if report:
+        seconds = time.perf_counter() - started
+        written = outcome.write("--out", lambda: write_report(runs, out, _command(), seconds))
+        if written is not None:
+            _say(f"report: {written}", screen)
+    _say(f"total {time.perf_counter() - started:.0f} s", screen)
+    outcome.end()
 
 
 @app.command()
@@ -207,6 +217,10 @@ def search(
     from .search import search_sigma
 
     _check_score(score, by_length)
+    _check_samples(samples)
+    parsed_bracket = _bracket(bracket)
+    parsed_depth = None if depth is None else [parse_depth(d) for d in depth.split(",")]
+    _check_targets({"--save": save}, {"--plot": plot, "--trace": trace, "--checkpoint": checkpoint}, Path(data))
     examples = _examples(data, split, prompt, label, choices, limit)
     loaded, bayesian = _load(adapter, base, device, dtype, None, seed, None, examples)
     try:
@@ -219,10 +233,10 @@ def search(
             bound=bound,  # type: ignore[arg-type]
             objective=objective,  # type: ignore[arg-type]
             method=method,  # type: ignore[arg-type]
-            bracket=_bracket(bracket),
+            bracket=parsed_bracket,
             steps=steps,
             samples=samples,
-            depth=None if depth is None else [parse_depth(d) for d in depth.split(",")],
+            depth=parsed_depth,
             batch_size=batch_size,
             early_stop=early_stop,
             checkpoint=checkpoint,
@@ -231,21 +245,31 @@ def search(
         way = "nothing was kept (--checkpoint FILE keeps it)"
         if checkpoint is not None and checkpoint.exists():
             way = f"{checkpoint} holds what was done; the same command goes on from there"
-        _screen().print(f"interrupted: {way}", highlight=False, soft_wrap=True)
+        _say(f"interrupted: {way}", _screen())
         raise SystemExit(130) from None
-    if plot is not None:
-        found.plot(plot)
+    outcome = _Outcome()
+    if not as_json:
+        outcome.show(lambda: _say(str(found)))
+
+    def save_adapter() -> Path:
+        assert save is not None
+        place = bayesian.save_pretrained(save)
+        if loaded.own_tokenizer:
+            loaded.tokenizer.save_pretrained(str(place))
+        return place
+
+    saved = None if save is None else outcome.write("--save", save_adapter)
     if trace is not None:
-        found.save(trace)
-    saved = bayesian.save_pretrained(save) if save is not None else None
+        outcome.write("--trace", lambda: found.save(trace))
+    if plot is not None:
+        outcome.write("--plot", lambda: found.plot(plot))
     if as_json:
-        print(json.dumps({**found.to_dict(), "saved": None if saved is None else str(saved)}))
-        return
-    print(found)
-    if saved is not None:
-        print(f"saved: {saved} (load with tfb_ext.load(base_model, {str(saved)!r}))")
-    else:
-        print("not saved; add --save FOLDER to keep it")
+        outcome.show(lambda: _print_json({**found.to_dict(), "saved": None if saved is None else str(saved)}))
+    elif saved is not None:
+        outcome.show(lambda: _say(f"saved: {saved} (load with tfb_ext.load(base_model, {str(saved)!r}))"))
+    elif save is None:
+        outcome.show(lambda: _say("not saved; add --save FOLDER to keep it"))
+    outcome.end()
 
 
 @app.command()
@@ -275,7 +299,7 @@ def evaluate(
     ood: Annotated[
         str | None,
         typer.Option(
-            help="Also: does it know strangers? Out-of-distribution items, read as --data is, labelled or not."
+            help="Also: does it know what it does not know? Out-of-distribution items, read as --data is, labelled or not."
         ),
     ] = None,
     out: Annotated[
@@ -292,6 +316,9 @@ def evaluate(
     from .prediction import predict as run
 
     _check_score(score, by_length, adaptive)
+    _check_samples(samples)
+    _check_sigma(sigma)
+    _check_targets({"--out": out}, {})
     examples = _examples(data, split, prompt, label, choices, limit)
     strangers = None if ood is None else _strangers(ood, split, prompt, choices, limit, examples)
     loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, examples)
@@ -328,11 +355,16 @@ def evaluate(
         tables.append(_selective_table(chosen, len(labels)))
     if detected is not None:
         tables.append(_detection_table(detected, str(ood)))
-    written = None
-    if out is not None:
+    outcome = _Outcome()
+    if not as_json:
+        for title, header, lines, _ in tables:
+            outcome.show(lambda t=title, h=header, r=lines: _table(t, h, r, Console()))  # type: ignore[misc]
+
+    def write_report() -> Path:
         from . import report
         from .uncertainty import uncertainty_scores
 
+        assert out is not None
         out.mkdir(parents=True, exist_ok=True)
         pictures = {"Reliability before and after": out / "reliability.png"}
         report.reliability_diagram(
@@ -358,6 +390,9 @@ def evaluate(
         }
         written = out / "report.html"
         report.html_report(written, "tfb_ext: evaluation", [report.Table(*t) for t in tables], pictures, facts)
+        return written
+
+    written = None if out is None else outcome.write("--out", write_report)
     if as_json:
         names = ("mean", "tfb")
         document: dict[str, Any] = {n: m.to_dict() for n, m in zip(names, measured.values(), strict=True)}
@@ -367,12 +402,10 @@ def evaluate(
             document["selective"] = _by_score(names, chosen)
         if detected is not None:
             document["ood"] = {"data": ood, **_by_score(names, detected)}
-        print(json.dumps({**document, "report": None if written is None else str(written)}))
-        return
-    for title, header, lines, _ in tables:
-        _table(title, header, lines, Console())
-    if written is not None:
-        print(f"report: {written}")
+        outcome.show(lambda: _print_json({**document, "report": None if written is None else str(written)}))
+    elif written is not None:
+        outcome.show(lambda: _say(f"report: {written}"))
+    outcome.end()
 
 
 @app.command()
@@ -405,11 +438,16 @@ def predict(
     from .prediction import predict as run
 
     _check_score(score, by_length, adaptive)
+    _check_sigma(sigma)
+    if samples != 0:
+        _check_samples(samples)
     if (data is None) == (text is None):
         raise typer.BadParameter("give either --data or --text", param_hint="--data/--text")
     if text is not None:
         if choices is None:
             raise typer.BadParameter("--text needs --choices, such as ' no| yes'", param_hint="--choices")
+        _check_text("--text", text)
+        _check_text("--choices", choices)
         examples = [Example(text, tuple(choices.split("|")))]
     else:
         assert data is not None
@@ -434,13 +472,13 @@ def predict(
                 "prompt": example.prompt,
                 "prediction": found.choices[int(found.labels[i])],
                 "probabilities": dict(zip(found.choices, found.probabilities[i].tolist(), strict=True)),
-                "standard_error": [None if v != v else v for v in found.standard_error[i].tolist()],
+                "standard_error": found.standard_error[i].tolist(),
                 **{name: values[i] for name, values in columns.items()},
                 "samples_drawn": int(found.samples_drawn[i]),
             }
             for i, example in enumerate(examples)
         ]
-        print(json.dumps({"sigma": found.sigma, "samples": len(found.samples), "items": items}))
+        _print_json({"sigma": found.sigma, "samples": len(found.samples), "items": items})
         return
     rows = [
         (
@@ -489,12 +527,22 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer prompts, every token coloured by how much the sampled adapters disagree about it."""
+    from .checks import check_count
     from .generation import generate as run
     from .report import generation_page
 
-    texts = prompt or [sys.stdin.read().rstrip("\n")]
     if system is not None and not chat:
         raise typer.BadParameter("needs --chat", param_hint="--system")
+    _check_sigma(sigma)
+    _check_samples(samples)
+    check_count("max_new_tokens", max_new_tokens, most=_MOST_NEW_TOKENS)
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {value}, expected a finite number above 0")
+    _check_targets({}, {"--html": html})
+    texts = prompt or [sys.stdin.read().rstrip("\n")]
+    for text in texts:
+        _check_text("--prompt", text)
     loaded, bayesian = _load(adapter, base, device, dtype, depth, seed, sigma, None)
     _need_sigma(bayesian)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
@@ -506,23 +554,16 @@ def generate(
     first = [] if system is None else [{"role": "system", "content": system}]
     prompts: Any = [[*first, {"role": "user", "content": text}] for text in texts] if chat else texts
     found = run(bayesian, prompts, loaded.tokenizer, samples, **options)
-    if html is not None:
-        generation_page(found, texts, loaded.tokenizer, html)
+    outcome = _Outcome()
     if as_json:
-        print(json.dumps(found.to_dict() | {"prompts": texts}))
-        return
-    screen = Console()
-    for row, text in enumerate(texts):
-        if len(texts) > 1:
-            screen.print(_shorten(text), style="dim", markup=False, highlight=False)
-        screen.print(_doubt(found, row), soft_wrap=True)
-    screen.print(
-        f"epistemic uncertainty, nats: {_ramp()}; {len(found.samples)} samples, sigma {found.sigma:.3g}, "
-        f"{found.seconds:.1f} s",
-        highlight=False,
-    )
+        outcome.show(lambda: _print_json(found.to_dict() | {"prompts": texts}))
+    else:
+        outcome.show(lambda: _show_answers(found, texts))
     if html is not None:
-        screen.print(f"page: {html}", highlight=False)
+        outcome.write("--html", lambda: generation_page(found, texts, loaded.tokenizer, html))
+        if not as_json and not outcome.failed:
+            outcome.show(lambda: _say(f"page: {html}"))
+    outcome.end()
 
 
 @app.command()
@@ -549,17 +590,17 @@ def info(
 
         document["adapter"] = asdict(TFBConfig.read(adapter))
     if as_json:
-        print(json.dumps(document))
+        _print_json(document)
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in document["versions"].items():
-        table.add_row(name, value)
-    table.add_row("CPU", document["devices"]["cpu"])
-    table.add_row("GPU", ", ".join(gpus) or "none seen by torch")
+        table.add_row(name, Text(value))
+    table.add_row("CPU", Text(document["devices"]["cpu"]))
+    table.add_row("GPU", Text(", ".join(gpus) or "none seen by torch"))
     for name, value in build.items():
-        table.add_row(f"extension: {name}", str(value))
+        table.add_row(f"extension: {name}", Text(str(value)))
     for name, value in document.get("adapter", {}).items():
-        table.add_row(f"adapter: {name}", f"{len(value)} layers" if name == "layers" else str(value))
+        table.add_row(f"adapter: {name}", Text(_visible(f"{len(value)} layers" if name == "layers" else str(value))))
     Console().print(table)
 
 
@@ -586,8 +627,21 @@ def _doubt_style(value: float) -> str:
 def _doubt(found: Generation, row: int) -> Text:
     text = Text()
     for piece, value in zip(found.pieces[row], found.epistemic[row].tolist(), strict=False):
-        text.append(piece, _doubt_style(value))
+        text.append(_visible(piece), _doubt_style(value))
     return text
+
+
+def _show_answers(found: Generation, texts: Sequence[str]) -> None:
+    screen = Console()
+    for row, text in enumerate(texts):
+        if len(texts) > 1:
+            screen.print(Text(_shorten(text), "dim"))
+        screen.print(_doubt(found, row), soft_wrap=True)
+    screen.print(
+        f"epistemic uncertainty, nats: {_ramp()}; {len(found.samples)} samples, sigma {found.sigma:.3g}, "
+        f"{found.seconds:.1f} s",
+        highlight=False,
+    )
 
 
 def _ramp() -> str:
@@ -779,21 +833,148 @@ def _drawn(prediction: Prediction) -> str:
     return str(most) if prediction.drawn is None else f"{mean:.1f} of {most}"
 
 
+def _check_sigma(sigma: float | None) -> None:
+    from .checks import check_sigma
+
+    if sigma is not None:
+        check_sigma(sigma)
+
+
+def _check_samples(samples: int | None) -> None:
+    from .checks import check_samples
+
+    if samples is not None:
+        check_samples(samples)
+
+
+def _check_text(option: str, text: str) -> None:
+    """Bytes that are no UTF-8 reach Python as half characters, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter(
+            f"character {error.start + 1} of {text!r} is no UTF-8, expected text. Fix: convert it", param_hint=option
+        ) from None
+
+
+def _check_targets(
+    folders: Mapping[str, Path | None], files: Mapping[str, Path | None], data: Path | None = None
+) -> None:
+    """Whether what the options name can be written, before the work; two of them may not be one file, nor the data."""
+    from .files import CONFIG_NAME, check_target
+
+    inside = {
+        "--save": ("adapter_config.json", "adapter_model.safetensors", "README.md", CONFIG_NAME),
+        "--out": ("report.html",),
+    }
+    seen = {} if data is None else {os.path.realpath(data): "--data"}
+    for option, path in [*folders.items(), *files.items()]:
+        if path is None:
+            continue
+        try:
+            check_target(path, option in folders, inside[option] if option in folders else ())
+            if option == "--checkpoint" and path.exists() and not path.is_file():
+                raise ValueError(
+                    f"{path} is no regular file, expected one that can be read again. Fix: give another name"
+                )
+            if path.is_file() or not path.exists():
+                other = seen.setdefault(os.path.realpath(path), option)
+                if other != option:
+                    raise ValueError(f"{path} is {other} too, expected a file of its own. Fix: give another name")
+        except ValueError as error:
+            raise typer.BadParameter(_visible(str(error)), param_hint=option) from None
+
+
+class _Outcome:
+    """What a command shows and writes once its work is done: a failure is told, hides nothing and counts at the end."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def show(self, action: Callable[[], object]) -> None:
+        """Print on standard output."""
+
+        def flushed() -> None:
+            action()
+            sys.stdout.flush()
+
+        self.write("standard output", flushed)
+
+    def write(self, option: str, action: Callable[[], Any]) -> Any:
+        """The result of ``action``, ``None`` where it fails."""
+        try:
+            return action()
+        except Exception as error:
+            if os.environ.get("TFB_EXT_DEBUG"):
+                raise
+            self._fail(option, error)
+        except SystemExit as error:  # rich's answer to a closed pipe
+            self._fail(option, BrokenPipeError(f"the reader has gone away ({error.code})"))
+        return None
+
+    def _fail(self, option: str, error: Exception) -> None:
+        self.failed = True
+        if option == "standard output":
+            _discard_output()
+        _complain(f"{option}: {_sentence(error)}")
+
+    def end(self) -> None:
+        if self.failed:
+            raise SystemExit(1)
+
+
+def _discard_output() -> None:
+    """Standard output is broken: what is left in its buffer must not fail once more at the interpreter's end."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
 def _screen() -> Console:
     return Console(stderr=True)
 
 
+# Control characters, which a terminal obeys; line breaks and tabs are layout.
+_CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
+# Characters that turn the direction of what follows.
+_CONTROLS |= {n: f"\\u{n:04x}" for n in (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def _visible(text: str) -> str:
+    """Text of a user, a file or a model for a terminal: control characters are spelt out."""
+    return text.replace("\r\n", "\n").translate(_CONTROLS)
+
+
+def _say(text: str, screen: Console | None = None) -> None:
+    """Print text as it is: no markup, no colours, no pictures for ``:names:``."""
+    (screen or Console()).print(Text(_visible(text)), soft_wrap=True)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(_finite(document), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are null."""
+    if isinstance(value, Mapping):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], screen: Console) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(_visible(title)), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(Text(column), justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(_visible(cell)) for cell in row))
     screen.print(table)
 
 
 def _shorten(text: str, width: int = 60) -> str:
-    line = " ".join(text.split())
+    line = _visible(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
@@ -802,25 +983,44 @@ def _command() -> str:
 
 
 def main() -> None:
-    """Run ``tfb``; errors that a user can mend are one sentence, without a traceback (``TFB_EXT_DEBUG=1`` shows it)."""
-    from .errors import TFBError
-
+    """Run ``tfb``; errors are one sentence, without a traceback (``TFB_EXT_DEBUG=1`` shows it)."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # a terminal without a character shows its number
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        app()
-    except (TFBError, ValueError, ImportError, OSError) as error:
-        if os.environ.get("TFB_EXT_DEBUG"):
-            raise
-        _stop(error)
-    except RuntimeError as error:
-        import torch  # not above: it takes seconds that --help need not wait for
-
-        if os.environ.get("TFB_EXT_DEBUG") or not isinstance(error, torch.OutOfMemoryError):
-            raise
-        _stop(error)
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        if os.environ.get("TFB_EXT_DEBUG"):
+            raise
+        if isinstance(error, OSError):
+            _discard_output()
+        _complain(_sentence(error))
+        raise SystemExit(1) from None
 
 
-def _stop(error: Exception) -> NoReturn:
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
-    raise SystemExit(1) from None
+def _sentence(error: Exception) -> str:
+    from .errors import TFBError
+
+    if isinstance(error, BrokenPipeError):
+        return "standard output was closed before all of it was written"
+    if isinstance(error, TFBError | ValueError | ImportError | OSError) and str(error):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "the memory of this machine is too small; use fewer samples, a smaller batch or fewer items"
+    if isinstance(error, RuntimeError):
+        import torch  # not above: it takes seconds that --help need not wait for
+
+        if isinstance(error, torch.OutOfMemoryError):
+            return str(error)
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{type(error).__name__}: {first}; TFB_EXT_DEBUG=1 shows where it comes from"
+
+
+def _complain(text: str) -> None:
+    with suppress(OSError):
+        _screen().print(Text.assemble(("error:", "bold red"), " ", _visible(text)), soft_wrap=True)

@@ -1,20 +1,30 @@
-"""``tfb_config.json``: the two numbers, and what they belong to, beside the adapter's own files."""
+"""``tfb_config.json``: the two numbers, and what they belong to, beside the adapter's own files; reading and writing files."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-import tempfile
+import re
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .checks import check_sigma
 from .errors import ConfigError
 
 CONFIG_NAME = "tfb_config.json"
-# Version 2 added the family, which a reader of version 1 would take for "low-rank" without a word.
-FORMAT_VERSION = 2
+# Version 2 added the family, which a reader of version 1 would take for "low-rank" without a word. From version 3 on the
+# fingerprint is of the layers' scaling too.
+FORMAT_VERSION = 3
 MODES = ("weight", "flipout", "token")
 FAMILIES = ("low-rank", "constant", "full-rank")
 
@@ -33,7 +43,8 @@ class TFBConfig:
         base_model: the base model's name as PEFT recorded it.
         family: variance family; files of format 1 have none and mean ``"low-rank"``.
         search: summary of the search that chose sigma, or ``None``.
-        fingerprint: SHA-256 of the adapter's weights that sigma was chosen for; ``None`` (removed by hand) skips the check.
+        fingerprint: SHA-256 of the adapter's weights and scaling that sigma was chosen for (of the weights alone in formats 1
+            and 2); ``None`` (removed by hand) skips the check.
         package_version: version of tfb_ext that wrote the file.
         format_version: version of this file's format.
     """
@@ -53,7 +64,7 @@ class TFBConfig:
 
     def write(self, folder: Path) -> Path:
         path = folder / CONFIG_NAME
-        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(path, json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
         return path
 
     @classmethod
@@ -64,21 +75,12 @@ class TFBConfig:
             ConfigError: no such file, not JSON, written by a newer format, or a field of the wrong type or value.
         """
         path = Path(folder) / CONFIG_NAME
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             raise ConfigError(
                 f"{path} does not exist: this adapter has no saved posterior; make one with tfb_ext.bayesianize and "
                 "save_pretrained, or `tfb search --save`"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path} is not valid JSON ({error}); restore it or write it again with a search"
-            ) from None
-        if not isinstance(raw, dict):
-            raise ConfigError(
-                f"{path} holds a {type(raw).__name__}, expected a JSON object; write it again with a search"
             )
+        raw = read_json_object(path, "write it again with a search")
         version = raw.get("format_version")
         if type(version) is not int or version < 1:
             raise ConfigError(f"{path}: format_version is {version!r}, expected an integer from 1 to {FORMAT_VERSION}")
@@ -96,14 +98,16 @@ class TFBConfig:
 
 
 def _check_fields(path: Path, raw: dict[str, Any]) -> None:
-    def number(v: Any) -> bool:
-        return isinstance(v, int | float) and not isinstance(v, bool)
+    def sigma(value: Any) -> bool:
+        with suppress(ValueError):
+            return check_sigma(value) > 0
+        return False
 
     checks: list[tuple[str, bool, str]] = [
         (
             "sigma",
-            raw.get("sigma") is None or (number(raw["sigma"]) and 0 < raw["sigma"] < float("inf")),
-            "a positive number or null",
+            raw.get("sigma") is None or sigma(raw["sigma"]),
+            "within float32, a positive number or null",
         ),
         ("seed", type(raw.get("seed")) is int and 0 <= raw["seed"] < 2**64, "an integer in [0, 2**64)"),
         ("mode", raw.get("mode") in MODES, " or ".join(map(repr, MODES))),
@@ -131,6 +135,11 @@ def _check_fields(path: Path, raw: dict[str, Any]) -> None:
             raw.get("fingerprint") is None or isinstance(raw["fingerprint"], str),
             "a SHA-256 in hexadecimal or null",
         ),
+        (
+            "base_model",
+            raw.get("base_model") is None or isinstance(raw["base_model"], str),
+            "the base model's name or null",
+        ),
         ("search", raw.get("search") is None or isinstance(raw["search"], dict), "an object or null"),
     ]
     for name, good, wanted in checks:
@@ -140,17 +149,234 @@ def _check_fields(path: Path, raw: dict[str, Any]) -> None:
             )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: a temporary file in the same folder, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def read_json_object(path: Path, way_out: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not JSON, or holds something else. ``way_out`` ends the message.
+    """
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        return parse_json_object(path)
+    except ValueError as error:
+        raise ConfigError(f"{path} {error}; {way_out}") from None
+
+
+def parse_json_object(path: Path) -> dict[str, Any]:
+    """The same with a ``ValueError`` that only says what is wrong with the file."""
+    try:
+        if not path.is_file():  # a pipe would be waited for, and a device has no end
+            raise ValueError("is no regular file, expected a JSON file")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror}), expected a JSON file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not valid JSON ({error})") from None
+    try:
+        raw = json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply, expected a JSON object") from None
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"holds a {type(raw).__name__}, expected a JSON object")
+    return raw
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+_TEMPORARY = re.compile(r"\.tfb-[0-9a-z_]{8}")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: a temporary file in the same folder, then a rename.
+
+    A link is followed. What is no regular file (a device, a pipe), and the file that is this process's standard output, is
+    written to. A new file has the mode that the umask leaves, an old one keeps its own.
+
+    Raises:
+        OSError: it cannot be written; the message names the file.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    try:
+        status = os.stat(path) if os.path.exists(path) else None
+        stream = None if status is None else _own_stream(status)
+        if stream is not None:
+            stream.flush()
+            with os.fdopen(os.dup(stream.fileno()), "wb") as file:
+                file.write(data)
+        elif status is not None and not stat.S_ISREG(status.st_mode):
+            with open(path, "wb") as file:
+                file.write(data)
+        else:
+            _replace(Path(os.path.realpath(path)), data, status)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _own_stream(status: os.stat_result) -> Any:
+    """Which of this process's standard streams writes to the file of that status, ``None`` if none does."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or replaced by something without a number
+            if os.path.samestat(status, os.fstat(stream.fileno())):
+                return stream
+    return None
+
+
+def _replace(path: Path, data: bytes, status: os.stat_result | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    temporary, handle = new_temporary(path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if status is not None:
+                os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def new_temporary(folder: Path, directory: bool = False) -> tuple[Path, int]:
+    """A new file or folder and its open handle, locked: as long as the lock is held, nobody takes it for a leftover."""
+    while True:
+        path = folder / f".tfb-{secrets.token_hex(4)}"
+        try:
+            if directory:
+                path.mkdir()
+                handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            else:
+                handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            continue
+        with suppress(OSError):  # a file system without locks: then leftovers stay
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if path.exists():
+            return path, handle
+        os.close(handle)  # another process was faster and took it for a leftover
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders in ``folder`` whose writer was killed: their lock is free."""
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if not _TEMPORARY.fullmatch(entry.name) or entry.is_symlink():
+                continue
+            with suppress(OSError):
+                handle = os.open(entry.path, os.O_RDONLY)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+                finally:
+                    os.close(handle)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, whose files are those of ``folder`` once the block ends: all of them, or none.
+
+    Other files in ``folder`` stay. If at most one file changes, it is replaced; if more do, the folders trade places in one step,
+    the new one with the other files as hard links. Where that cannot be (on a mount point, in the current folder, in a file system
+    without it) the files are replaced one after another, ``tfb_config.json`` last: its fingerprint gives a half-replaced folder away.
+    """
+    folder = Path(os.path.realpath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for place in (folder.parent, folder):
+        remove_leftovers(place)
+    staged, handle = new_temporary(folder.parent, directory=True)
+    try:
+        yield staged
+        for file in staged.iterdir():
+            _synchronise(file)
+        if not folder.exists():
+            _synchronise(staged)
+            os.replace(staged, folder)
+        else:
+            _into(staged, folder)
+        _synchronise(folder.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        os.close(handle)
+
+
+def _into(staged: Path, folder: Path) -> None:
+    changed = []
+    for file in sorted(staged.iterdir(), key=lambda f: (f.name == CONFIG_NAME, f.name)):
+        old = folder / file.name
+        if old.is_file():
+            if old.read_bytes() == file.read_bytes():
+                continue
+            os.chmod(file, stat.S_IMODE(old.stat().st_mode))
+        changed.append(file.name)
+    here = Path.cwd()
+    if len(changed) > 1 and folder != here and folder not in here.parents:
+        try:
+            for entry in folder.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.copytree(entry, staged / entry.name, symlinks=True, copy_function=os.link)
+                elif not (staged / entry.name).exists():
+                    os.link(entry, staged / entry.name, follow_symlinks=False)
+            shutil.copystat(folder, staged)
+            _synchronise(staged)
+            _exchange(staged, folder)
+            return
+        except (OSError, shutil.Error):
+            pass
+    for name in changed:
+        os.replace(staged / name, folder / name)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Let two folders trade places in one step (Linux's ``renameat2``, which Python does not have)."""
+    import ctypes
+
+    at_current, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(b)) from None
+    if rename(at_current, os.fsencode(a), at_current, os.fsencode(b), exchange):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(b))
+
+
+def _synchronise(path: Path) -> None:
+    """Wait until a file or folder is on its device."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_target(path: Path, folder: bool = False, files: tuple[str, ...] = ()) -> None:
+    """Whether a file, or a folder with these ``files`` in it, can be written; nothing is written.
+
+    Raises:
+        ValueError: it cannot be; the message says why.
+    """
+    try:
+        real = Path(os.path.realpath(path))
+        exists = path.exists()
+        if exists and path.is_dir() != folder:
+            kinds = ("a file", "a folder")
+            raise ValueError(f"{path} is {kinds[not folder]}, expected {kinds[folder]}. Fix: give another name")
+        if exists and not folder and not path.is_file():
+            around, name = path, str(path)
+        else:
+            around = real if folder else real.parent
+            while not around.exists() and around != around.parent:
+                around = around.parent
+            name = f"the folder {around}"
+            if not around.is_dir():
+                raise ValueError(f"{path} would lie in {around}, expected a folder there. Fix: give another name")
+        if not os.access(around, os.W_OK):
+            raise ValueError(f"{path}: {name} may not be written to, expected one that may. Fix: give another name")
+        for name in files:
+            check_target(path / name)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}). Fix: give another name") from None

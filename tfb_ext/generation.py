@@ -183,7 +183,7 @@ def generate(
     for name, why in _OURS.items():
         if options.get(name) is not None and options[name] is not False:
             raise ValueError(f"generate() does not take {name}: {why}")
-    alternatives = check_count(alternatives, "alternatives")
+    alternatives = check_count("alternatives", alternatives)
     _check_model(adapter)
     batch = adapter.batch(samples, sigma)
     if isinstance(options.get("assistant_model"), str):

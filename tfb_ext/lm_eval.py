@@ -16,7 +16,8 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapter import BayesianAdapter, Depth, bayesianize, check_sigma, load
+from .adapter import BayesianAdapter, Depth, bayesianize, load
+from .checks import check_sigma
 from .errors import UnsupportedModelError
 from .fan import last_positions
 from .files import CONFIG_NAME, TFBConfig

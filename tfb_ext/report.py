@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, isfinite
@@ -433,6 +434,11 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _write(figure: Figure, path: str | Path) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", bbox_inches="tight", facecolor="white")
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *(legend.get_texts() if legend else ())]
+        for text in texts:
+            text.set_parse_math(False)  # a name with two dollar signs is no formula
+    image = io.BytesIO()
+    figure.savefig(image, format="png", bbox_inches="tight", facecolor="white")
+    write_atomically(Path(path), image.getvalue())

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import TFBError
+from ..files import new_temporary, remove_leftovers
 
 if TYPE_CHECKING:
     import torch
@@ -214,9 +215,14 @@ def _check(path: Path, expected: str, *, thrown_away: Asset | None = None) -> No
 
 @contextmanager
 def _workspace() -> Iterator[Path]:
-    """A folder on the cache's own file system, where a rename is atomic; gone afterwards, whatever happened."""
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="unfinished-") as folder:
-        yield Path(folder)
+    """A folder on the cache's own file system, where a rename is atomic; gone afterwards; a killed process's goes next time."""
+    remove_leftovers(cache_dir())
+    folder, handle = new_temporary(cache_dir(), directory=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
 
 
 def _settle(made: Path, target: Path) -> None:

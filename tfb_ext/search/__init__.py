@@ -14,7 +14,8 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from ..adapter import BayesianAdapter, Depth, check_samples
+from ..adapter import BayesianAdapter, Depth
+from ..checks import check_samples
 from ..scoring import Data, Scorer
 from .anchors import Anchors
 from .methods import Found, find
@@ -102,7 +103,7 @@ def search_sigma(
 
     Raises:
         ValueError: empty anchors, or an argument outside what is said here.
-        ConfigError: the checkpoint is damaged or of another adapter, data set or noise.
+        ConfigError: the checkpoint is damaged or of another adapter, base model, data set or noise.
         SamplingError: another process of the search was lost.
     """
     started = time.perf_counter()

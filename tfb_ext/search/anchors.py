@@ -16,6 +16,7 @@ from ..adapter import BayesianAdapter
 from ..data import Encoded
 from ..layers import MEAN, SampleBatch
 from ..scoring import IGNORED, MANY_CLASSES, Batch, Scorer, item_labels
+from .model_key import content, model_key
 from .ranks import Ranks
 from .records import FIELDS, Records, read_records
 
@@ -64,6 +65,7 @@ class Anchors:
         self.mode = mode
         self.keep_probabilities = metric is not None
         self.checkpoint = checkpoint
+        self.sharded = sharded
         own = scorer.classes if scorer.batches else 0
         by_token = any(b.token_labelled for b in scorer.batches)
         facts = ranks.every([scorer.labelled, own, len(scorer.batches), by_token])
@@ -82,6 +84,7 @@ class Anchors:
         key = {
             "adapter": adapter.fingerprint(),
             "family": adapter.family,
+            **model_key(adapter),
             "anchors": self._digest(),
             "items": self.size,
             "targets": "labels" if self.labelled and not pseudo else "the mean adapter's answers",
@@ -93,7 +96,7 @@ class Anchors:
             "score": _score_name(scorer.sequences),
         }
         self.use_labels = self.labelled and not pseudo
-        known = read_records(checkpoint, key) if checkpoint is not None and ranks.rank == 0 else None
+        known = read_records(checkpoint, key, self.classes) if checkpoint is not None and ranks.rank == 0 else None
         known = ranks.from_first(known)
         self.records = self._baseline(key) if known is None else known
 
@@ -121,19 +124,31 @@ class Anchors:
         return [torch.arange(first, first + count) for first, count in zip(firsts, counts, strict=True)], total
 
     def _digest(self) -> str:
-        """Of all anchors' tokens and labels, however they are batched and split."""
+        """Of all anchors in their order: every argument of the model, labels and classes, however they are batched and split."""
         total = 0
-        for batch in self.scorer.batches:
-            ids, mask = batch.inputs["input_ids"].cpu(), batch.inputs.get("attention_mask")
-            mask = torch.ones_like(ids) if mask is None else mask.cpu()
-            for row in range(len(ids)):
+        for batch, positions in zip(self.scorer.batches, self.positions, strict=True):
+            # A row's place: its own number, or where a rank's numbers are its own, that of its batch's first item and its place.
+            places = batch.index.tolist()
+            if self.sharded:
+                start = int(positions[0]) if len(positions) else -1
+                places = [(start, row) for row in range(len(places))]
+            columns = None if batch.columns is None else batch.columns.tolist()
+            inputs = {name: value.cpu() for name, value in batch.inputs.items() if isinstance(value, Tensor)}
+            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+            attended = mask.bool() if mask is not None and mask.shape == ids.shape else torch.ones_like(ids).bool()
+            for row, place in enumerate(places):
                 label = None if batch.labels is None else batch.labels[row].tolist()
-                parts: tuple[object, ...] = (ids[row][mask[row].bool()].tolist(), label)
+                wanted = None
                 if batch.targets is not None:
-                    wanted = batch.targets[row]
-                    parts += (row % batch.rows_per_item, wanted[wanted != IGNORED].tolist())
-                text = repr(parts).encode()
-                total += int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+                    wanted = (row % batch.rows_per_item, batch.targets[row][batch.targets[row] != IGNORED].tolist())
+                digest = hashlib.sha256(repr((place, label, columns, wanted)).encode())
+                for name, value in sorted(inputs.items()):
+                    if value.shape == ids.shape:  # padding does not count
+                        digest.update(repr((name, value[row][attended[row]].tolist())).encode())
+                    else:
+                        own = value[row] if value.shape[:1] == ids.shape[:1] else value
+                        digest.update(repr((name, str(own.dtype), tuple(own.shape))).encode() + content(own))
+                total += int.from_bytes(digest.digest()[:7], "big")
         totals = self.ranks.gather(torch.tensor([total % 2**62], dtype=torch.int64))
         return f"{sum(int(t) for t in totals) % 2**62:016x}"
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..adapter import check_sigma
+from ..checks import check_sigma
 
 MetricName = Literal["nll", "accuracy", "flips", "brier"]
 MetricFunction = Callable[[Tensor, Tensor], Tensor]
@@ -22,6 +22,7 @@ Method = Literal["bisect", "grid", "root", "official"]
 MEMORISED_NLL = 0.01
 # Bracket and grid are widened by doubling, up to these; a weight noise of 10 leaves nothing of any adapter.
 SMALLEST, LARGEST = 1e-5, 10.0
+MOST_STEPS = 1000  # the grid's points are evaluated at once
 TOLERANCES = {"nll": 0.003, "brier": 0.003, "accuracy": 0.01, "flips": 0.01}
 CUSTOM_TOLERANCE = 0.01
 PAPER_BRACKET = (1e-3, 1.5e-2)
@@ -65,9 +66,9 @@ class Options:
         ):
             raise ValueError(f"tolerance is {self.tolerance!r}, expected a positive fraction such as 0.003 (0.3 %)")
         if self.steps is not None and (
-            isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2
+            isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 2 <= self.steps <= MOST_STEPS
         ):
-            raise ValueError(f"steps is {self.steps!r}, expected an integer of at least 2")
+            raise ValueError(f"steps is {self.steps!r}, expected an integer of at least 2 and at most {MOST_STEPS}")
         if self.bracket is not None:
             if not isinstance(self.bracket, tuple | list) or len(self.bracket) != 2:
                 raise ValueError(f"bracket is {self.bracket!r}, expected (lowest sigma, highest sigma)")

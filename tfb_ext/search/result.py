@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
-from ..files import write_atomically
+from ..checks import check_sigma
+from ..errors import ConfigError
+from ..files import read_json_object, write_atomically
 from .records import Records
 
 
@@ -161,23 +164,22 @@ class SigmaSearch:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no finished search.
+            ConfigError: the file cannot be read, or is no finished search.
         """
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(raw, dict) or raw.get("sigma") is None:
-            raise ValueError(
+        path = Path(path)
+        advice = "restore it, or search again"
+        raw = read_json_object(path, advice)
+        if raw.get("sigma") is None:
+            raise ConfigError(
                 f"{path} holds no finished search; give it to search_sigma(..., checkpoint={str(path)!r}) to go on with it"
             )
-        raw["evaluations"] = tuple(_evaluation(e) for e in raw["evaluations"])
-        raw["baseline"] = _evaluation(raw["baseline"])
-        raw["bracket"], raw["interval"] = tuple(raw["bracket"]), _pair(raw["interval"])
-        raw["confidence"] = math.nan if raw["confidence"] is None else raw["confidence"]
-        raw["depths"] = tuple(
-            DepthResult(**{**_nan(d), "interval": _pair(d["interval"]), "behind": _pair(d["behind"])})
-            for d in raw["depths"]
-        )
-        records = raw.pop("records", None)
-        return cls(**raw, records=None if records is None else Records.from_dict(records))
+        try:
+            records = raw.pop("records", None)
+            found: SigmaSearch = _restored(cls, raw, "the search")
+            check_sigma(found.sigma)
+            return replace(found, records=None if records is None else Records.from_dict(records))
+        except ValueError as error:
+            raise ConfigError(f"{path} is no search for sigma: {error}; {advice}") from None
 
     def plot(self, path: str | Path) -> None:
         """Draw the metric against sigma with the tolerance band and the chosen sigma (PNG; needs matplotlib)."""
@@ -246,14 +248,37 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _nan(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: math.nan if value is None else value for name, value in fields.items()}
+def _restored(kind: type, raw: Any, name: str) -> Any:
+    """The dataclass ``kind`` from the JSON of its fields, each of the type that it is declared with."""
+    wanted = {f.name: hint for f in fields(kind) if (hint := get_type_hints(kind)[f.name]) != (Records | None)}
+    if not isinstance(raw, dict) or set(raw) != set(wanted):
+        given = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f"{name} has {given}, expected the fields {sorted(wanted)}")
+    return kind(**{field: _as(hint, raw[field], f"{name}: {field}") for field, hint in wanted.items()})
 
 
-def _pair(values: Any) -> tuple[float, float]:
-    low, high = (math.nan if v is None else float(v) for v in values)
-    return low, high
+def _as(hint: Any, value: Any, name: str) -> Any:
+    if hint is float and value is None:
+        return math.nan  # JSON has none
+    parts = get_args(hint)
+    if isinstance(hint, UnionType):
+        kinds = [part for part in parts if part is type(None) and value is None or part is type(value)]
+        if kinds:
+            return value
+    elif parts and isinstance(value, list):
+        if parts[-1] is Ellipsis:
+            return tuple(_as(parts[0], v, name) for v in value)
+        if len(parts) == len(value):
+            return tuple(_as(part, v, name) for part, v in zip(parts, value, strict=True))
+    elif hint in (Evaluation, DepthResult):
+        return _restored(hint, value, name)
+    elif type(value) is hint or (hint is float and type(value) is int):
+        return hint(value) if hint is not float else _float(value, name)
+    text = repr(value)
+    raise ValueError(f"{name} is {text[:60]}, expected {getattr(hint, '__name__', hint)}")
 
 
-def _evaluation(fields: dict[str, Any]) -> Evaluation:
-    return Evaluation(**_nan(fields))
+def _float(value: float, name: str) -> float:
+    if not -1e300 < value < 1e300:  # json also reads NaN, Infinity and integers beyond any float
+        raise ValueError(f"{name} is no finite number, expected one")
+    return float(value)
