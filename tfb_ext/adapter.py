@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from . import ops
+from .checks import check_samples
 from .errors import ConfigError, SamplingError, UnsupportedModelError
 from .families import check_family
 from .fan import Anatomy, Fan, Predictive, Trunk, batch_rows, check_packing, find_anatomy
@@ -637,16 +638,6 @@ def check_mode(value: str, family: str) -> str:
             "'low-rank' or 'constant'"
         )
     return value
-
-
-def check_samples(samples: int | Sequence[int]) -> tuple[int, ...]:
-    """Sample numbers from a count or a list of them."""
-    if isinstance(samples, bool | float | str) or (isinstance(samples, int) and samples < 1):
-        raise ValueError(f"samples is {samples!r}, expected a count of at least 1 or a list of sample numbers")
-    numbers = tuple(range(samples)) if isinstance(samples, int) else tuple(samples)
-    if not numbers or any(isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < 2**31 for k in numbers):
-        raise ValueError(f"samples is {samples!r}, expected a count of at least 1 or sample numbers in [0, 2**31)")
-    return numbers
 
 
 def _refuse_adapter_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

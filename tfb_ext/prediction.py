@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapter import BayesianAdapter, check_samples
+from .adapter import BayesianAdapter
 from .adaptive import StoppingRule, draw_size, is_paired
+from .checks import check_samples, is_integer
 from .fan import Kind
 from .layers import SampleBatch
 from .scoring import MANY_CLASSES, Data, Scorer, head_outputs, original_order
