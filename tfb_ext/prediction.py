@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .adapter import BayesianAdapter
 from .adaptive import StoppingRule, draw_size, is_paired
-from .checks import check_samples, is_integer
+from .checks import check_samples
 from .fan import Kind
 from .layers import SampleBatch
 from .scoring import MANY_CLASSES, Data, Scorer, head_outputs, original_order

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .adapter import BayesianAdapter, Depth
+from .checks import check_count
 from .data import Encoded
 from .fan import CLASSIFIER_HEADS, Kind, Predictive, Trunk, at_targets, last_position_only, last_positions
 from .layers import SampleBatch
@@ -128,21 +129,17 @@ class Scorer:
         self.depth: Depth = adapter.depth if depth is None else depth
         self.first = adapter.first_random_block(self.depth)
         cuda = self.device.type == "cuda"
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-        ):
-            raise ValueError(f"batch_size is {batch_size!r}, expected a count of items, at least 1")
+        if batch_size is not None:
+            batch_size = check_count("batch_size", batch_size, "a count of items")
         encoded = data if isinstance(data, Encoded) else None
         self.sequences = encoded if encoded is not None and encoded.choice_tokens is not None else None
         choices = encoded.choice_tokens if encoded is not None and encoded.choice_tokens is not None else ((),)
         self._rows_per_item = len(choices)
-        longest: int | None = None
-        if encoded is not None:
-            longest = max(map(len, encoded.token_ids), default=1) + max(map(len, choices))
         room = self._room_for_tokens() if cuda else 0
         self._most_rows = batch_size * self._rows_per_item if batch_size else BATCH_CUDA
         self._encoded = encoded
         self._rows = encoded if self.sequences is None else self.sequences.sequences()
+        longest = None if self._rows is None else max(map(len, self._rows.token_ids), default=1)
         self._labels = encoded.labels_tensor() if encoded is not None and encoded.labelled else None
         self._selections = 0
         rows = min(BATCH_CUDA, room // (longest * max(samples, 1))) if cuda and longest else BATCH_CPU
@@ -301,7 +298,7 @@ class Scorer:
                 logits = torch.log_softmax(logits, dim=-1)
             return self.items(logits, batch)
 
-        return self._chosen(self._whole_or_halves(batch, run, dim=0))
+        return self._chosen(self._whole_or_halves(batch, run, dim=0), batch)
 
     def samples(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
         """Log probabilities (S, items, C) of every sample group; only for heads and label sets of up to 1024 classes.
@@ -314,7 +311,7 @@ class Scorer:
             found = (view.sample_outputs if batch.targets is None else view.target_log_probabilities for view in passes)
             return torch.cat([self.items(values, batch, stacked=True) for values in found])
 
-        return self._chosen(self._whole_or_halves(batch, run, dim=1))
+        return self._chosen(self._whole_or_halves(batch, run, dim=1), batch)
 
     def averages(self, batch: Batch, samples: SampleBatch, parts: int, first: int | None = None) -> Tensor:
         """Log of the mean probability (parts, items, C) over each of so many equal parts of the sample groups.
@@ -330,7 +327,7 @@ class Scorer:
             logs = torch.cat([values for values in found if values is not None])
             return self.items(_log_means(logs, parts), batch, stacked=True)
 
-        return self._chosen(self._whole_or_halves(batch, run, dim=1))
+        return self._chosen(self._whole_or_halves(batch, run, dim=1), batch)
 
     def average(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
         """Log of the mean probability (items, C) over all sample groups, without keeping any of a large head's."""
@@ -348,9 +345,11 @@ class Scorer:
 
         return self._whole_or_halves(batch, run, dim=0)
 
-    def _chosen(self, values: Tensor) -> Tensor:
+    def _chosen(self, values: Tensor, batch: Batch) -> Tensor:
         """Sequences' log probabilities (..., rows, 1) -> their items' (..., items, C); anything else as it is."""
-        return values if self.sequences is None else self.sequences.choice_log_probabilities(values[..., 0])
+        if self.sequences is None or batch.targets is None:
+            return values
+        return self.sequences.choice_log_probabilities(values[..., 0], (batch.targets != IGNORED).sum(dim=-1))
 
     def _whole_or_halves(self, batch: Batch, run: Callable[[Batch], Tensor], dim: int) -> Tensor:
         """``run(batch)``; where a batch does not fit into memory, its halves one after the other, now and ever after."""
