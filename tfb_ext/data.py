@@ -543,7 +543,7 @@ def _check_choices(
 
 
 def _names(tokens: Sequence[tuple[int, ...]], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
-    return [tokenizer.convert_ids_to_tokens(list(ids)) for ids in tokens]
+    return [list(tokenizer.convert_ids_to_tokens(list(ids))) for ids in tokens]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = True) -> tuple[Tensor, Tensor]:

@@ -173,6 +173,11 @@ def head_gaussian(
             columns = batch.columns
             parts.append(scorer.items(_logits_and_norm(adapter, scorer, batch), batch).double().cpu())
     found = original_order(parts, scorer.batches, dim=0)
+    if not found.isfinite().all():
+        raise ValueError(
+            "the mean adapter's logits: got NaN or infinity, expected finite numbers. Fix: load the model in float32 or bfloat16, "
+            "and look for NaN in its weights"
+        )
     posterior = adapter.posterior(name)
     rows = torch.arange(classes) if columns is None else columns.cpu()
     factor = torch.eye(len(rows)) if adapter.family == "full-rank" else posterior.basis[rows]

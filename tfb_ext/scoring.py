@@ -17,9 +17,10 @@ from .adapter import BayesianAdapter, Depth
 from .checks import check_count
 from .data import Encoded
 from .fan import CLASSIFIER_HEADS, Kind, Predictive, Trunk, at_targets, last_position_only, last_positions
+from .inputs import IGNORED as IGNORED  # here too for those who score
+from .inputs import Labels, ModelInputs
 from .layers import SampleBatch
 
-IGNORED = -100
 # On a CPU, rows of a batch, and rows one fused forward may hold before its samples are split: what its caches like.
 BATCH_CPU, ROWS_CPU = 8, 64
 # On a GPU a forward takes so many operations that launching it costs little beside (most of a second of an H100), as far as
@@ -124,6 +125,11 @@ class Scorer:
         self.model = adapter.anatomy.model
         self.device = next(self.model.parameters()).device
         _check_kind(adapter.anatomy.kind, kind)
+        if any(p.dtype == torch.float64 for p in adapter.model.parameters()):
+            raise ValueError(
+                f"{type(self.model).__name__}: got weights of float64, expected float32, bfloat16 or float16, which the kernels "
+                "take. Fix: model.float()"
+            )
         self.kind: Kind = kind
         self.labels_tokens = type(self.model).__name__.endswith("ForTokenClassification")
         self.depth: Depth = adapter.depth if depth is None else depth
@@ -140,6 +146,12 @@ class Scorer:
         self._encoded = encoded
         self._rows = encoded if self.sequences is None else self.sequences.sequences()
         longest = None if self._rows is None else max(map(len, self._rows.token_ids), default=1)
+        by_position = self.labels_tokens or adapter.anatomy.head_name not in CLASSIFIER_HEADS
+        looked_at: Labels | None = None if kind != "categorical" else "positions" if by_position else "rows"
+        self._inputs = ModelInputs(self.model, head_outputs(adapter), looked_at)
+        if encoded is not None and self._rows is not None:
+            self._check_head()
+            self._inputs.encoded(encoded, self._rows)
         self._labels = encoded.labels_tensor() if encoded is not None and encoded.labelled else None
         self._selections = 0
         rows = min(BATCH_CUDA, room // (longest * max(samples, 1))) if cuda and longest else BATCH_CPU
@@ -164,7 +176,6 @@ class Scorer:
     def _prepare(self, data: Data, shuffle: bool, shard: tuple[int, int]) -> Iterator[Batch]:
         rank, world = shard
         if isinstance(data, Encoded):
-            self._check_head()
             groups = data.groups(self.batch_size)
             order = list(range(len(groups)))
             if shuffle:
@@ -173,27 +184,27 @@ class Scorer:
                 yield self._encoded_batch(key, groups[key])
             return
         start = 0
+        if not isinstance(data, Iterable):
+            raise ValueError(
+                f"data: got a {type(data).__name__}, expected batches of model arguments. Fix: a list of them, or an Encoded set "
+                "from tfb_ext.encode(examples, tokenizer)"
+            )
         for key, raw in enumerate(data):
             if not isinstance(raw, Mapping) or not isinstance(raw.get("input_ids"), Tensor):
                 raise ValueError(
                     f"batch {key} is a {type(raw).__name__}, expected a mapping with tensors input_ids, attention_mask and "
                     "labels, or an Encoded set from tfb_ext.encode(examples, tokenizer)"
                 )
+            checked = self._inputs.batch(key, raw)  # on every rank, so that all of them stop
             index = torch.arange(start, start + len(raw["input_ids"]))
             start += len(index)
             if key % world != rank:
                 continue
-            inputs = {n: v.to(self.device) for n, v in raw.items() if n != "labels" and isinstance(v, Tensor)}
-            found = raw.get("labels") if self.kind == "categorical" else None
-            yield Batch(
-                key,
-                self._plain(inputs),
-                None if found is None else found.to(self.device),
-                index,
-                None,
-                # A model that generates predicts the next token; others label the token they stand on.
-                shifted=self.adapter.anatomy.head_name not in CLASSIFIER_HEADS and self.model.can_generate(),
-            )
+            inputs = {n: v.to(self.device) for n, v in checked.items()}
+            labels = inputs.pop("labels", None)
+            # A model that generates predicts the next token; others label the token they stand on.
+            shifted = self.adapter.anatomy.head_name not in CLASSIFIER_HEADS and self.model.can_generate()
+            yield Batch(key, self._plain(inputs), labels, index, None, shifted)
 
     def _encoded_batch(self, key: Hashable, items: Sequence[int]) -> Batch:
         data, rows = self._rows, self._rows_of(items)
