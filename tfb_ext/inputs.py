@@ -51,7 +51,7 @@ class ModelInputs:
         found = {name: value for name, value in raw.items() if value is not None}
         for name, value in found.items():
             if name not in self.accepted and name != "token_type_ids":
-                close = difflib.get_close_matches(name, sorted(self.accepted - {name}), n=1)
+                close = difflib.get_close_matches(name, sorted(self.accepted - {name}), n=1, cutoff=0.75)
                 way = f"rename it to {close[0]!r}" if close else "take it out of the batch"
                 _refuse(key, name, "a key", f"an argument of {self.name}", way)
             if not isinstance(value, Tensor):
