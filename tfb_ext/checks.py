@@ -20,7 +20,7 @@ def check_count(name: str, value: object, what: str = "a count", least: int = 1)
         ValueError: it is no integer, or a smaller one.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}, expected {what}, at least {least}. Fix: pass {name}={least} or more")
+        raise ValueError(f"{name} is {value!r}, expected {what} of at least {least}. Fix: pass {name}={least} or more")
     return int(value)
 
 
