@@ -281,3 +281,26 @@ def test_labels_that_count_nothing(adapters: dict[str, Any]) -> None:
     for entry in entries(adapters["llama"]):
         with pytest.raises(ValueError, match="-100"):
             entry([batch])
+
+
+@pytest.mark.parametrize(
+    ("problem", "call"),
+    [("regression", tfb_ext.predict_regression), ("multi_label_classification", tfb_ext.predict_multi_label)],
+)
+def test_other_heads_look_at_everything_but_labels(problem: str, call: Callable[..., Any]) -> None:
+    model = zoo.peft_model("bert")
+    model.get_base_model().config.problem_type = problem
+    adapter = tfb_ext.bayesianize(model, sigma=SIGMA)
+    batch = plain("bert")
+    call(adapter, [{**batch, "labels": torch.rand(3, CLASSES)}], 2)
+    for change, message in (
+        ({"label": ROWS}, "label: got a key"),
+        ({"attention_mask": torch.ones(3, 8)}, "attention_mask: got"),
+        ({"input_ids": torch.full((3, 9), zoo.VOCAB)}, "input_ids: got 97"),
+    ):
+        with pytest.raises(ValueError, match=f"batch 0, {message}"):
+            call(adapter, [{**batch, **change}], 2)
+    with torch.no_grad():
+        adapter.anatomy.head.weight.fill_(float("inf"))  # type: ignore[operator, union-attr]
+    with pytest.raises(ValueError, match="NaN or infinit"):
+        call(adapter, [batch], 2)
