@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext.decoding import CapturedDecoding, decoding_with
 from tfb_ext.caches import cache_argument
+from tfb_ext.decoding import CapturedDecoding, decoding_with
 
 from .llama import token_ids
 from .test_models import DEVICE, QUARTER, TOY, Setting, activate, pytestmark, release  # noqa: F401

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from demo_fakes import bpe
@@ -63,6 +65,10 @@ class TestExample:
         with pytest.raises(FrozenInstanceError):
             example.label = 0  # type: ignore[misc]
 
+    def test_labels_may_be_integers_of_any_library(self) -> None:
+        example = Example("a", CHOICES, np.int64(1))
+        assert example == Example("a", CHOICES, 1) and type(example.label) is int
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -78,6 +84,10 @@ class TestExample:
             (("a", CHOICES, True), "label: True"),
             (("a", CHOICES, 1.0), "label: 1.0"),
             (("a", CHOICES, " yes"), "label: ' yes'"),
+            (("a", CHOICES, np.bool_(True)), "label: .*True"),
+            (("a", CHOICES, np.int64(2)), "label: 2"),
+            (("a \ud83d:", CHOICES, 0), r"prompt: got '\\ud83d' at character 2, half of a character.*Fix"),
+            (("a", (" no", " \udc4d"), 0), r"choices: got '\\udc4d' at character 1, half"),
         ],
     )
     def test_refuses(self, arguments: tuple, message: str) -> None:
@@ -123,7 +133,7 @@ class TestEncode:
         [
             ([], "no examples"),
             ([Example("a", CHOICES), Example("a", (" yes", " no"))], "example 1 has the choices .*example 0 has"),
-            ([Example("a", (" yes", " maybe"))], r"choice ' maybe' is 6 tokens, \['Ġ', 'm', .*Try 'maybe'"),
+            ([Example("a", (" yes", " maybe"))], r"choice ' maybe' is 6 tokens, \['Ġ', 'm', .*Try another word"),
             ([Example("a", ("yes", " no"))], r"choice 'yes' is 3 tokens, \['y', 'e', 's'\].*Try ' yes'"),
         ],
     )
@@ -143,6 +153,17 @@ class TestEncode:
         assert encode(examples("abc"), tokenizer, max_length=3).token_ids == [tokenizer("abc").input_ids]
         with pytest.raises(ValueError, match="example 1: its prompt has 4 tokens, more than max_length=3"):
             encode(examples("abc", "abcd"), tokenizer, max_length=3)
+
+    @pytest.mark.parametrize("value", [0, -1, True, 3.0, "3"])
+    def test_max_length_is_checked(self, tokenizer: PreTrainedTokenizerFast, value: Any) -> None:
+        assert len(encode(examples("abc"), tokenizer, max_length=np.int64(3))) == 1
+        with pytest.raises(ValueError, match="max_length is .*, expected a count of tokens"):
+            encode(examples("abc"), tokenizer, max_length=value)
+
+    def test_refuses_what_is_no_example(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        assert len(encode(iter(examples("a", "b")), tokenizer)) == 2  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="example 1: got a str, expected a tfb_ext.Example"):
+            encode([*examples("a"), "b"], tokenizer)  # type: ignore[list-item]
 
     def test_refuses_an_appended_end_token(self) -> None:
         with pytest.raises(ValueError, match="example 0: its prompt ends in '<|end|>'.*add_eos_token"):
@@ -214,7 +235,7 @@ class TestEncoded:
         assert shapes == [(3, 9), (3, 1)]
 
     def test_batch_size_is_checked(self) -> None:
-        with pytest.raises(ValueError, match="batch_size=0"):
+        with pytest.raises(ValueError, match="batch_size is 0, expected"):
             next(self.SET.batches(0))
 
     def test_padding_does_not_change_a_model(self) -> None:
@@ -263,6 +284,23 @@ class TestReadJsonl:
             ({"prompt": "a", "choices": CHOICES, "label": "yes"}, r"label: 'yes'; expected one of .*spaces included"),
             ({"prompt": "a", "choices": CHOICES, "label": 7}, "label: 7; expected an index from 0 to 1"),
             ({"prompt": "a", "choices": CHOICES, "label": True}, "label: True"),
+            (
+                {"prompt": "a", "choices": CHOICES, "label": "1"},
+                "label: '1'; expected one of .* or its index as a number",
+            ),
+            ('{"prompt": "a", "choices": ["x", "y"], "label": NaN}', "label: nan"),
+            ('{"prompt": "a", "choices": ["x", "y"], "label": 1e999}', "label: inf"),
+            ('{"prompt": "a", "choices": ["x", "y"], "label": 1' + "0" * 30 + "}", "label: 10000.*expected an index"),
+            ('{"prompt": "a", "choices": ["x", "y"], "label": 1' + "0" * 9000 + "}", "digits"),
+            (
+                '{"prompt": "a", "choices": ["x", "y"], "label": 0, "label": 1}',
+                "label: got more than one, expected one",
+            ),
+            ('{"prompt": "a", "prompt": "b", "choices": ["x", "y"]}', "prompt: got more than one"),
+            ({"prompt": "a", "choices": CHOICES, "labels": 1}, "label: missing, got a field 'labels'.*rename"),
+            ({"prompt": "a", "choices": CHOICES, "Label": 1}, "label: missing, got a field 'label'"),
+            (r'{"prompt": "a \ud83d", "choices": ["x", "y"]}', r"prompt: got '\\ud83d' at character 2, half"),
+            ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "too deep"),
         ],
     )
     def test_bad_line_is_named(self, tmp_path: Path, line: object, message: str) -> None:
@@ -300,6 +338,14 @@ class TestReadDataset:
         assert [example.label for example in flags] == [1, 0, 1]
         bare = read_dataset(saved / "one", "train", prompt="premise", choices=CHOICES)
         assert [example.label for example in bare] == [None] * 3
+
+    @pytest.mark.parametrize("missing", [None, float("nan")])
+    def test_a_missing_value_is_no_text(self, tmp_path: Path, missing: float | None) -> None:
+        datasets = pytest.importorskip("datasets", reason="read_dataset needs the package datasets")
+        rows = {"a": ["x", "y", "z"], "n": [1.0, missing, 2.0]}
+        datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "d")
+        with pytest.raises(ValueError, match=r"row 1: column 'n': got (None|nan), expected a value.*Fix"):
+            read_dataset(tmp_path / "d", "train", prompt="{a} {n}:", choices=CHOICES)
 
     def test_builder(self, tmp_path: Path) -> None:
         pytest.importorskip("datasets", reason="read_dataset needs the package datasets")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -314,6 +313,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'default' has no sigma yet"):
         tfb_ext.head_gaussian(bayesian(sigma=None), data)
     adapter = bayesian()
+    with pytest.raises(ValueError, match="samples is 0, expected a count"):
+        tfb_ext.head_gaussian(adapter, data).sample(0, torch.Generator())
     for points in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="points is .*, expected a count of at least 1"):
             tfb_ext.head_gaussian(adapter, data).probabilities(points)  # type: ignore[arg-type]

@@ -81,6 +81,9 @@ HALF = [0.5, 0.5]
 @pytest.mark.parametrize(
     ("probabilities", "labels", "message"),
     [
+        ([HALF], torch.tensor([0]), "probabilities: got a list, expected a tensor"),
+        (torch.tensor([HALF]), [0], "labels: got a list, expected a tensor"),
+        (torch.tensor([HALF]), torch.tensor([0], device="meta"), "labels: got meta, expected cpu.*Fix"),
         (torch.empty(0, 2), torch.empty(0, dtype=torch.int64), "no items"),
         (torch.tensor([HALF, [math.nan, 0.5]]), torch.tensor([0, 1]), "item 1 is .*nan.*no NaN"),
         (torch.tensor([HALF, [0.5, 0.4]]), torch.tensor([0, 1]), "item 1 .*sum of 1"),

@@ -95,8 +95,9 @@ class Words:
 
     eos_token, eos_token_id, pad_token_id = "</s>", 2, 0
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [10 + ord(c) % 80 for c in text if c != "_"]}
+    def __call__(self, text: Any, add_special_tokens: bool = True) -> dict[str, Any]:
+        ids = [[10 + ord(c) % 80 for c in t if c != "_"] for t in ([text] if isinstance(text, str) else text)]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         return [str(i) for i in ids]

@@ -266,7 +266,10 @@ def test_a_posterior_whose_layers_are_gone_says_so_and_locks_nothing(how: Callab
 
 def test_an_exception_while_a_context_opens_locks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = zoo.compared(bayesian("gemma2"))
-    before = {name: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for name, m in adapter.model.named_modules()}
+    before = {
+        name: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
+        for name, m in adapter.model.named_modules()
+    }
     places = [
         (adapter.anatomy.blocks[3], "register_forward_pre_hook"),
         (adapter.anatomy.head, "register_forward_hook"),
@@ -279,7 +282,10 @@ def test_an_exception_while_a_context_opens_locks_nothing(monkeypatch: pytest.Mo
             with pytest.raises(ZeroDivisionError):
                 with adapter.predictive(2):
                     pass
-        after = {n: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for n, m in adapter.model.named_modules()}
+        after = {
+            n: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
+            for n, m in adapter.model.named_modules()
+        }
         assert after == before
     assert adapter.anatomy.model.config.final_logit_softcapping == 3.0
     with adapter.predictive(2):
@@ -421,7 +427,10 @@ def filled(adapter: Any, given: dict[str, Tensor]) -> Any:
 
 def step(adapter: Any, cache: Any) -> Tensor:
     given = zoo.inputs(2, 6, padded=False)
-    following = {"input_ids": given["input_ids"][:, -1:], "attention_mask": torch.ones(2, cache.get_seq_length() + 1).long()}
+    following = {
+        "input_ids": given["input_ids"][:, -1:],
+        "attention_mask": torch.ones(2, cache.get_seq_length() + 1).long(),
+    }
     return adapter.model(**following, **{cache_argument(adapter.anatomy.model): cache}, use_cache=True).logits
 
 
@@ -439,7 +448,9 @@ def test_a_cache_of_other_rows_is_refused() -> None:
         with torch.no_grad():
             step(adapter, inside)
     with adapter.predictive(3):
-        whole = adapter.model(input_ids=torch.cat([given["input_ids"], zoo.inputs(2, 6, padded=False)["input_ids"][:, -1:]], 1))
+        whole = adapter.model(
+            input_ids=torch.cat([given["input_ids"], zoo.inputs(2, 6, padded=False)["input_ids"][:, -1:]], 1)
+        )
         assert torch.allclose(step(adapter, copy.deepcopy(inside))[:, -1], whole.logits[:, -1], atol=1e-4)
         assert torch.allclose(step(adapter, inside)[:, -1], whole.logits[:, -1], atol=1e-4)
 

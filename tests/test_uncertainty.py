@@ -84,6 +84,7 @@ class TestDetection:
             (t(1.0), t(0.0, math.nan), "scores_out: item 1 is nan; expected no NaN"),
             (t(1.0)[None], t(1.0), r"scores_in: .* shape \(1, 1\); expected floating point of shape \(items,\)"),
             (torch.tensor([1]), t(1.0), "scores_in: torch.int64"),
+            (t(1.0), [1.0], "scores_out: got a list, expected a tensor"),
         ],
     )
     def test_refuses(self, own: Tensor, strange: Tensor, message: str) -> None:
@@ -151,6 +152,7 @@ class TestSelective:
                 r"wrong: torch.bool of shape \(1,\); expected torch.bool of shape \(2,\)",
             ),
             (t(1.0), torch.tensor([1]), "wrong: torch.int64"),
+            (t(1.0), [True], "wrong: a list; expected torch.bool"),
         ],
     )
     def test_refuses(self, scores: Tensor, wrong: Tensor, message: str) -> None:

@@ -23,7 +23,12 @@ def check_count(name: str, value: object, what: str = "a count", least: int = 1,
     Raises:
         ValueError: it is no integer, or outside.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least or (most is not None and value > most):
+    if (
+        not isinstance(value, Integral)
+        or isinstance(value, bool)
+        or value < least
+        or (most is not None and value > most)
+    ):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} is {value!r}, expected {what} {bounds}. Fix: pass {name}={least} or more")
     return int(value)

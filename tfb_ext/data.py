@@ -8,6 +8,7 @@ a model with a classification head the choices are the names of its classes. Ite
 
 from __future__ import annotations
 
+import difflib
 import json
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,11 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .checks import check_count, is_integer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 Score = Literal["sequence", "token"]
+FIELDS = ("prompt", "choices", "label")  # of a line of JSON
+_TEXTS = 4096  # that are tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Example:
     that ends in ``":"``.
 
     Raises:
-        ValueError: empty prompt, fewer than two choices, an empty or repeated choice, a label that is no index.
+        ValueError: empty prompt, fewer than two choices, an empty or repeated choice, half a character, a label that is no
+            index.
     """
 
     prompt: str
@@ -46,10 +52,14 @@ class Example:
         if isinstance(self.choices, str) or not all(isinstance(choice, str) and choice for choice in self.choices):
             raise ValueError(f"choices: {self.choices!r}; expected a sequence of texts, none of them empty")
         object.__setattr__(self, "choices", tuple(self.choices))
+        for name, text in [("prompt", self.prompt), *(("choices", choice) for choice in self.choices)]:
+            _check_text(name, text)
         if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices):
             raise ValueError(f"choices: {list(self.choices)!r}; expected at least two, all different")
         if self.label is None:
             return
+        if is_integer(self.label):
+            object.__setattr__(self, "label", int(self.label))
         if type(self.label) is not int or not 0 <= self.label < len(self.choices):
             raise ValueError(
                 f"label: {self.label!r}; expected an index from 0 to {len(self.choices) - 1} into the choices "
@@ -69,6 +79,7 @@ class Encoded:
         choices: their texts.
         pad_id: the token that fills a batch up; always masked.
         choice_tokens: the tokens of each choice where they are scored as sequences, and ``choice_ids`` is None.
+        item_choice_tokens: the same for each item, where they are not the same for all; ``choice_tokens`` are the first's.
         score: what a sequence's probability is averaged from, see ``encode``.
         by_length: whether a sequence's log probability is divided by its number of tokens.
         targets: the tokens to score after the last positions of each row, in what ``sequences`` returns.
@@ -83,6 +94,7 @@ class Encoded:
     score: Score = "sequence"
     by_length: bool = False
     targets: list[tuple[int, ...]] | None = None
+    item_choice_tokens: list[tuple[tuple[int, ...], ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -100,27 +112,32 @@ class Encoded:
             token_ids=[self.token_ids[i] for i in chosen],
             labels=[self.labels[i] for i in chosen],
             targets=None if self.targets is None else [self.targets[i] for i in chosen],
+            item_choice_tokens=None
+            if self.item_choice_tokens is None
+            else [self.item_choice_tokens[i] for i in chosen],
         )
 
     def sequences(self) -> Encoded:
         """One row for each item and choice, item-major: the prompt with the choice but for its last token, to score the choice."""
         assert self.choice_tokens is not None
-        pairs = [(ids, choice) for ids in self.token_ids for choice in self.choice_tokens]
+        each = self.item_choice_tokens or [self.choice_tokens] * len(self)
+        pairs = [(ids, choice) for ids, choices in zip(self.token_ids, each, strict=True) for choice in choices]
         return replace(
             self,
             token_ids=[[*ids, *choice[:-1]] for ids, choice in pairs],
             labels=[None] * len(pairs),
             choice_tokens=None,
+            item_choice_tokens=None,
             targets=[choice for _, choice in pairs],
         )
 
-    def choice_log_probabilities(self, logs: Tensor) -> Tensor:
-        """Log probabilities (..., N * C) of ``sequences`` -> (..., N, C), normalised among the choices of each of N items."""
+    def choice_log_probabilities(self, logs: Tensor, lengths: Tensor) -> Tensor:
+        """Log probabilities (..., N * C) of ``sequences``, of ``lengths`` (N * C) tokens -> (..., N, C), normalised among the
+        choices of each of N items."""
         assert self.choice_tokens is not None
-        logs = logs.unflatten(-1, (-1, len(self.choice_tokens)))
         if self.by_length:
-            logs = logs / torch.tensor([len(choice) for choice in self.choice_tokens], device=logs.device)
-        return torch.log_softmax(logs, dim=-1)
+            logs = logs / lengths
+        return torch.log_softmax(logs.unflatten(-1, (-1, len(self.choice_tokens))), dim=-1)
 
     def labels_tensor(self, device: str | torch.device = "cpu") -> Tensor:
         """The labels, (N,) int64.
@@ -165,8 +182,7 @@ class Encoded:
         Items of similar length share a batch, which wastes little on padding; the longest come first, so that a batch
         size that memory does not allow fails at once.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least 1")
+        batch_size = check_count("batch_size", batch_size, "a count of items")
         order = sorted(range(len(self)), key=lambda i: -len(self.token_ids[i]))
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -187,7 +203,11 @@ def encode(
     score: Score | None = None,
     by_length: bool = False,
 ) -> Encoded:
-    """Tokenise prompts (with the tokenizer's special tokens) and choices (without: each is what follows a prompt).
+    """Prompts as the tokenizer makes them, special tokens included, and the tokens of each choice after its prompt.
+
+    A choice's tokens are those that the tokenizer gives the joint text ``prompt + choice`` after the prompt's own. They are
+    asked for item by item, since a vocabulary may write the same choice in other tokens after another prompt. A prompt that
+    begins with the beginning-of-text token, as a rendered chat does, gets no second one.
 
     Args:
         max_length: the most tokens a prompt may have; None for no limit. Nothing is ever cut.
@@ -201,18 +221,29 @@ def encode(
         by_length: with ``score``, divide a choice's log probability by its number of tokens before it is normalised.
 
     Raises:
-        ValueError: no examples; examples with different choices; a choice that is not one token (without ``score``) or none,
-            or the same tokens as another; ``score`` and ``head`` both, or ``by_length`` without ``score``; a prompt without tokens or longer than ``max_length``; one that ends in the end-of-text token
-            (unless ``head``).
+        ValueError: no examples; examples with different choices; a prompt without tokens, longer than ``max_length``, or that
+            ends in the end-of-text token; a prompt and a choice whose tokens merge; a choice without tokens or with the same
+            tokens as another; ``score`` and ``head`` both, or ``by_length`` without ``score``. Without ``score`` also a choice
+            that is not one token, or that is not the same one after every prompt. With ``head`` nothing is asked of the
+            choices' tokens or of the prompts' last.
     """
+    examples = list(examples)
     if not examples:
         raise ValueError("no examples to encode; expected at least one")
+    for number, example in enumerate(examples):
+        if not isinstance(example, Example):
+            raise ValueError(
+                f"example {number}: got a {type(example).__name__}, expected a tfb_ext.Example. Fix: Example(prompt, choices, "
+                "label), or read a file with read_jsonl or read_dataset"
+            )
     if score is not None and score not in get_args(Score):
         raise ValueError(f"score={score!r}: expected 'sequence', 'token', or None for choices of one token")
     if head and score is not None:
         raise ValueError(f"score={score!r} with head=True: a classification head has no tokens to score; leave one out")
     if by_length and score is None:
         raise ValueError("by_length=True without score=: only sequences have lengths; add score='sequence'")
+    if max_length is not None:
+        max_length = check_count("max_length", max_length, "a count of tokens or None")
     choices = examples[0].choices
     for number, example in enumerate(examples):
         if example.choices != choices:
@@ -220,18 +251,28 @@ def encode(
                 f"example {number} has the choices {list(example.choices)!r}, example 0 has {list(choices)!r}: all "
                 "examples of a set share their choices; encode them as separate sets"
             )
-    token_ids = [list(tokenizer(example.prompt)["input_ids"]) for example in examples]
+    prompts = [example.prompt for example in examples]
+    token_ids = [ids for some in _pieces(prompts, _TEXTS) for ids in _tokenise(tokenizer, some, head)]
     for number, ids in enumerate(token_ids):
         _check_length(number, ids, max_length)
         if not head:
             _check_end(number, ids, tokenizer)
+    tokens = [] if head else _choice_tokens(prompts, token_ids, choices, tokenizer, single=score is None)
+    differ = next((number for number, item in enumerate(tokens) if item != tokens[0]), None)
+    if differ is not None and score is None:
+        raise ValueError(
+            f"examples 0 and {differ}: got the choices {list(choices)!r} as the tokens {_names(tokens[0], tokenizer)} after one "
+            f"prompt and {_names(tokens[differ], tokenizer)} after the other, expected the same after all. Fix: end all prompts "
+            "alike, such as in ':' with choices that begin with a space, or take score='sequence' (tfb: --score sequence)"
+        )
     return Encoded(
         token_ids=token_ids,
         labels=[example.label for example in examples],
-        choice_ids=None if head or score else _choice_ids(choices, tokenizer),
+        choice_ids=None if head or score else tuple(choice[0] for choice in tokens[0]),
         choices=choices,
         pad_id=_pad_id(tokenizer),
-        choice_tokens=None if score is None else _choice_tokens(choices, tokenizer),
+        choice_tokens=None if score is None else tokens[0],
+        item_choice_tokens=None if differ is None else tokens,
         score=score or "sequence",
         by_length=by_length,
     )
@@ -241,7 +282,7 @@ def read_jsonl(path: str | Path) -> list[Example]:
     """Read examples from a file of JSON objects, one a line.
 
     Fields: ``prompt`` (text), ``choices`` (list of texts), ``label`` (index of a choice, or its text; missing or null
-    for an unlabelled item). Other fields and empty lines are passed over.
+    for an unlabelled item). Other fields and empty lines are passed over, but not one that looks like a misspelt ``label``.
 
     Raises:
         ValueError: a line that is none of that, as ``file:line: field: value; what was expected``; a file without any.
@@ -256,6 +297,10 @@ def read_jsonl(path: str | Path) -> list[Example]:
                 examples.append(_parse_line(line))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
+            except RecursionError:
+                raise ValueError(
+                    f"{path}:{number}: objects or lists too deep within each other, expected one object"
+                ) from None
     if not examples:
         raise ValueError(f"{path}: no examples in it; expected one JSON object a line")
     return examples
@@ -297,8 +342,8 @@ def read_dataset(
             raise ValueError(f"choices: None, and {name} names no classes for the label {label!r}; pass choices=[...]")
     examples = []
     for number, row in enumerate(dataset):
-        text = prompt.format_map(row) if fields else row[prompt]
         try:
+            text = _filled(prompt, fields, row) if fields else row[prompt]
             examples.append(_example(text, choices, None if label is None else _dataset_label(row[label])))
         except ValueError as error:
             raise ValueError(f"{name}, split {split}, row {number}: {error}") from error
@@ -308,13 +353,48 @@ def read_dataset(
 
 
 def _parse_line(line: bytes) -> Example:
-    record = json.loads(line.decode("utf-8-sig"))
+    record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
     if not isinstance(record, dict):
         raise ValueError(f"{record!r}; expected an object with the fields prompt, choices and label")
     for field in ("prompt", "choices"):
         if field not in record:
             raise ValueError(f"{field}: missing; the fields are {sorted(record)!r}, expected prompt, choices and label")
+    if "label" not in record:
+        close = difflib.get_close_matches("label", [name.lower() for name in record], n=1, cutoff=0.8)
+        if close:
+            raise ValueError(
+                f"label: missing, got a field {close[0]!r}, expected 'label'. Fix: rename or remove that field"
+            )
     return _example(record["prompt"], record["choices"], record.get("label"))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        for name in FIELDS:
+            if sum(key == name for key, _ in pairs) > 1:
+                raise ValueError(f"{name}: got more than one, expected one. Fix: leave one out")
+    return record
+
+
+def _filled(template: str, fields: Sequence[str], row: Mapping[str, Any]) -> str:
+    for field in fields:
+        value = row[field]
+        if value is None or value != value:  # NaN, as pandas writes a missing value
+            raise ValueError(
+                f"column {field!r}: got {value!r}, expected a value for the template. Fix: leave the row out, or give it a text"
+            )
+    return template.format_map(row)
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: got {text[error.start : error.end]!r} at character {error.start}, half of a character, expected whole ones. "
+            "Fix: write both halves of the emoji's \\u escape, or the character itself"
+        ) from None
 
 
 def _example(prompt: Any, choices: Any, label: Any) -> Example:
@@ -322,7 +402,9 @@ def _example(prompt: Any, choices: Any, label: Any) -> Example:
         raise ValueError(f"choices: {choices!r}; expected a list of texts")
     if isinstance(label, str):
         if label not in choices:
-            raise ValueError(f"label: {label!r}; expected one of the choices {list(choices)!r}, spaces included")
+            raise ValueError(
+                f"label: {label!r}; expected one of the choices {list(choices)!r}, spaces included, or its index as a number"
+            )
         label = choices.index(label)
     return Example(prompt, tuple(choices), label)
 
@@ -367,38 +449,101 @@ def _check_end(number: int, ids: list[int], tokenizer: PreTrainedTokenizerBase) 
         )
 
 
-def _choice_ids(choices: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    owner: dict[int, str] = {}
-    for choice in choices:
-        ids = tokenizer(choice, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            other = choice[1:] if choice.startswith(" ") else f" {choice}"
-            raise ValueError(
-                f"choice {choice!r} is {len(ids)} tokens, {tokenizer.convert_ids_to_tokens(ids)!r}; expected one. Try "
-                f"{other!r}, another word or letter that is one token, or score='sequence' (tfb: --score sequence), which takes any number"
-            )
-        if ids[0] in owner:
-            token = tokenizer.convert_ids_to_tokens(ids)[0]
-            raise ValueError(
-                f"choices {owner[ids[0]]!r} and {choice!r} are the same token, {token!r}; choose texts with different "
-                "tokens"
-            )
-        owner[ids[0]] = choice
-    return tuple(owner)
+def _pieces(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (texts[start : start + size] for start in range(0, len(texts), size))
 
 
-def _choice_tokens(choices: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], as_it_is: bool = False) -> list[list[int]]:
+    rows = [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
+    begin = None if as_it_is else getattr(tokenizer, "bos_token_id", None)
+    return [ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids for ids in rows]
+
+
+def _choice_tokens(
+    prompts: Sequence[str],
+    token_ids: Sequence[list[int]],
+    choices: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    single: bool,
+) -> list[tuple[tuple[int, ...], ...]]:
+    """The tokens of each choice after each prompt, what the joint text has after the prompt's tokens; of one token if ``single``."""
+    found: list[tuple[tuple[int, ...], ...]] = []
+    known: dict[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] = {}  # most items share theirs
+    step = max(1, _TEXTS // len(choices))
+    for start in range(0, len(prompts), step):
+        some = range(start, min(start + step, len(prompts)))
+        joint = iter(_tokenise(tokenizer, [prompts[n] + choice for n in some for choice in choices]))
+        for number in some:
+            ids, tokens = token_ids[number], []
+            for choice in choices:
+                whole = next(joint)
+                if whole[: len(ids)] != ids:
+                    raise ValueError(_merged(number, prompts[number], choice, ids, whole, tokenizer))
+                tokens.append(tuple(whole[len(ids) :]))
+            item = tuple(tokens)
+            if item not in known:
+                _check_choices(number, prompts[number], choices, item, tokenizer, single and not known)
+                known[item] = item
+            found.append(known[item])
+    return found
+
+
+def _merged(
+    number: int, prompt: str, choice: str, ids: list[int], whole: list[int], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Why the tokens of the prompt do not begin those of the joint text, and the way out."""
+    same = next((i for i, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), min(len(ids), len(whole)))
+    bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    stripped = prompt.rstrip()
+    if len(ids) > len(bare) and ids[-len(bare) :] != list(bare):
+        way = "switch off that the tokenizer adds a token after a text (add_eos_token, or its post-processor)"
+    elif stripped and stripped != prompt and whole[: len(kept := _tokenise(tokenizer, [stripped])[0])] == kept:
+        way = f"end the prompt without {prompt[len(stripped) :]!r} and begin the choices with it, {prompt[len(stripped) :] + choice!r}"
+    else:
+        way = "begin the choices with a space, or end the prompt otherwise, such as in ':'"
+    return (
+        f"example {number}: got the prompt's last tokens {tokenizer.convert_ids_to_tokens(ids[same:])!r} as "
+        f"{tokenizer.convert_ids_to_tokens(whole[same:])!r} with the choice {choice!r} after them: they merge; expected a choice "
+        f"that leaves the prompt's tokens as they are. Fix: {way}"
+    )
+
+
+def _check_choices(
+    number: int,
+    prompt: str,
+    choices: Sequence[str],
+    tokens: Sequence[tuple[int, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    single: bool,
+) -> None:
     owner: dict[tuple[int, ...], str] = {}
-    for choice in choices:
-        ids = tuple(tokenizer(choice, add_special_tokens=False)["input_ids"])
-        if not ids:
-            raise ValueError(f"choice {choice!r} has no tokens; expected at least one")
-        if ids in owner:
+    for choice, ids in zip(choices, tokens, strict=True):
+        names = tokenizer.convert_ids_to_tokens(list(ids))
+        if single and len(ids) != 1:
+            # The same choice with or without its leading space, if that is one token after this prompt.
+            other = choice[1:] if choice.startswith(" ") else f" {choice}"
+            before, whole = _tokenise(tokenizer, [prompt])[0], _tokenise(tokenizer, [prompt + other])[0]
+            known = bool(other.strip()) and whole[:-1] == before
             raise ValueError(
-                f"choices {owner[ids]!r} and {choice!r} are the same tokens, {list(ids)}; choose different texts"
+                f"choice {choice!r} is {len(ids)} tokens, {names!r}, after the prompt of example {number}; expected one. Try "
+                f"{f'{other!r}, ' if known else ''}another word or letter that is one token, or score='sequence' (tfb: --score "
+                "sequence), which takes any number"
+            )
+        if not ids:
+            raise ValueError(
+                f"choice {choice!r} has no tokens after the prompt of example {number}; expected at least one"
+            )
+        if ids in owner:
+            same = f"token, {names[0]!r}" if single else f"tokens, {names!r}"
+            raise ValueError(
+                f"choices {owner[ids]!r} and {choice!r} are the same {same}, after the prompt of example {number}; choose texts "
+                "with different tokens"
             )
         owner[ids] = choice
-    return tuple(owner)
+
+
+def _names(tokens: Sequence[tuple[int, ...]], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    return [list(tokenizer.convert_ids_to_tokens(list(ids))) for ids in tokens]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = True) -> tuple[Tensor, Tensor]:

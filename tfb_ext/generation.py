@@ -26,10 +26,10 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from .adapter import BayesianAdapter
+from .caches import cache_argument
 from .checks import check_count
 from .decoding import capturable, captured_decoding, open_decoding
 from .errors import SamplingError
-from .caches import cache_argument
 from .fan import Predictive, last_positions
 from .layers import SampleBatch
 from .prompts import Prompts, encode_prompts, vocabulary

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from .adapter import BayesianAdapter
+from .checks import check_count
 from .data import Encoded
 from .errors import SamplingError, UnsupportedModelError
 from .fan import CLASSIFIER_HEADS
@@ -66,6 +67,7 @@ class HeadGaussian:
 
     def sample(self, samples: int, generator: torch.Generator) -> Tensor:
         """Draws (samples, N, C), independent for every item: each item's law is exact, the items' correlation is not there."""
+        samples = check_count("samples", samples)
         z = torch.randn(samples, len(self.mean), self.factor.shape[1], generator=generator, dtype=torch.float64)
         return self._logits(z)
 
@@ -86,8 +88,7 @@ class HeadGaussian:
         Raises:
             ValueError: points is not a count of at least 1.
         """
-        if isinstance(points, bool) or not isinstance(points, int) or points < 1:
-            raise ValueError(f"points is {points!r}, expected a count of at least 1")
+        points = check_count("points", points)
         directions = self._differences
         dimensions = directions.shape[1]
         if dimensions == 0:
@@ -173,6 +174,11 @@ def head_gaussian(
             columns = batch.columns
             parts.append(scorer.items(_logits_and_norm(adapter, scorer, batch), batch).double().cpu())
     found = original_order(parts, scorer.batches, dim=0)
+    if not found.isfinite().all():
+        raise ValueError(
+            "the mean adapter's logits: got NaN or infinity, expected finite numbers. Fix: load the model in float32 or bfloat16, "
+            "and look for NaN in its weights"
+        )
     posterior = adapter.posterior(name)
     rows = torch.arange(classes) if columns is None else columns.cpu()
     factor = torch.eye(len(rows)) if adapter.family == "full-rank" else posterior.basis[rows]

@@ -59,6 +59,14 @@ def evaluate(probabilities: Tensor, labels: Tensor) -> Metrics:
 
 def check(probabilities: Tensor, labels: Tensor) -> None:
     """Raise the ``ValueError`` of ``evaluate`` unless these are probabilities and labels of the same items."""
+    for name, value in (("probabilities", probabilities), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: got a {type(value).__name__}, expected a tensor. Fix: torch.as_tensor({name})")
+    if labels.device != probabilities.device:
+        raise ValueError(
+            f"labels: got {labels.device}, expected {probabilities.device}, where the probabilities are. Fix: "
+            "labels.to(probabilities.device)"
+        )
     if probabilities.ndim != 2 or not probabilities.is_floating_point() or probabilities.shape[1] < 2:
         raise ValueError(
             f"probabilities: {probabilities.dtype} of shape {tuple(probabilities.shape)}; expected floating point of "

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapter import BayesianAdapter, check_samples
+from .adapter import BayesianAdapter
 from .adaptive import StoppingRule, draw_size, is_paired
+from .checks import check_samples, is_integer
 from .fan import Kind
 from .layers import SampleBatch
-from .scoring import MANY_CLASSES, Data, Scorer, head_outputs, original_order
+from .scoring import MANY_CLASSES, Batch, Data, Scorer, head_outputs, original_order
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def _run(
     adaptive: float | None = None,
     precision: float | None = None,
 ) -> _Run:
-    mean = isinstance(samples, int) and not isinstance(samples, bool) and samples == 0
+    mean = is_integer(samples) and samples == 0
     batch = None if mean else adapter.batch(check_samples(samples), sigma)
     stopping = None if adaptive is None and precision is None else _stopping(batch, adaptive, precision, samples)
     first = 1 if batch is None else len(batch) if stopping is None else stopping.stops[0]
@@ -326,11 +327,16 @@ def _run(
                     found = scorer.average(item, batch)[None]
                 else:
                     found = scorer.samples(item, batch)
-                parts.append((found if kind == "regression" else found.exp()).float().cpu())
+                parts.append(_finite(found if kind == "regression" else found.exp(), item, batch))
                 bar.update(len(item.items))
             values = original_order(parts, scorer.batches, dim=1)
         else:
             values, drawn = _until_settled(scorer, batch, stopping, bar.update)
+    if not values.shape[1]:
+        raise ValueError(
+            "labels: got -100 at every position, which leaves no items, expected at least one label. Fix: leave the key out for the "
+            "last position of each row, or label some"
+        )
     facts = 0.0 if batch is None else batch.sigma[0], () if batch is None else batch.samples
     return _Run(values, (*facts, adapter.antithetic, time.perf_counter() - started), drawn)
 
@@ -377,7 +383,7 @@ def _until_settled(
         samples = batch.part(done, stop)
         batches = scorer.select(unsettled.nonzero()[:, 0], len(samples)) if done else scorer.batches
         for some in batches:
-            new = scorer.samples(some, samples).exp().float().cpu()
+            new = _finite(scorer.samples(some, samples).exp(), some, samples)
             if p is None:
                 p = torch.full((len(batch), scorer.size, new.shape[-1]), math.nan)
             items = some.items
@@ -391,6 +397,26 @@ def _until_settled(
         done = stop
     assert p is not None
     return p, drawn
+
+
+def _finite(values: Tensor, batch: Batch, samples: SampleBatch | None) -> Tensor:
+    """Probabilities or outputs (S, items, C) as float32 on the CPU; a ``ValueError`` if one is NaN or infinite."""
+    values = values.float().cpu()
+    bad = (~values.isfinite()).flatten(2).any(dim=-1).nonzero()
+    if len(bad):
+        draw, item = bad[0].tolist()
+        where = f"item {item} of batch {batch.key}" if batch.token_labelled else f"item {int(batch.items[item])}"
+        if samples is None:
+            raise ValueError(
+                f"the mean adapter's outputs: got NaN or infinity for {where}, expected finite numbers. Fix: load the model in "
+                "float32 or bfloat16, and look for NaN in its weights"
+            )
+        raise ValueError(
+            f"sigma: got {samples.sigma[0]:g}, at which the model's outputs are NaN or infinite (first: {where}, sample "
+            f"{samples.samples[min(draw, len(samples) - 1)]}), expected one at which they are finite. Fix: a smaller sigma, or load "
+            "the model in float32 or bfloat16"
+        )
+    return values
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from .adapter import BayesianAdapter, Depth
+from .checks import check_count
 from .data import Encoded
 from .fan import CLASSIFIER_HEADS, Kind, Predictive, Trunk, at_targets, last_position_only, last_positions
+from .inputs import IGNORED as IGNORED  # here too for those who score
+from .inputs import Labels, ModelInputs
 from .layers import SampleBatch
 
-IGNORED = -100
 # On a CPU, rows of a batch, and rows one fused forward may hold before its samples are split: what its caches like.
 BATCH_CPU, ROWS_CPU = 8, 64
 # On a GPU a forward takes so many operations that launching it costs little beside (most of a second of an H100), as far as
@@ -124,26 +126,33 @@ class Scorer:
         self.model = adapter.anatomy.model
         self.device = next(self.model.parameters()).device
         _check_kind(adapter.anatomy.kind, kind)
+        if any(p.dtype == torch.float64 for p in adapter.model.parameters()):
+            raise ValueError(
+                f"{type(self.model).__name__}: got weights of float64, expected float32, bfloat16 or float16, which the kernels "
+                "take. Fix: model.float()"
+            )
         self.kind: Kind = kind
         self.labels_tokens = type(self.model).__name__.endswith("ForTokenClassification")
         self.depth: Depth = adapter.depth if depth is None else depth
         self.first = adapter.first_random_block(self.depth)
         cuda = self.device.type == "cuda"
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-        ):
-            raise ValueError(f"batch_size is {batch_size!r}, expected a count of items, at least 1")
+        if batch_size is not None:
+            batch_size = check_count("batch_size", batch_size, "a count of items")
         encoded = data if isinstance(data, Encoded) else None
         self.sequences = encoded if encoded is not None and encoded.choice_tokens is not None else None
         choices = encoded.choice_tokens if encoded is not None and encoded.choice_tokens is not None else ((),)
         self._rows_per_item = len(choices)
-        longest: int | None = None
-        if encoded is not None:
-            longest = max(map(len, encoded.token_ids), default=1) + max(map(len, choices))
         room = self._room_for_tokens() if cuda else 0
         self._most_rows = batch_size * self._rows_per_item if batch_size else BATCH_CUDA
         self._encoded = encoded
         self._rows = encoded if self.sequences is None else self.sequences.sequences()
+        longest = None if self._rows is None else max(map(len, self._rows.token_ids), default=1)
+        by_position = self.labels_tokens or adapter.anatomy.head_name not in CLASSIFIER_HEADS
+        looked_at: Labels | None = None if kind != "categorical" else "positions" if by_position else "rows"
+        self._inputs = ModelInputs(self.model, head_outputs(adapter), looked_at)
+        if encoded is not None and self._rows is not None:
+            self._check_head()
+            self._inputs.encoded(encoded, self._rows)
         self._labels = encoded.labels_tensor() if encoded is not None and encoded.labelled else None
         self._selections = 0
         rows = min(BATCH_CUDA, room // (longest * max(samples, 1))) if cuda and longest else BATCH_CPU
@@ -168,7 +177,6 @@ class Scorer:
     def _prepare(self, data: Data, shuffle: bool, shard: tuple[int, int]) -> Iterator[Batch]:
         rank, world = shard
         if isinstance(data, Encoded):
-            self._check_head()
             groups = data.groups(self.batch_size)
             order = list(range(len(groups)))
             if shuffle:
@@ -177,27 +185,27 @@ class Scorer:
                 yield self._encoded_batch(key, groups[key])
             return
         start = 0
+        if not isinstance(data, Iterable):
+            raise ValueError(
+                f"data: got a {type(data).__name__}, expected batches of model arguments. Fix: a list of them, or an Encoded set "
+                "from tfb_ext.encode(examples, tokenizer)"
+            )
         for key, raw in enumerate(data):
             if not isinstance(raw, Mapping) or not isinstance(raw.get("input_ids"), Tensor):
                 raise ValueError(
                     f"batch {key} is a {type(raw).__name__}, expected a mapping with tensors input_ids, attention_mask and "
                     "labels, or an Encoded set from tfb_ext.encode(examples, tokenizer)"
                 )
+            checked = self._inputs.batch(key, raw)  # on every rank, so that all of them stop
             index = torch.arange(start, start + len(raw["input_ids"]))
             start += len(index)
             if key % world != rank:
                 continue
-            inputs = {n: v.to(self.device) for n, v in raw.items() if n != "labels" and isinstance(v, Tensor)}
-            found = raw.get("labels") if self.kind == "categorical" else None
-            yield Batch(
-                key,
-                self._plain(inputs),
-                None if found is None else found.to(self.device),
-                index,
-                None,
-                # A model that generates predicts the next token; others label the token they stand on.
-                shifted=self.adapter.anatomy.head_name not in CLASSIFIER_HEADS and self.model.can_generate(),
-            )
+            inputs = {n: v.to(self.device) for n, v in checked.items()}
+            labels = inputs.pop("labels", None)
+            # A model that generates predicts the next token; others label the token they stand on.
+            shifted = self.adapter.anatomy.head_name not in CLASSIFIER_HEADS and self.model.can_generate()
+            yield Batch(key, self._plain(inputs), labels, index, None, shifted)
 
     def _encoded_batch(self, key: Hashable, items: Sequence[int]) -> Batch:
         data, rows = self._rows, self._rows_of(items)
@@ -302,7 +310,7 @@ class Scorer:
                 logits = torch.log_softmax(logits, dim=-1)
             return self.items(logits, batch)
 
-        return self._chosen(self._whole_or_halves(batch, run, dim=0))
+        return self._chosen(self._whole_or_halves(batch, run, dim=0), batch)
 
     def samples(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
         """Log probabilities (S, items, C) of every sample group; only for heads and label sets of up to 1024 classes.
@@ -315,7 +323,7 @@ class Scorer:
             found = (view.sample_outputs if batch.targets is None else view.target_log_probabilities for view in passes)
             return torch.cat([self.items(values, batch, stacked=True) for values in found])
 
-        return self._chosen(self._whole_or_halves(batch, run, dim=1))
+        return self._chosen(self._whole_or_halves(batch, run, dim=1), batch)
 
     def averages(self, batch: Batch, samples: SampleBatch, parts: int, first: int | None = None) -> Tensor:
         """Log of the mean probability (parts, items, C) over each of so many equal parts of the sample groups.
@@ -331,7 +339,7 @@ class Scorer:
             logs = torch.cat([values for values in found if values is not None])
             return self.items(_log_means(logs, parts), batch, stacked=True)
 
-        return self._chosen(self._whole_or_halves(batch, run, dim=1))
+        return self._chosen(self._whole_or_halves(batch, run, dim=1), batch)
 
     def average(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
         """Log of the mean probability (items, C) over all sample groups, without keeping any of a large head's."""
@@ -349,9 +357,11 @@ class Scorer:
 
         return self._whole_or_halves(batch, run, dim=0)
 
-    def _chosen(self, values: Tensor) -> Tensor:
+    def _chosen(self, values: Tensor, batch: Batch) -> Tensor:
         """Sequences' log probabilities (..., rows, 1) -> their items' (..., items, C); anything else as it is."""
-        return values if self.sequences is None else self.sequences.choice_log_probabilities(values[..., 0])
+        if self.sequences is None or batch.targets is None:
+            return values
+        return self.sequences.choice_log_probabilities(values[..., 0], (batch.targets != IGNORED).sum(dim=-1))
 
     def _whole_or_halves(self, batch: Batch, run: Callable[[Batch], Tensor], dim: int) -> Tensor:
         """``run(batch)``; where a batch does not fit into memory, its halves one after the other, now and ever after."""

@@ -155,11 +155,11 @@ def selective(scores: Tensor, wrong: Tensor) -> Selective:
         ValueError: wrong shapes or types, no items, NaN.
     """
     _check_scores("scores", scores)
-    if wrong.shape != scores.shape or wrong.dtype != torch.bool:
-        raise ValueError(
-            f"wrong: {wrong.dtype} of shape {tuple(wrong.shape)}; expected torch.bool of shape {tuple(scores.shape)}, one for "
-            "each score"
+    if not isinstance(wrong, Tensor) or wrong.shape != scores.shape or wrong.dtype != torch.bool:
+        got = (
+            f"{wrong.dtype} of shape {tuple(wrong.shape)}" if isinstance(wrong, Tensor) else f"a {type(wrong).__name__}"
         )
+        raise ValueError(f"wrong: {got}; expected torch.bool of shape {tuple(scores.shape)}, one for each score")
     scores, wrong = scores.cpu(), wrong.cpu()
     items, errors = len(wrong), int(wrong.sum())
     n = torch.arange(1, items + 1, dtype=torch.float64)
@@ -195,6 +195,8 @@ def _ranks(scores: Tensor) -> Tensor:
 
 
 def _check_scores(name: str, scores: Tensor) -> None:
+    if not isinstance(scores, Tensor):
+        raise ValueError(f"{name}: got a {type(scores).__name__}, expected a tensor. Fix: torch.as_tensor({name})")
     if scores.ndim != 1 or not scores.is_floating_point():
         raise ValueError(
             f"{name}: {scores.dtype} of shape {tuple(scores.shape)}; expected floating point of shape (items,)"
