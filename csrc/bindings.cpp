@@ -45,7 +45,7 @@ Words4 philox_words(const Words4& counter, const Words2& key) {
 #ifdef TFB_EXT_WITH_CUDA
 bool cuda_clusters_in_use() {
   cuda::Machine machine;
-  return cuda::current_machine(machine) == cudaSuccess && machine.clusters;
+  return cuda::current_machine(machine) == cudaSuccess && machine.cluster_blocks > 1;
 }
 #endif
 
@@ -72,8 +72,12 @@ PYBIND11_MODULE(_C, m) {
 #ifdef TFB_EXT_WITH_CUDA
   m.def("philox_cuda", &tfb::cuda::philox_on_device, pybind11::arg("counter"), pybind11::arg("key"),
         "Philox4x32-10 on the current CUDA device; waits for the result.");
-  m.def("use_portable_kernels", &tfb::cuda::force_portable, pybind11::arg("portable"),
-        "Whether to leave instructions newer than compute capability 8.0 unused.");
+  m.def(
+      "limit_machine",
+      [](int shared_bytes, int cluster_blocks) { tfb::cuda::limit_machine({shared_bytes, cluster_blocks}); },
+      pybind11::arg("shared_bytes") = tfb::cuda::kNoLimits.shared_bytes,
+      pybind11::arg("cluster_blocks") = tfb::cuda::kNoLimits.cluster_blocks,
+      "The most shared memory of a block and the largest cluster that the CUDA kernels use; no argument: no limit.");
   m.def("cuda_clusters_in_use", &tfb::cuda_clusters_in_use,
         "Whether the current device runs the kernels for clusters.");
 #endif

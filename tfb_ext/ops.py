@@ -53,7 +53,7 @@ def use_portable_kernels(portable: bool) -> None:
     start. Without the CUDA operators nothing changes.
     """
     if build_info()["cuda"]:
-        _C.use_portable_kernels(portable)
+        _C.limit_machine(**({"cluster_blocks": 1} if portable else {}))
 
 
 def _signed(seed: int) -> int:

@@ -90,7 +90,10 @@ class Shrinker {
 
   void make_room(const at::TensorOptions& options) {
     int64_t floats = 0;
-    C10_CUDA_CHECK(shrink_partial_floats(params_, floats));
+    bool fits = true;
+    C10_CUDA_CHECK(shrink_partial_floats(params_, floats, fits));
+    TFB_CHECK_VALUE(fits, "shrink: this GPU gives a block too little shared memory, expected at least ",
+                    kLeastSharedBytes, " bytes (compute capability 8.0 or newer). Fix: use float32 or the CPU");
     if (floats == 0) return;
     partial_ = at::empty({floats}, options);
     params_.partial = partial_.mutable_data_ptr<float>();
