@@ -1,14 +1,21 @@
-// The Python module tfb_ext._C, which loads the operators and exports small, tensor-free things.
+// The Python module tfb_ext._C, which loads the operators and exports small things.
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/TensorOptions.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <array>
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
 
+#include "check.h"
 #include "cpu/kernels.h"
 #include "philox.h"
 #include "schemas.h"
@@ -33,6 +40,37 @@ at::Tensor noise_by_device(c10::DispatchKeySet, int64_t r, int64_t n, int64_t se
 }
 
 TORCH_LIBRARY_IMPL(tfb_ext, BackendSelect, m) { m.impl("noise", TORCH_FN(noise_by_device)); }
+
+// A result of what requires grad may be computed with; its backward pass raises that there is no derivative.
+TORCH_LIBRARY_IMPL(tfb_ext, Autograd, m) {
+  for (const char* name : {"shrink", "shrink_group", "expand_", "expand", "linear", "update_group"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+// Counts a change of y, so that a backward pass that saved it notices.
+TORCH_LIBRARY_IMPL(tfb_ext, ADInplaceOrView, m) {
+  m.impl("expand_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+}
+
+// The checks of the kernels, for the operators' fakes in tfb_ext/ops.py.
+using Tensors = std::vector<at::Tensor>;
+using OptionalTensors = std::vector<std::optional<at::Tensor>>;
+
+void check_shrink_call(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma, const at::Tensor& samples,
+                       const at::Tensor& seed, int64_t layer, const std::string& mode) {
+  check_shrink(x, mean, sigma, samples, seed, layer, mode);
+}
+void check_group_call(const at::Tensor& x, const Tensors& means, const at::Tensor& sigma, const at::Tensor& samples,
+                      const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode) {
+  check_group("shrink_group", x, means, sigma, samples, seed, layers, mode);
+}
+void check_update_call(const at::Tensor& x, const Tensors& means, const Tensors& bases, const OptionalTensors& biases,
+                       const std::vector<double>& scalings, const at::Tensor& sigma, const at::Tensor& samples,
+                       const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode) {
+  const c10::List<std::optional<at::Tensor>> list{c10::ArrayRef<std::optional<at::Tensor>>(biases)};
+  check_update(x, means, bases, list, scalings.size(), sigma, samples, seed, layers, mode);
+}
 
 using Words4 = std::array<uint32_t, 4>;
 using Words2 = std::array<uint32_t, 2>;
@@ -66,7 +104,14 @@ pybind11::dict build_info() {
 }  // namespace tfb
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Loads torch.ops.tfb_ext.*; known-answer access to Philox and facts about this build.";
+  m.doc() = "Loads torch.ops.tfb_ext.*; their checks, known-answer access to Philox and facts about this build.";
+  m.def("check_noise", torch::wrap_pybind_function(tfb::check_noise));
+  m.def("check_shrink", torch::wrap_pybind_function(tfb::check_shrink_call));
+  m.def("check_shrink_group", torch::wrap_pybind_function(tfb::check_group_call));
+  m.def("check_expand_", torch::wrap_pybind_function(tfb::check_expand));
+  m.def("check_expand", torch::wrap_pybind_function(tfb::check_expand_new));
+  m.def("check_linear", torch::wrap_pybind_function(tfb::check_linear));
+  m.def("check_update_group", torch::wrap_pybind_function(tfb::check_update_call));
   m.def("philox", &tfb::philox_words, pybind11::arg("counter"), pybind11::arg("key"),
         "Philox4x32-10 on the host: four counter words and two key words to four output words.");
 #ifdef TFB_EXT_WITH_CUDA

@@ -1,7 +1,39 @@
 """What the compiled module exports; operators go through torch.ops.tfb_ext."""
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 def build_info() -> dict[str, bool | str]: ...
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...
 def philox_cuda(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...
 def limit_machine(shared_bytes: int = ..., cluster_blocks: int = ...) -> None: ...
 def cuda_clusters_in_use() -> bool: ...
+def check_noise(r: int, n: int, layer: int, sample: int) -> None: ...
+def check_shrink(
+    x: Tensor, mean: Tensor, sigma: Tensor, samples: Tensor, seed: Tensor, layer: int, mode: str
+) -> None: ...
+def check_shrink_group(
+    x: Tensor,
+    means: Sequence[Tensor],
+    sigma: Tensor,
+    samples: Tensor,
+    seed: Tensor,
+    layers: Sequence[int],
+    mode: str,
+) -> None: ...
+def check_expand_(y: Tensor, z: Tensor, basis: Tensor) -> None: ...
+def check_expand(z: Tensor, basis: Tensor, bias: Tensor | None) -> None: ...
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, basis: Tensor) -> None: ...
+def check_update_group(
+    x: Tensor,
+    means: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    sigma: Tensor,
+    samples: Tensor,
+    seed: Tensor,
+    layers: Sequence[int],
+    mode: str,
+) -> None: ...
