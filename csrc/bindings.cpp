@@ -1,18 +1,25 @@
 // The Python module tfb_ext._C, which loads the operators and exports small things.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/DispatchKeySet.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/TensorOptions.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "check.h"
@@ -41,17 +48,116 @@ at::Tensor noise_by_device(c10::DispatchKeySet, int64_t r, int64_t n, int64_t se
 
 TORCH_LIBRARY_IMPL(tfb_ext, BackendSelect, m) { m.impl("noise", TORCH_FN(noise_by_device)); }
 
-// A result of what requires grad may be computed with; its backward pass raises that there is no derivative.
+// What is computed with tensors that require grad requires it too; its backward pass raises that there is no
+// derivative.
 TORCH_LIBRARY_IMPL(tfb_ext, Autograd, m) {
-  for (const char* name : {"shrink", "shrink_group", "expand_", "expand", "linear", "update_group"}) {
+  for (const char* name : {"shrink", "shrink_group", "expand", "linear"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
 
-// Counts a change of y, so that a backward pass that saved it notices.
-TORCH_LIBRARY_IMPL(tfb_ext, ADInplaceOrView, m) {
-  m.impl("expand_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+// torch's fallbacks see a change of an argument only where it is returned, so expand_, which returns nothing, has its
+// own.
+void next_expand(c10::DispatchKeySet keys, at::Tensor& y, const at::Tensor& z, const at::Tensor& basis,
+                 double scaling) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("tfb_ext::expand_", "")
+                             .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&, double)>();
+  op.redispatch(keys, y, z, basis, scaling);
 }
+
+struct ExpandWithoutDerivative : torch::autograd::Function<ExpandWithoutDerivative> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, at::Tensor y, const at::Tensor& z,
+                            const at::Tensor& basis, double scaling, c10::DispatchKeySet keys) {
+    const at::AutoDispatchBelowAutograd guard;
+    next_expand(keys, y, z, basis, scaling);
+    context->mark_dirty({y});
+    return y;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
+    TORCH_CHECK(false, "derivative for tfb_ext::expand_ is not implemented");
+  }
+};
+
+void expand_with_history(c10::DispatchKeySet keys, at::Tensor& y, const at::Tensor& z, const at::Tensor& basis,
+                         double scaling) {
+  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&y), &z, &basis}) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(0).defined(),
+                                "Trying to use forward AD with tfb_ext::expand_ that does not support it.");
+  }
+  const c10::DispatchKeySet below = keys & c10::after_autograd_keyset;
+  if (at::GradMode::is_enabled() && (y.requires_grad() || z.requires_grad() || basis.requires_grad())) {
+    torch::autograd::check_inplace(y, true);
+    ExpandWithoutDerivative::apply(y, z, basis, scaling, below);
+  } else {
+    const at::AutoDispatchBelowAutograd guard;
+    next_expand(below, y, z, basis, scaling);
+  }
+}
+
+// torch's fallback does not look into lists of optional tensors, as the biases of update_group are.
+using Biases = c10::List<std::optional<at::Tensor>>;
+
+struct UpdateWithoutDerivative : torch::autograd::Function<UpdateWithoutDerivative> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, at::TensorList,
+                                                const std::function<torch::autograd::variable_list()>& update) {
+    return update();
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
+    TORCH_CHECK(false, "derivative for tfb_ext::update_group is not implemented");
+  }
+};
+
+std::vector<at::Tensor> update_with_history(c10::DispatchKeySet keys, const at::Tensor& x, at::TensorList means,
+                                            at::TensorList bases, const Biases& biases, at::ArrayRef<double> scalings,
+                                            const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
+                                            at::IntArrayRef layers, std::string_view mode, bool antithetic) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("tfb_ext::update_group", "")
+          .typed<std::vector<at::Tensor>(const at::Tensor&, at::TensorList, at::TensorList, const Biases&,
+                                         at::ArrayRef<double>, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                         at::IntArrayRef, std::string_view, bool)>();
+  std::vector<at::Tensor> asking;
+  const auto ask = [&asking](const at::Tensor& tensor) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(0).defined(),
+                                "Trying to use forward AD with tfb_ext::update_group that does not support it.");
+    if (tensor.requires_grad()) asking.push_back(tensor);
+  };
+  ask(x), ask(sigma);
+  for (const at::Tensor& mean : means) ask(mean);
+  for (const at::Tensor& basis : bases) ask(basis);
+  for (size_t l = 0; l < biases.size(); ++l) {
+    if (const std::optional<at::Tensor> bias = biases.get(l)) ask(*bias);
+  }
+  const auto update = [&] {
+    const at::AutoDispatchBelowAutograd guard;
+    return op.redispatch(keys & c10::after_autograd_keyset, x, means, bases, biases, scalings, sigma, samples, seed,
+                         layers, mode, antithetic);
+  };
+  if (asking.empty() || !at::GradMode::is_enabled()) return update();
+  return UpdateWithoutDerivative::apply(at::TensorList(asking),
+                                        std::function<torch::autograd::variable_list()>(update));
+}
+
+// Counts the change of y, so that a backward pass that has saved it notices.
+void expand_and_count(c10::DispatchKeySet keys, at::Tensor& y, const at::Tensor& z, const at::Tensor& basis,
+                      double scaling) {
+  TFB_CHECK_VALUE(!y.is_inference() || c10::InferenceMode::is_enabled(),
+                  "expand_: y got an inference tensor, expected a normal one outside torch.inference_mode(). "
+                  "Fix: pass y.clone()");
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    next_expand(keys & c10::after_ADInplaceOrView_keyset, y, z, basis, scaling);
+  }
+  y.unsafeGetTensorImpl()->bump_version();
+}
+
+TORCH_LIBRARY_IMPL(tfb_ext, Autograd, m) {
+  m.impl("expand_", TORCH_FN(expand_with_history));
+  m.impl("update_group", TORCH_FN(update_with_history));
+}
+TORCH_LIBRARY_IMPL(tfb_ext, ADInplaceOrView, m) { m.impl("expand_", TORCH_FN(expand_and_count)); }
 
 // The checks of the kernels, for the operators' fakes in tfb_ext/ops.py.
 using Tensors = std::vector<at::Tensor>;

@@ -7,6 +7,7 @@ has a derivative: a backward pass through one raises a RuntimeError that says so
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -57,6 +58,10 @@ def use_portable_kernels(portable: bool) -> None:
 
 
 def _signed(seed: int) -> int:
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"noise: seed is {seed!r}, expected an integer from 0 to 2**64 - 1. Fix: pass int(seed)") from None
     if not 0 <= seed < 2**64:
         raise ValueError(f"noise: seed is {seed}, expected 0 to 2**64 - 1")
     return seed - 2**64 if seed >= 2**63 else seed
