@@ -61,7 +61,9 @@ def _signed(seed: int) -> int:
     try:
         seed = operator.index(seed)
     except TypeError:
-        raise TypeError(f"noise: seed is {seed!r}, expected an integer from 0 to 2**64 - 1. Fix: pass int(seed)") from None
+        raise TypeError(
+            f"noise: seed is {seed!r}, expected an integer from 0 to 2**64 - 1. Fix: pass int(seed)"
+        ) from None
     if not 0 <= seed < 2**64:
         raise ValueError(f"noise: seed is {seed}, expected 0 to 2**64 - 1")
     return seed - 2**64 if seed >= 2**63 else seed
