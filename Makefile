@@ -9,9 +9,9 @@ DEMO ?=
 JOBS ?= 2
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint package setup clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -39,6 +39,11 @@ lint: $(VENV)/.built
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/compile_cuda.sh
+
+# What CI checks of the distribution: it builds from its own files, twine accepts it, and it runs where it is installed.
+package: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet build==1.6.1 twine==7.0.0
+	PATH="$(abspath $(BIN)):$$PATH" bash tests/check_package.sh $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build report tfb_ext/*.so *.egg-info

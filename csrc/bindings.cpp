@@ -1,14 +1,28 @@
-// The Python module tfb_ext._C, which loads the operators and exports small, tensor-free things.
+// The Python module tfb_ext._C, which loads the operators and exports small things.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/DispatchKeySet.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/TensorOptions.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <array>
 #include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
 
+#include "check.h"
 #include "cpu/kernels.h"
 #include "philox.h"
 #include "schemas.h"
@@ -34,6 +48,136 @@ at::Tensor noise_by_device(c10::DispatchKeySet, int64_t r, int64_t n, int64_t se
 
 TORCH_LIBRARY_IMPL(tfb_ext, BackendSelect, m) { m.impl("noise", TORCH_FN(noise_by_device)); }
 
+// What is computed with tensors that require grad requires it too; its backward pass raises that there is no
+// derivative.
+TORCH_LIBRARY_IMPL(tfb_ext, Autograd, m) {
+  for (const char* name : {"shrink", "shrink_group", "expand", "linear"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+// torch's fallbacks see a change of an argument only where it is returned, so expand_, which returns nothing, has its
+// own.
+void next_expand(c10::DispatchKeySet keys, at::Tensor& y, const at::Tensor& z, const at::Tensor& basis,
+                 double scaling) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("tfb_ext::expand_", "")
+                             .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&, double)>();
+  op.redispatch(keys, y, z, basis, scaling);
+}
+
+struct ExpandWithoutDerivative : torch::autograd::Function<ExpandWithoutDerivative> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, at::Tensor y, const at::Tensor& z,
+                            const at::Tensor& basis, double scaling, c10::DispatchKeySet keys) {
+    const at::AutoDispatchBelowAutograd guard;
+    next_expand(keys, y, z, basis, scaling);
+    context->mark_dirty({y});
+    return y;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
+    TORCH_CHECK(false, "derivative for tfb_ext::expand_ is not implemented");
+  }
+};
+
+void expand_with_history(c10::DispatchKeySet keys, at::Tensor& y, const at::Tensor& z, const at::Tensor& basis,
+                         double scaling) {
+  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&y), &z, &basis}) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(0).defined(),
+                                "Trying to use forward AD with tfb_ext::expand_ that does not support it.");
+  }
+  const c10::DispatchKeySet below = keys & c10::after_autograd_keyset;
+  if (at::GradMode::is_enabled() && (y.requires_grad() || z.requires_grad() || basis.requires_grad())) {
+    torch::autograd::check_inplace(y, true);
+    ExpandWithoutDerivative::apply(y, z, basis, scaling, below);
+  } else {
+    const at::AutoDispatchBelowAutograd guard;
+    next_expand(below, y, z, basis, scaling);
+  }
+}
+
+// torch's fallback does not look into lists of optional tensors, as the biases of update_group are.
+using Biases = c10::List<std::optional<at::Tensor>>;
+
+struct UpdateWithoutDerivative : torch::autograd::Function<UpdateWithoutDerivative> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, at::TensorList,
+                                                const std::function<torch::autograd::variable_list()>& update) {
+    return update();
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
+    TORCH_CHECK(false, "derivative for tfb_ext::update_group is not implemented");
+  }
+};
+
+std::vector<at::Tensor> update_with_history(c10::DispatchKeySet keys, const at::Tensor& x, at::TensorList means,
+                                            at::TensorList bases, const Biases& biases, at::ArrayRef<double> scalings,
+                                            const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
+                                            at::IntArrayRef layers, std::string_view mode, bool antithetic) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("tfb_ext::update_group", "")
+          .typed<std::vector<at::Tensor>(const at::Tensor&, at::TensorList, at::TensorList, const Biases&,
+                                         at::ArrayRef<double>, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                         at::IntArrayRef, std::string_view, bool)>();
+  std::vector<at::Tensor> asking;
+  const auto ask = [&asking](const at::Tensor& tensor) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(0).defined(),
+                                "Trying to use forward AD with tfb_ext::update_group that does not support it.");
+    if (tensor.requires_grad()) asking.push_back(tensor);
+  };
+  ask(x), ask(sigma);
+  for (const at::Tensor& mean : means) ask(mean);
+  for (const at::Tensor& basis : bases) ask(basis);
+  for (size_t l = 0; l < biases.size(); ++l) {
+    if (const std::optional<at::Tensor> bias = biases.get(l)) ask(*bias);
+  }
+  const auto update = [&] {
+    const at::AutoDispatchBelowAutograd guard;
+    return op.redispatch(keys & c10::after_autograd_keyset, x, means, bases, biases, scalings, sigma, samples, seed,
+                         layers, mode, antithetic);
+  };
+  if (asking.empty() || !at::GradMode::is_enabled()) return update();
+  return UpdateWithoutDerivative::apply(at::TensorList(asking),
+                                        std::function<torch::autograd::variable_list()>(update));
+}
+
+// Counts the change of y, so that a backward pass that has saved it notices.
+void expand_and_count(c10::DispatchKeySet keys, at::Tensor& y, const at::Tensor& z, const at::Tensor& basis,
+                      double scaling) {
+  TFB_CHECK_VALUE(!y.is_inference() || c10::InferenceMode::is_enabled(),
+                  "expand_: y got an inference tensor, expected a normal one outside torch.inference_mode(). "
+                  "Fix: pass y.clone()");
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    next_expand(keys & c10::after_ADInplaceOrView_keyset, y, z, basis, scaling);
+  }
+  y.unsafeGetTensorImpl()->bump_version();
+}
+
+TORCH_LIBRARY_IMPL(tfb_ext, Autograd, m) {
+  m.impl("expand_", TORCH_FN(expand_with_history));
+  m.impl("update_group", TORCH_FN(update_with_history));
+}
+TORCH_LIBRARY_IMPL(tfb_ext, ADInplaceOrView, m) { m.impl("expand_", TORCH_FN(expand_and_count)); }
+
+// The checks of the kernels, for the operators' fakes in tfb_ext/ops.py.
+using Tensors = std::vector<at::Tensor>;
+using OptionalTensors = std::vector<std::optional<at::Tensor>>;
+
+void check_shrink_call(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma, const at::Tensor& samples,
+                       const at::Tensor& seed, int64_t layer, const std::string& mode) {
+  check_shrink(x, mean, sigma, samples, seed, layer, mode);
+}
+void check_group_call(const at::Tensor& x, const Tensors& means, const at::Tensor& sigma, const at::Tensor& samples,
+                      const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode) {
+  check_group("shrink_group", x, means, sigma, samples, seed, layers, mode);
+}
+void check_update_call(const at::Tensor& x, const Tensors& means, const Tensors& bases, const OptionalTensors& biases,
+                       const std::vector<double>& scalings, const at::Tensor& sigma, const at::Tensor& samples,
+                       const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode) {
+  const c10::List<std::optional<at::Tensor>> list{c10::ArrayRef<std::optional<at::Tensor>>(biases)};
+  check_update(x, means, bases, list, scalings.size(), sigma, samples, seed, layers, mode);
+}
+
 using Words4 = std::array<uint32_t, 4>;
 using Words2 = std::array<uint32_t, 2>;
 
@@ -45,7 +189,7 @@ Words4 philox_words(const Words4& counter, const Words2& key) {
 #ifdef TFB_EXT_WITH_CUDA
 bool cuda_clusters_in_use() {
   cuda::Machine machine;
-  return cuda::current_machine(machine) == cudaSuccess && machine.clusters;
+  return cuda::current_machine(machine) == cudaSuccess && machine.cluster_blocks > 1;
 }
 #endif
 
@@ -66,14 +210,25 @@ pybind11::dict build_info() {
 }  // namespace tfb
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Loads torch.ops.tfb_ext.*; known-answer access to Philox and facts about this build.";
+  m.doc() = "Loads torch.ops.tfb_ext.*; their checks, known-answer access to Philox and facts about this build.";
+  m.def("check_noise", torch::wrap_pybind_function(tfb::check_noise));
+  m.def("check_shrink", torch::wrap_pybind_function(tfb::check_shrink_call));
+  m.def("check_shrink_group", torch::wrap_pybind_function(tfb::check_group_call));
+  m.def("check_expand_", torch::wrap_pybind_function(tfb::check_expand));
+  m.def("check_expand", torch::wrap_pybind_function(tfb::check_expand_new));
+  m.def("check_linear", torch::wrap_pybind_function(tfb::check_linear));
+  m.def("check_update_group", torch::wrap_pybind_function(tfb::check_update_call));
   m.def("philox", &tfb::philox_words, pybind11::arg("counter"), pybind11::arg("key"),
         "Philox4x32-10 on the host: four counter words and two key words to four output words.");
 #ifdef TFB_EXT_WITH_CUDA
   m.def("philox_cuda", &tfb::cuda::philox_on_device, pybind11::arg("counter"), pybind11::arg("key"),
         "Philox4x32-10 on the current CUDA device; waits for the result.");
-  m.def("use_portable_kernels", &tfb::cuda::force_portable, pybind11::arg("portable"),
-        "Whether to leave instructions newer than compute capability 8.0 unused.");
+  m.def(
+      "limit_machine",
+      [](int shared_bytes, int cluster_blocks) { tfb::cuda::limit_machine({shared_bytes, cluster_blocks}); },
+      pybind11::arg("shared_bytes") = tfb::cuda::kNoLimits.shared_bytes,
+      pybind11::arg("cluster_blocks") = tfb::cuda::kNoLimits.cluster_blocks,
+      "The most shared memory of a block and the largest cluster that the CUDA kernels use; no argument: no limit.");
   m.def("cuda_clusters_in_use", &tfb::cuda_clusters_in_use,
         "Whether the current device runs the kernels for clusters.");
 #endif

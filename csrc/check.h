@@ -1,11 +1,19 @@
-// The argument checks that every backend makes before it touches memory. Each names the operator, the argument, what it
-// got and what it wants. Wrong values raise ValueError, wrong types TypeError.
+// The argument checks that every backend makes before it touches memory, and the operators' fakes in its place. Each
+// names the operator, the argument, what it got and what it wants. Wrong values raise ValueError, wrong types
+// TypeError.
+//
+// Sizes may be symbolic (torch.compile with dynamic shapes): what is required of them becomes a guard or, where they
+// depend on data, an assertion of the compiled program.
 #pragma once
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymBool.h>
+#include <c10/core/SymInt.h>
+#include <c10/core/SymIntArrayRef.h>
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -23,9 +31,13 @@ inline std::string text(std::string_view value) { return std::string(value); }
 inline std::string text(int64_t value) { return std::to_string(value); }
 inline std::string text(at::ScalarType value) { return c10::toString(value); }
 inline std::string text(const at::Device& value) { return value.str(); }
-inline std::string text(at::IntArrayRef values) {
+inline std::string text(const c10::SymInt& value) {
+  const std::optional<int64_t> known = value.maybe_as_int();
+  return known ? std::to_string(*known) : value.toSymNode()->str();
+}
+inline std::string text(c10::SymIntArrayRef values) {
   std::string out = "[";
-  for (const int64_t value : values) out += (out.size() > 1 ? ", " : "") + std::to_string(value);
+  for (const c10::SymInt& value : values) out += (out.size() > 1 ? ", " : "") + text(value);
   return out + "]";
 }
 
@@ -34,7 +46,10 @@ std::string sentence(const Parts&... parts) {
   return (std::string() + ... + text(parts));
 }
 
-#define TFB_CHECK_VALUE(condition, ...) TORCH_CHECK_VALUE(condition, ::tfb::sentence(__VA_ARGS__))
+inline bool holds(bool condition) { return condition; }
+inline bool holds(const c10::SymBool& condition) { return condition.expect_true(__FILE__, __LINE__); }
+
+#define TFB_CHECK_VALUE(condition, ...) TORCH_CHECK_VALUE(::tfb::holds(condition), ::tfb::sentence(__VA_ARGS__))
 #define TFB_CHECK_TYPE(condition, ...) TORCH_CHECK_TYPE(condition, ::tfb::sentence(__VA_ARGS__))
 
 inline bool is_supported(at::ScalarType type) {
@@ -49,11 +64,11 @@ inline void check_device(const char* op, const char* name, const at::Tensor& ten
 
 // A vector of one number per sample (or a single one), read as it lies.
 inline void check_vector(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type,
-                         int64_t length, const char* meaning) {
+                         const c10::SymInt& length, const char* meaning) {
   TFB_CHECK_TYPE(tensor.scalar_type() == type, op, ": ", name, " has type ", tensor.scalar_type(), ", expected ", type);
-  TFB_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == length, op, ": ", name, " has shape ", tensor.sizes(),
-                  ", expected [", length, "] (", meaning, ")");
-  TFB_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got stride ", tensor.strides());
+  TFB_CHECK_VALUE(tensor.dim() == 1 && holds(tensor.sym_size(0).sym_eq(length)), op, ": ", name, " has shape ",
+                  tensor.sym_sizes(), ", expected [", length, "] (", meaning, ")");
+  TFB_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got stride ", tensor.sym_strides());
 }
 
 inline void check_layer(const char* op, int64_t layer) {
@@ -62,19 +77,20 @@ inline void check_layer(const char* op, int64_t layer) {
 }
 
 // Philox counts columns in blocks of four with one 32-bit word and rows with another.
-inline void check_noise_size(const char* op, int64_t r, int64_t n) {
-  TFB_CHECK_VALUE(r >= 1 && r <= std::numeric_limits<int32_t>::max(), op, ": r is ", r, ", expected 1 to 2**31 - 1");
-  TFB_CHECK_VALUE(n >= 1 && n <= (int64_t{1} << 34), op, ": n is ", n, ", expected 1 to 2**34");
+inline void check_noise_size(const char* op, const c10::SymInt& r, const c10::SymInt& n) {
+  TFB_CHECK_VALUE(r.sym_ge(1).sym_and(r.sym_le(std::numeric_limits<int32_t>::max())), op, ": r is ", r,
+                  ", expected 1 to 2**31 - 1");
+  TFB_CHECK_VALUE(n.sym_ge(1).sym_and(n.sym_le(int64_t{1} << 34)), op, ": n is ", n, ", expected 1 to 2**34");
 }
 
 // A matrix whose rows may be strided, while the elements of a row are adjacent.
 inline void check_rows(const char* op, const char* name, const at::Tensor& tensor) {
   TFB_CHECK_TYPE(is_supported(tensor.scalar_type()), op, ": ", name, " has type ", tensor.scalar_type(),
                  ", expected float32, bfloat16 or float16");
-  TFB_CHECK_VALUE(tensor.dim() == 2, op, ": ", name, " has shape ", tensor.sizes(),
+  TFB_CHECK_VALUE(tensor.dim() == 2, op, ": ", name, " has shape ", tensor.sym_sizes(),
                   ", expected two dimensions (tokens, features); reshape it to (-1, features)");
-  TFB_CHECK_VALUE(tensor.size(1) <= 1 || tensor.stride(1) == 1, op, ": ", name, " has strides ", tensor.strides(),
-                  ", expected adjacent elements in a row (last stride 1); call .contiguous()");
+  TFB_CHECK_VALUE(tensor.sym_size(1).sym_le(1).sym_or(tensor.sym_stride(1).sym_eq(1)), op, ": ", name, " has strides ",
+                  tensor.sym_strides(), ", expected adjacent elements in a row (last stride 1); call .contiguous()");
 }
 
 inline void check_weight(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& lead,
@@ -82,8 +98,8 @@ inline void check_weight(const char* op, const char* name, const at::Tensor& ten
   check_device(op, name, tensor, lead, lead_name);
   TFB_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == lead.scalar_type(), op, ": ", name,
                  " has type ", tensor.scalar_type(), ", expected Float or ", lead_name, "'s type ", lead.scalar_type());
-  TFB_CHECK_VALUE(tensor.dim() == 2, op, ": ", name, " has shape ", tensor.sizes(), ", expected two dimensions");
-  TFB_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides ", tensor.strides());
+  TFB_CHECK_VALUE(tensor.dim() == 2, op, ": ", name, " has shape ", tensor.sym_sizes(), ", expected two dimensions");
+  TFB_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides ", tensor.sym_strides());
 }
 
 inline void check_noise(int64_t r, int64_t n, int64_t layer, int64_t sample) {
@@ -103,35 +119,38 @@ inline Mode parse_mode(const char* op, std::string_view mode) {
 // What the groups of rows draw from.
 inline void check_samples(const char* op, const at::Tensor& x, const at::Tensor& sigma, const at::Tensor& samples,
                           const at::Tensor& seed) {
-  TFB_CHECK_VALUE(samples.dim() == 1, op, ": samples has shape ", samples.sizes(),
+  TFB_CHECK_VALUE(samples.dim() == 1, op, ": samples has shape ", samples.sym_sizes(),
                   ", expected one dimension (one sample index per group of rows)");
-  const int64_t groups = samples.size(0);
+  const c10::SymInt groups = samples.sym_size(0);
   check_vector(op, "samples", samples, at::kInt, groups, "one sample index per group of rows");
   check_vector(op, "sigma", sigma, at::kFloat, groups, "one sigma per entry of samples");
   check_vector(op, "seed", seed, at::kLong, 1, "the one seed");
   check_device(op, "sigma", sigma, x, "x");
   check_device(op, "samples", samples, x, "x");
   check_device(op, "seed", seed, x, "x");
-  TFB_CHECK_VALUE(groups > 0 ? x.size(0) % groups == 0 : x.size(0) == 0, op, ": x has ", x.size(0),
-                  " rows, expected a multiple of the ", groups, " entries of samples (equal groups of rows)");
   // Rows of a group are counted by one word of the generator.
-  TFB_CHECK_VALUE(groups == 0 || x.size(0) / groups <= std::numeric_limits<uint32_t>::max(), op, ": ",
-                  groups == 0 ? 0 : x.size(0) / groups, " rows a sample, expected fewer than 2**32");
+  const c10::SymInt rows = x.sym_size(0);
+  const bool none = groups.maybe_as_int() == 0;
+  TFB_CHECK_VALUE(none ? rows.sym_eq(0) : (rows % groups).sym_eq(0), op, ": x has ", rows,
+                  " rows, expected a multiple of the ", groups, " entries of samples (equal groups of rows)");
+  TFB_CHECK_VALUE(none ? rows.sym_eq(0) : (rows / groups).sym_le(std::numeric_limits<uint32_t>::max()), op, ": x has ",
+                  rows, " rows for ", groups, " samples, expected fewer than 2**32 a sample");
 }
 
 inline void check_mean(const char* op, const at::Tensor& x, const at::Tensor& mean, int64_t layer) {
   check_weight(op, "mean", mean, x, "x");
-  check_noise_size(op, mean.size(0), mean.size(1));
-  TFB_CHECK_VALUE(mean.size(1) == x.size(1), op, ": x has ", x.size(1), " columns, but mean has shape ", mean.sizes(),
-                  "; expected mean (r, ", x.size(1), ")");
+  check_noise_size(op, mean.sym_size(0), mean.sym_size(1));
+  TFB_CHECK_VALUE(mean.sym_size(1).sym_eq(x.sym_size(1)), op, ": x has ", x.sym_size(1),
+                  " columns, but mean has shape ", mean.sym_sizes(), "; expected mean (r, ", x.sym_size(1), ")");
   check_layer(op, layer);
 }
 
-inline void check_shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma,
-                         const at::Tensor& samples, const at::Tensor& seed, int64_t layer) {
+inline Mode check_shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma,
+                         const at::Tensor& samples, const at::Tensor& seed, int64_t layer, std::string_view mode) {
   check_rows("shrink", "x", x);
   check_mean("shrink", x, mean, layer);
   check_samples("shrink", x, sigma, samples, seed);
+  return parse_mode("shrink", mode);
 }
 
 inline void check_length(const char* op, const char* name, int64_t length, int64_t layers) {
@@ -140,8 +159,9 @@ inline void check_length(const char* op, const char* name, int64_t length, int64
 }
 
 // Layers that share x.
-inline void check_group(const char* op, const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
-                        const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers) {
+inline Mode check_group(const char* op, const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
+                        const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
+                        std::string_view mode) {
   check_rows(op, "x", x);
   TFB_CHECK_VALUE(!means.empty(), op, ": means is empty, expected one mean a layer");
   check_length(op, "layers", static_cast<int64_t>(layers.size()), static_cast<int64_t>(means.size()));
@@ -151,25 +171,26 @@ inline void check_group(const char* op, const at::Tensor& x, at::TensorList mean
                    " and ", means[l].scalar_type(), ", expected one type for all");
   }
   check_samples(op, x, sigma, samples, seed);
+  return parse_mode(op, mode);
 }
 
 inline void check_basis(const char* op, const at::Tensor& z, const at::Tensor& basis) {
   check_rows(op, "z", z);
   check_weight(op, "basis", basis, z, "z");
-  TFB_CHECK_VALUE(basis.size(1) == z.size(1) && z.size(1) >= 1, op, ": basis has shape ", basis.sizes(), ", expected ",
-                  z.size(1), " columns, those of z, and at least one");
+  TFB_CHECK_VALUE(basis.sym_size(1).sym_eq(z.sym_size(1)).sym_and(z.sym_size(1).sym_ge(1)), op, ": basis has shape ",
+                  basis.sym_sizes(), ", expected ", z.sym_size(1), " columns, those of z, and at least one");
 }
 
 // `like` has the type and the device that the bias must have.
 inline void check_bias(const char* op, const at::Tensor& bias, const at::Tensor& like, const char* like_name,
-                       int64_t m) {
+                       const c10::SymInt& m) {
   check_device(op, "bias", bias, like, like_name);
   check_vector(op, "bias", bias, like.scalar_type(), m, "one number an output feature");
 }
 
 inline void check_expand_new(const at::Tensor& z, const at::Tensor& basis, const std::optional<at::Tensor>& bias) {
   check_basis("expand", z, basis);
-  if (bias) check_bias("expand", *bias, z, "z", basis.size(0));
+  if (bias) check_bias("expand", *bias, z, "z", basis.sym_size(0));
 }
 
 inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -180,37 +201,90 @@ inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const st
   TFB_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "linear: weight has type ", weight.scalar_type(),
                  ", expected x's type ", x.scalar_type());
   check_device("linear", "weight", weight, x, "x");
-  TFB_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == x.size(-1), "linear: weight has shape ", weight.sizes(),
-                  ", expected (m, ", x.size(-1), "), the columns of x");
+  TFB_CHECK_VALUE(weight.dim() == 2 && holds(weight.sym_size(1).sym_eq(x.sym_size(-1))), "linear: weight has shape ",
+                  weight.sym_sizes(), ", expected (m, ", x.sym_size(-1), "), the columns of x");
   TFB_CHECK_TYPE(z.scalar_type() == x.scalar_type(), "linear: z has type ", z.scalar_type(), ", expected x's type ",
                  x.scalar_type());
   check_device("linear", "z", z, x, "x");
   check_basis("linear", z, basis);
-  const int64_t rows = x.size(-1) == 0 ? z.size(0) : x.numel() / x.size(-1);
-  TFB_CHECK_VALUE(z.size(0) == rows, "linear: z has ", z.size(0), " rows, expected x's ", rows);
-  TFB_CHECK_VALUE(basis.size(0) == weight.size(0), "linear: basis has ", basis.size(0), " rows, expected weight's ",
-                  weight.size(0));
-  if (bias) check_bias("linear", *bias, x, "x", weight.size(0));
+  c10::SymInt rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.sym_size(d);
+  TFB_CHECK_VALUE(z.sym_size(0).sym_eq(rows), "linear: z has ", z.sym_size(0), " rows, expected x's ", rows);
+  TFB_CHECK_VALUE(basis.sym_size(0).sym_eq(weight.sym_size(0)), "linear: basis has ", basis.sym_size(0),
+                  " rows, expected weight's ", weight.sym_size(0));
+  if (bias) check_bias("linear", *bias, x, "x", weight.sym_size(0));
 }
 
-inline void check_update(const at::Tensor& x, at::TensorList means, at::TensorList bases,
+inline Mode check_update(const at::Tensor& x, at::TensorList means, at::TensorList bases,
                          const c10::List<std::optional<at::Tensor>>& biases, size_t scalings, const at::Tensor& sigma,
-                         const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers) {
+                         const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
+                         std::string_view mode) {
   const char* op = "update_group";
-  check_group(op, x, means, sigma, samples, seed, layers);
+  const Mode parsed = check_group(op, x, means, sigma, samples, seed, layers, mode);
   const auto count = static_cast<int64_t>(means.size());
   check_length(op, "bases", static_cast<int64_t>(bases.size()), count);
   check_length(op, "biases", static_cast<int64_t>(biases.size()), count);
   check_length(op, "scalings", static_cast<int64_t>(scalings), count);
   for (size_t l = 0; l < bases.size(); ++l) {
     check_weight(op, "basis", bases[l], x, "x");
-    TFB_CHECK_VALUE(bases[l].size(1) == means[l].size(0), op, ": basis has shape ", bases[l].sizes(), ", expected ",
-                    means[l].size(0), " columns, the rows of its mean");
+    TFB_CHECK_VALUE(bases[l].sym_size(1).sym_eq(means[l].sym_size(0)), op, ": basis has shape ", bases[l].sym_sizes(),
+                    ", expected ", means[l].sym_size(0), " columns, the rows of its mean");
     TFB_CHECK_TYPE(bases[l].scalar_type() == bases[0].scalar_type(), op, ": bases have types ", bases[0].scalar_type(),
                    " and ", bases[l].scalar_type(), ", expected one type for all");
     const std::optional<at::Tensor> bias = biases.get(l);
-    if (bias) check_bias(op, *bias, x, "x", bases[l].size(0));
+    if (bias) check_bias(op, *bias, x, "x", bases[l].sym_size(0));
   }
+  return parsed;
+}
+
+// Rows of adjacent bytes, `pitch` bytes from one to the next.
+struct ByteRows {
+  int64_t start, rows, pitch, width;
+};
+
+// Whether a row of `b` has a byte of a row of `a`. The rows of `a` do not overlap each other.
+inline bool share_bytes(const ByteRows& a, const ByteRows& b) {
+  const auto end = [](const ByteRows& of) { return of.start + (of.rows - 1) * of.pitch + of.width; };
+  if (end(a) <= b.start || end(b) <= a.start) return false;
+  for (int64_t row = 0; row < b.rows; ++row) {
+    const int64_t from = b.start + row * b.pitch - a.start;
+    // The first row of `a` that ends behind `from`.
+    const int64_t first = from < a.width ? 0 : a.rows == 1 ? 1 : (from - a.width) / a.pitch + 1;
+    if (first < a.rows && first * a.pitch < from + b.width) return true;
+  }
+  return false;
+}
+
+// The rows' addresses or, of tensors without data, their places in a storage; nothing where there are none or they are
+// not known yet (symbolic).
+inline std::optional<ByteRows> byte_rows(const at::Tensor& tensor, bool with_data) {
+  std::array<int64_t, 4> known{};  // offset, rows, stride, columns
+  const c10::SymInt asked[] = {tensor.sym_storage_offset(), tensor.sym_size(0), tensor.sym_stride(0),
+                               tensor.sym_size(1)};
+  for (size_t k = 0; k < known.size(); ++k) {
+    const std::optional<int64_t> value = asked[k].maybe_as_int();
+    if (!value) return std::nullopt;
+    known[k] = *value;
+  }
+  if (known[1] == 0 || known[3] == 0) return std::nullopt;
+  const auto bytes = static_cast<int64_t>(tensor.element_size());
+  const int64_t start = with_data ? reinterpret_cast<int64_t>(tensor.const_data_ptr()) : known[0] * bytes;
+  return ByteRows{start, known[1], known[2] * bytes, known[3] * bytes};
+}
+
+// `tensor` is read while y is written.
+inline void check_apart(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& y) {
+  const auto has_data = [](const at::Tensor& of) {
+    return !of.is_meta() && !of.key_set().has(at::DispatchKey::Python);
+  };
+  const bool with_data = has_data(tensor) && has_data(y);
+  if (!with_data && !tensor.storage().is_alias_of(y.storage())) return;
+  const std::optional<ByteRows> read = byte_rows(tensor, with_data);
+  const std::optional<ByteRows> written = byte_rows(y, with_data);
+  TFB_CHECK_VALUE(
+      !read || !written || !share_bytes(*written, *read), op, ": ", name,
+      " got memory that is y's too, expected memory of its own, since y changes while it is read. Fix: pass ", name,
+      ".clone()");
 }
 
 inline void check_expand(const at::Tensor& y, const at::Tensor& z, const at::Tensor& basis) {
@@ -220,13 +294,17 @@ inline void check_expand(const at::Tensor& y, const at::Tensor& z, const at::Ten
                  y.scalar_type());
   check_device("expand_", "z", z, y, "y");
   check_weight("expand_", "basis", basis, y, "y");
-  TFB_CHECK_VALUE(z.size(0) == y.size(0), "expand_: z has ", z.size(0), " rows, expected y's ", y.size(0));
-  TFB_CHECK_VALUE(basis.size(0) == y.size(1) && basis.size(1) == z.size(1) && z.size(1) >= 1,
-                  "expand_: basis has shape ", basis.sizes(), ", expected [", y.size(1), ", ", z.size(1),
+  TFB_CHECK_VALUE(z.sym_size(0).sym_eq(y.sym_size(0)), "expand_: z has ", z.sym_size(0), " rows, expected y's ",
+                  y.sym_size(0));
+  const c10::SymInt r = z.sym_size(1);
+  TFB_CHECK_VALUE(basis.sym_size(0).sym_eq(y.sym_size(1)).sym_and(basis.sym_size(1).sym_eq(r)).sym_and(r.sym_ge(1)),
+                  "expand_: basis has shape ", basis.sym_sizes(), ", expected [", y.sym_size(1), ", ", r,
                   "] (columns of y, columns of z) with at least one column");
-  TFB_CHECK_VALUE(y.size(0) <= 1 || y.stride(0) >= y.size(1), "expand_: y has strides ", y.strides(), " for shape ",
-                  y.sizes(), ", so its rows overlap and cannot be added to; expected a row stride of at least ",
-                  y.size(1));
+  TFB_CHECK_VALUE(y.sym_size(0).sym_le(1).sym_or(y.sym_stride(0).sym_ge(y.sym_size(1))), "expand_: y has strides ",
+                  y.sym_strides(), " for shape ", y.sym_sizes(),
+                  ", so its rows overlap and cannot be added to; expected a row stride of at least ", y.sym_size(1));
+  check_apart("expand_", "z", z, y);
+  check_apart("expand_", "basis", basis, y);
 }
 
 }  // namespace tfb

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -46,16 +46,39 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+LARGEST = 2**31 - 1
+# Shared memory of a block by compute capability: 8.6, 8.9 and 12.0; 8.0 and 8.7; 9.0 and 10.0.
+SHARED = {"99 KiB": 99 * 1024, "163 KiB": 163 * 1024, "227 KiB": 227 * 1024}
+
+
+class Plan(NamedTuple):
+    """What csrc/cuda/plan.h answers."""
+
+    tiles: int
+    warps: int
+    panels: int
+    panel_columns: int
+    clustered: int
+    round_tiles: int
+    shared: int
+
+
 class Emulated:
-    """``torch.ops.tfb_emulated``, with the switch for portable kernels."""
+    """``torch.ops.tfb_emulated``, with limits to the machine."""
 
     def __init__(self, library: Path) -> None:
         torch.ops.load_library(str(library))
         self.ops: Any = torch.ops.tfb_emulated
         self._library = ctypes.CDLL(str(library))
 
-    def portable(self, wanted: bool) -> None:
-        self._library.tfb_emulated_force_portable(ctypes.c_bool(wanted))
+    def limit(self, shared_bytes: int = LARGEST, cluster_blocks: int = LARGEST) -> None:
+        self._library.tfb_emulated_limit_machine(shared_bytes, cluster_blocks)
+
+    def plan(self, mode: str, n: int, tiles: int, aligned: bool, shared_bytes: int, cluster_blocks: int) -> Plan:
+        out = (ctypes.c_int64 * 7)()
+        given = ctypes.c_int64(n), ctypes.c_int64(tiles), ctypes.c_bool(aligned)
+        self._library.tfb_emulated_plan(MODES.index(mode), *given, shared_bytes, cluster_blocks, out)
+        return Plan(*out)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +94,9 @@ def path(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def emulated(built: Emulated, path: str) -> Iterator[Any]:
     """The operators that add up in clusters or, where those are missing, in global memory."""
-    built.portable(path == "portable")
+    built.limit(cluster_blocks=1 if path == "portable" else LARGEST)
     yield built.ops
-    built.portable(False)
+    built.limit()
 
 
 @pytest.fixture
@@ -136,16 +159,84 @@ def test_bits_depend_on_neither_company_nor_tiles(built: Emulated) -> None:
     case = Case(3, 40, 1160, (8, 16, 8), torch.bfloat16)
     means, sigma, samples, seed, layers, mode, antithetic = case.draws("weight")
     together = built.ops.shrink_group(case.x, *case.draws("weight"))
-    built.portable(True)
+    built.limit(cluster_blocks=1)
     for a, b in zip(built.ops.shrink_group(case.x, *case.draws("weight")), together, strict=True):
         assert torch.equal(a, b)
-    built.portable(False)
+    built.limit()
     for mean, layer, z in zip(means, layers, together, strict=True):
         assert torch.equal(built.ops.shrink(case.x, mean, sigma, samples, seed, layer, mode, antithetic), z)
         alone = built.ops.shrink(case.x[40:80], mean, sigma[1:2], samples[1:2], seed, layer, mode, antithetic)
         assert torch.equal(alone, z[40:80])
         one = built.ops.shrink(case.x[47:48], mean, sigma[1:2], samples[1:2], seed, layer, mode, antithetic)
         assert torch.equal(one, z[47:48])
+
+
+@pytest.mark.parametrize("shared_bytes", SHARED.values(), ids=SHARED)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_size_finds_a_plan_on_every_machine(built: Emulated, mode: str, shared_bytes: int) -> None:
+    """The plan fits, covers the columns, and has panels by n and the mode alone; without clusters it takes the portable way."""
+    near = (
+        1023,
+        1024,
+        7168,
+        7169,
+        12288,
+        14336,
+        16 * 1792,
+        16 * 1792 + 1,
+        53248,
+        16 * 3840,
+        16 * 3840 + 1,
+        2**24,
+        2**34,
+    )
+    for n in sorted({*near, *(2**k for k in range(25)), *(3 * 2**k + 1 for k in range(23))}):
+        panels = {built.plan(mode, n, 1, True, SHARED["227 KiB"], 16)[2:4]}
+        for tiles in (1, 2, 3, 4, 5, 8, 32):
+            for aligned in (True, False):
+                for cluster_blocks in (1, 8, 16):
+                    plan = built.plan(mode, n, tiles, aligned, shared_bytes, cluster_blocks)
+                    assert plan.tiles >= 1 and plan.shared <= shared_bytes, (n, tiles, aligned, plan)
+                    assert plan.round_tiles >= plan.warps and plan.round_tiles % plan.warps == 0
+                    assert plan.panels * plan.panel_columns >= n and plan.panel_columns % 128 == 0
+                    assert not plan.clustered or plan.panels <= cluster_blocks
+                    # Kernels of more than four warps are compiled for clusters only.
+                    assert plan.warps == 4 or cluster_blocks > 1
+                    panels.add(plan[2:4])
+        assert len(panels) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "n", "rank"),
+    # Llama-8B's down projection; one that 99 KiB hold with one row of tiles in hand only; Llama-405B's; beyond 16 panels.
+    [("flipout", 14336, 16), ("token", 14336, 16), ("weight", 14336, 40), ("weight", 8192, 32), ("flipout", 53248, 3),
+     ("weight", 61448, 9)],
+)  # fmt: skip
+def test_small_machines(built: Emulated, mode: str, n: int, rank: int) -> None:
+    """Little shared memory and no clusters: right, and the bits of the large machine; also for rows off 16 bytes."""
+    case = Case(2, 5, n, (rank,), HALVES[rank % 2])
+    (wanted,) = ops.shrink_group(case.x, *case.draws(mode))
+    wide = torch.zeros(10, n + 8, dtype=case.x.dtype)
+    wide[:, 1 : n + 1] = case.x
+    try:
+        (large,) = built.ops.shrink_group(case.x, *case.draws(mode))
+        for cluster_blocks, x in ((1, case.x), (16, wide[:, 1 : n + 1])):
+            built.limit(SHARED["99 KiB"], cluster_blocks)
+            (z,) = built.ops.shrink_group(x, *case.draws(mode))
+            assert torch.equal(z, large)
+    finally:
+        built.limit()
+    assert_close(large, wanted, case.terms(), n)
+
+
+def test_too_little_shared_memory_is_an_error(built: Emulated) -> None:
+    case = Case(1, 2, 14336, (8,), torch.bfloat16)
+    built.limit(64 * 1024)
+    try:
+        with pytest.raises(ValueError, match="shared memory, expected at least 101376 bytes .* Fix: "):
+            built.ops.shrink_group(case.x, *case.draws("flipout"))
+    finally:
+        built.limit()
 
 
 @pytest.mark.parametrize("start", [0, 1, 8])

@@ -2,11 +2,12 @@
 
 Sizes: ``S`` samples, ``T`` tokens (rows), ``n`` in, ``m`` out, ``r`` rank. All of them run on the CPU and on CUDA, inside
 ``torch.compile(fullgraph=True)`` and, reading ``sigma``, ``samples`` and ``seed`` on the device, inside a CUDA graph. None
-has a derivative.
+has a derivative: a backward pass through one raises a RuntimeError that says so.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -53,10 +54,16 @@ def use_portable_kernels(portable: bool) -> None:
     start. Without the CUDA operators nothing changes.
     """
     if build_info()["cuda"]:
-        _C.use_portable_kernels(portable)
+        _C.limit_machine(**({"cluster_blocks": 1} if portable else {}))
 
 
 def _signed(seed: int) -> int:
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise TypeError(
+            f"noise: seed is {seed!r}, expected an integer from 0 to 2**64 - 1. Fix: pass int(seed)"
+        ) from None
     if not 0 <= seed < 2**64:
         raise ValueError(f"noise: seed is {seed}, expected 0 to 2**64 - 1")
     return seed - 2**64 if seed >= 2**63 else seed
@@ -160,14 +167,14 @@ def expand_(y: Tensor, z: Tensor, basis: Tensor, scaling: float) -> Tensor:
 
     Args:
         y: (T, m) float32, bfloat16 or float16; rows may be strided (last stride 1) but not overlap.
-        z: (T, r) of y's type; rows may be strided.
-        basis: (m, r) float32 or y's type, contiguous.
+        z: (T, r) of y's type; rows may be strided. It may share no element with y.
+        basis: (m, r) float32 or y's type, contiguous. It may share no element with y.
         scaling: the adapter's scaling.
 
     The sum over r and the addition are made in float32 and rounded once to y's type.
 
     Raises:
-        ValueError: a shape, stride or device does not fit.
+        ValueError: a shape, stride or device does not fit, or y shares memory with what is read.
         TypeError: a tensor has another type than listed.
     """
     torch.ops.tfb_ext.expand_.default(y, z, basis, scaling)
@@ -249,8 +256,12 @@ def update_group(
     )
 
 
+# The fakes make the kernels' own checks (csrc/check.h), on symbolic sizes too.
+
+
 @torch.library.register_fake("tfb_ext::noise")
 def _(r: int, n: int, seed: int, layer: int, sample: int, device: torch.device, antithetic: bool = False) -> Tensor:
+    _C.check_noise(r, n, layer, sample)
     return torch.empty((r, n), dtype=torch.float32, device=device)
 
 
@@ -265,12 +276,8 @@ def _(
     mode: str = "weight",
     antithetic: bool = False,
 ) -> Tensor:
+    _C.check_shrink(x, mean, sigma, samples, seed, layer, mode)
     return x.new_empty((x.shape[0], mean.shape[0]))
-
-
-@torch.library.register_fake("tfb_ext::expand_")
-def _(y: Tensor, z: Tensor, basis: Tensor, scaling: float) -> None:
-    return None
 
 
 @torch.library.register_fake("tfb_ext::shrink_group")
@@ -284,16 +291,24 @@ def _(
     mode: str = "weight",
     antithetic: bool = False,
 ) -> list[Tensor]:
+    _C.check_shrink_group(x, means, sigma, samples, seed, layers, mode)
     return [x.new_empty((x.shape[0], mean.shape[0])) for mean in means]
+
+
+@torch.library.register_fake("tfb_ext::expand_")
+def _(y: Tensor, z: Tensor, basis: Tensor, scaling: float) -> None:
+    _C.check_expand_(y, z, basis)
 
 
 @torch.library.register_fake("tfb_ext::expand")
 def _(z: Tensor, basis: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    _C.check_expand(z, basis, bias)
     return z.new_empty((z.shape[0], basis.shape[0]))
 
 
 @torch.library.register_fake("tfb_ext::linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, basis: Tensor, scaling: float) -> Tensor:
+    _C.check_linear(x, weight, bias, z, basis)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -311,4 +326,5 @@ def _(
     mode: str = "weight",
     antithetic: bool = False,
 ) -> list[Tensor]:
+    _C.check_update_group(x, means, bases, biases, scalings, sigma, samples, seed, layers, mode)
     return [x.new_empty((x.shape[0], basis.shape[0])) for basis in bases]

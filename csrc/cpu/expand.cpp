@@ -86,8 +86,7 @@ std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, 
                                      const c10::List<std::optional<at::Tensor>>& biases, at::ArrayRef<double> scalings,
                                      const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
                                      at::IntArrayRef layers, std::string_view mode, bool antithetic) {
-  check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers);
-  parse_mode("update_group", mode);
+  check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers, mode);
   const std::vector<at::Tensor> z = shrink_group(x, means, sigma, samples, seed, layers, mode, antithetic);
   std::vector<at::Tensor> out;
   for (size_t l = 0; l < means.size(); ++l) {

@@ -228,16 +228,14 @@ at::Tensor shrink_layer(const Problem& problem, Mode mode) {
 
 at::Tensor shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma, const at::Tensor& samples,
                   const at::Tensor& seed, int64_t layer, std::string_view mode, bool antithetic) {
-  check_shrink(x, mean, sigma, samples, seed, layer);
-  const Mode parsed = parse_mode("shrink", mode);
+  const Mode parsed = check_shrink(x, mean, sigma, samples, seed, layer, mode);
   return shrink_layer({x, mean, sigma, samples, noise_key(*seed.const_data_ptr<int64_t>(), layer), antithetic}, parsed);
 }
 
 std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
                                      const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
                                      std::string_view mode, bool antithetic) {
-  check_group("shrink_group", x, means, sigma, samples, seed, layers);
-  const Mode parsed = parse_mode("shrink_group", mode);
+  const Mode parsed = check_group("shrink_group", x, means, sigma, samples, seed, layers, mode);
   std::vector<at::Tensor> out;
   for (size_t l = 0; l < means.size(); ++l) {
     const NoiseKey key = noise_key(*seed.const_data_ptr<int64_t>(), layers[l]);

@@ -1,25 +1,26 @@
-// What the current device can do, asked once, and the switch that turns its newer abilities off.
+// What the current device can do, asked once, and the limits that a test may set to it.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <climits>
 #include <cstddef>
+
+#include "plan.h"
 
 namespace tfb::cuda {
 
-struct Machine {
-  int multiprocessors = 0;
-  int shared_bytes = 0;   // that a block may ask for
-  bool clusters = false;  // the device has them and the kernels in use are compiled for them
-};
-
-// Facts about the current device. With portable kernels forced, `clusters` is false.
+// Facts about the current device, within the limits.
 cudaError_t current_machine(Machine& machine);
 
-// Leaves instructions newer than compute capability 8.0 unused on every device, for tests and timings. Also set by the
-// environment variable TFB_EXT_PORTABLE=1 at the first use.
-void force_portable(bool portable);
-bool portable_forced();
+// Treats every device as one with at most so much shared memory for a block and such clusters, for tests and timings.
+// With clusters of 1, instructions newer than compute capability 8.0 are unused; the environment variable
+// TFB_EXT_PORTABLE=1 sets that limit at the first use.
+struct MachineLimits {
+  int shared_bytes, cluster_blocks;
+};
+void limit_machine(const MachineLimits& limits);
+constexpr MachineLimits kNoLimits{INT_MAX, INT_MAX};
 
 // How many clusters of a kernel a device holds; see resident_clusters in device.cuh.
 struct ResidencyKey {

@@ -90,7 +90,10 @@ class Shrinker {
 
   void make_room(const at::TensorOptions& options) {
     int64_t floats = 0;
-    C10_CUDA_CHECK(shrink_partial_floats(params_, floats));
+    bool fits = true;
+    C10_CUDA_CHECK(shrink_partial_floats(params_, floats, fits));
+    TFB_CHECK_VALUE(fits, "shrink: this GPU gives a block too little shared memory, expected at least ",
+                    kLeastSharedBytes, " bytes (compute capability 8.0 or newer). Fix: use float32 or the CPU");
     if (floats == 0) return;
     partial_ = at::empty({floats}, options);
     params_.partial = partial_.mutable_data_ptr<float>();
@@ -124,15 +127,15 @@ std::vector<at::Tensor> shrink_layers(const at::Tensor& x, at::TensorList means,
 
 at::Tensor shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma, const at::Tensor& samples,
                   const at::Tensor& seed, int64_t layer, std::string_view mode, bool antithetic) {
-  check_shrink(x, mean, sigma, samples, seed, layer);
-  return shrink_layers(x, mean, sigma, samples, seed, layer, parse_mode("shrink", mode), antithetic)[0];
+  const Mode parsed = check_shrink(x, mean, sigma, samples, seed, layer, mode);
+  return shrink_layers(x, mean, sigma, samples, seed, layer, parsed, antithetic)[0];
 }
 
 std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
                                      const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
                                      std::string_view mode, bool antithetic) {
-  check_group("shrink_group", x, means, sigma, samples, seed, layers);
-  return shrink_layers(x, means, sigma, samples, seed, layers, parse_mode("shrink_group", mode), antithetic);
+  const Mode parsed = check_group("shrink_group", x, means, sigma, samples, seed, layers, mode);
+  return shrink_layers(x, means, sigma, samples, seed, layers, parsed, antithetic);
 }
 
 // The products take the basis in y's type, to which they would round it anyway.
@@ -177,7 +180,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   at::Tensor y = at::empty({z.size(0), weight.size(0)}, x.options());
   expand_into(y, z, basis, bias ? &*bias : nullptr, scaling, false);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  if (y.numel() > 0) at::addmm_out(y, y, x.reshape({-1, x.size(-1)}), weight.t());
+  if (y.numel() > 0) at::addmm_out(y, y, x.reshape({z.size(0), x.size(-1)}), weight.t());
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
   return y.view(sizes);
@@ -187,8 +190,7 @@ std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, 
                                      const c10::List<std::optional<at::Tensor>>& biases, at::ArrayRef<double> scalings,
                                      const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
                                      at::IntArrayRef layers, std::string_view mode_name, bool antithetic) {
-  check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers);
-  const Mode mode = parse_mode("update_group", mode_name);
+  const Mode mode = check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers, mode_name);
   std::vector<at::Tensor> out;
   out.reserve(means.size());
   for (const at::Tensor& basis : bases) out.push_back(at::empty({x.size(0), basis.size(0)}, x.options()));

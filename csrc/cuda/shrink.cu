@@ -1,6 +1,7 @@
 #include "shrink.h"
 
 #include "machine.h"
+#include "plan.h"
 
 namespace tfb::cuda {
 
@@ -28,13 +29,20 @@ bool results_aligned(const ShrinkParams& p, int64_t bytes) {
   return true;
 }
 
-cudaError_t shrink_partial_floats(const ShrinkParams& p, int64_t& floats) {
+bool rows_aligned(const ShrinkParams& p) {
+  return aligned(p.x, p.x_stride * element_bytes(p.format), 16) && p.n * element_bytes(p.format) % 16 == 0;
+}
+
+cudaError_t shrink_partial_floats(const ShrinkParams& p, int64_t& floats, bool& fits) {
+  floats = 0;
+  fits = true;
+  if (p.format == Format::kFloat32) return cudaSuccess;
   Machine machine;
   const cudaError_t status = current_machine(machine);
-  const int panels = shrink_panels(p.n);
-  const bool needed = p.format != Format::kFloat32 && !machine.clusters && panels > 1;
-  // The widest row of sums of any pass.
-  floats = needed ? panels * p.groups * p.rows_per_group * (kTileRanks * kMaxPassTiles + 2) : 0;
+  // Asked for as many tiles as there can be, the plan has the widest rows of sums of any pass.
+  const ShrinkPlan plan = plan_shrink(p.mode, p.n, kMaxRankTiles, rows_aligned(p), machine);
+  fits = status != cudaSuccess || plan.choice.tiles > 0;
+  if (!plan.clustered) floats = plan.panels * p.groups * p.rows_per_group * sum_pitch(p.mode, plan.choice.tiles);
   return status;
 }
 

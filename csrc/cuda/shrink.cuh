@@ -10,21 +10,19 @@
 // .. 8c + 7 of rows i and i + 8, one 16-byte read a row.
 //
 // The panels' sums of a row meet in the order of the panels: in distributed shared memory where the panels of a range
-// are a cluster, else in global memory, where a second kernel adds them up.
+// are a cluster, else in global memory, where a second kernel adds them up. plan.h says how a call is cut up.
 #pragma once
 
 #include "elements.cuh"
 #include "machine.h"
+#include "plan.h"
 #include "sample.cuh"
 #include "shrink.h"
 #include "tuning.h"
 
 namespace tfb::cuda {
 
-// 16-byte chunks of a stage: a row has 16. Four of nothing lie in the middle of a pair of rows, so that the two, which
-// are read together, lie in different banks.
-constexpr int kRowChunks = kStageColumns / 8;
-constexpr int kPairChunks = 2 * kRowChunks + 4;
+// Where a row of a stage starts, in chunks of 16 bytes.
 __device__ __forceinline__ int row_chunk(int row) { return row / 2 * kPairChunks + row % 2 * (kRowChunks + 4); }
 // How x comes to shared memory: kPlain through registers, for rows that do not start and end on 16 bytes.
 enum class Feed { kAsync, kPlain };
@@ -38,14 +36,10 @@ struct ShrinkTraits {
   static constexpr Feed kFeed = kFeed_;
   static constexpr int kThreads = kWarps * kWarpLanes;
   static constexpr int kRanks = kTileRanks * kRankTiles;
-  // flipout sums M x and E (s o x) apart.
-  static constexpr int kPlanes = kMode == Mode::kFlipout ? 2 : 1;
-  static constexpr int kStageChunks = kTileRows / 2 * kPairChunks;
-  static constexpr int kQueueBytes = kWarps * kShrinkStages * kStageChunks * 16;
-  static constexpr int kWeightBytes = kPlanes * kRanks * 2;  // of one column
-  // Floats between rows of the sums: the planes and, in token mode, |x|^2; even, and not a multiple of 32 banks.
-  static constexpr int kSumPitch = kPlanes * kRanks + 2;
-  static constexpr int kTileSumBytes = kTileRows * kSumPitch * 4;  // of one tile of rows
+  static constexpr int kPlanes = shrink_planes(kMode);
+  static constexpr int kQueueBytes = queue_bytes(kWarps);
+  static constexpr int kSumPitch = sum_pitch(kMode, kRankTiles);
+  static constexpr int kTileSumBytes = tile_sum_bytes(kMode, kRankTiles);  // of one tile of rows
   // Where shared memory has room for several blocks, registers should have it too.
   static constexpr int kMinBlocks = kWarps == 4       ? (kRankTiles <= 2 && kMode == Mode::kWeight ? 4 : 3)
                                     : kRankTiles <= 3 ? 2
@@ -208,7 +202,7 @@ struct Feeder {
     const int lane = threadIdx.x % kWarpLanes;
     const int left = columns - stage * kStageColumns;  // at least 1
     const T* from = source + stage * kStageColumns;
-    uint4* const to = queue + slot * Traits::kStageChunks + row_chunk(lane / kRowChunks) + lane % kRowChunks;
+    uint4* const to = queue + slot * kStageChunks + row_chunk(lane / kRowChunks) + lane % kRowChunks;
     const int64_t step = 2 * p.x_stride;
     if (Traits::kFeed == Feed::kAsync && rows == kTileRows && left >= kStageColumns) {
 #pragma unroll
@@ -283,7 +277,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int i = lane / 4;
   const int c = lane % 4;
   unsigned char* const shared = dynamic_shared();
-  uint4* const queue = reinterpret_cast<uint4*>(shared) + warp * kShrinkStages * Traits::kStageChunks;
+  uint4* const queue = reinterpret_cast<uint4*>(shared) + warp * kShrinkStages * kStageChunks;
   float* const sums = reinterpret_cast<float*>(shared + Traits::kQueueBytes);
   T* const weights = reinterpret_cast<T*>(shared + Traits::kQueueBytes + layout.round_tiles * Traits::kTileSumBytes);
 
@@ -353,7 +347,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
               }
             }
           }
-          const uint4* const from = queue + slot * Traits::kStageChunks + row_chunk(i) + c;
+          const uint4* const from = queue + slot * kStageChunks + row_chunk(i) + c;
           // Behind the last column the queue holds what lay there before.
           const int left = columns - stage * kStageColumns - 8 * c;
 #pragma unroll
@@ -450,36 +444,21 @@ __global__ void __launch_bounds__(Traits::kThreads)
                      });
 }
 
-inline int64_t panel_columns(int64_t n) {
-  const int panels = shrink_panels(n);
-  return ((n + panels - 1) / panels + kStageColumns - 1) / kStageColumns * kStageColumns;
-}
-
-// Tiles of a warp in a round: as many as leave room for two blocks on a multiprocessor of compute capability 9.0, up to
-// four; at least one.
-inline int warp_tiles(int64_t fixed_bytes, int64_t sum_bytes) {
-  constexpr int64_t kHalf = 112 * 1024;
-  const int64_t fit = (kHalf - fixed_bytes) / sum_bytes;
-  return fit < 1 ? 1 : fit > 4 ? 4 : static_cast<int>(fit);
-}
-
 template <class Traits>
-cudaError_t launch_tiles(const ShrinkParams& p, const Machine& machine, cudaStream_t stream) {
+cudaError_t launch_tiles(const ShrinkParams& p, const ShrinkPlan& plan, cudaStream_t stream) {
   ShrinkLayout layout{};
-  layout.panels = shrink_panels(p.n);
-  layout.clustered = machine.clusters || layout.panels == 1;
-  const int64_t columns = panel_columns(p.n);
   const int64_t group_tiles = (p.rows_per_group + kTileRows - 1) / kTileRows;
-  if (columns > INT32_MAX / 2 || group_tiles * p.groups > INT32_MAX) return cudaErrorInvalidConfiguration;
-  layout.panel_columns = static_cast<int32_t>(columns);
+  if (group_tiles * p.groups > INT32_MAX) return cudaErrorInvalidConfiguration;
+  layout.panels = static_cast<int32_t>(plan.panels);
+  layout.clustered = plan.clustered;
+  layout.panel_columns = static_cast<int32_t>(plan.panel_columns);
   layout.group_tiles = static_cast<int32_t>(group_tiles);
   layout.tiles = static_cast<int32_t>(group_tiles * p.groups);
   layout.mean_aligned = means_aligned(p, p.mean_format == Format::kFloat32 ? 16 : 8);
   layout.z_aligned = results_aligned(p, 4);
-  const int64_t fixed = Traits::kQueueBytes + columns * Traits::kWeightBytes;
-  layout.round_tiles = Traits::kWarps * warp_tiles(fixed, Traits::kWarps * Traits::kTileSumBytes);
+  layout.round_tiles = plan.round_tiles;
   LaunchShape shape{dim3(1), Traits::kThreads};
-  shape.shared = static_cast<size_t>(fixed + layout.round_tiles * Traits::kTileSumBytes);
+  shape.shared = static_cast<size_t>(plan.shared);
   shape.cluster = layout.clustered ? layout.panels : 1;
   int resident = 0;
   cudaError_t status = resident_clusters(shrink_kernel<Traits>, shape, resident);
@@ -503,67 +482,48 @@ cudaError_t launch_tiles(const ShrinkParams& p, const Machine& machine, cudaStre
   return launch(reduce_kernel<Traits>, {dim3(static_cast<unsigned>(blocks)), Traits::kThreads}, stream, p, layout);
 }
 
-// Rank tiles and warps of a block: where its weights leave a multiprocessor to one block, it has more warps to share
-// them.
-struct Choice {
-  int tiles, warps;
-};
-constexpr Choice kClusterChoices[] = {{1, 8}, {2, 8}, {3, 8}, {4, 12}, {8, 8}};
-constexpr Choice kPortableChoices[] = {{1, 4}, {2, 4}, {4, 4}};
-constexpr Choice kRareChoices[] = {{2, 4}};  // rows off 16 bytes, flipout and token
-
-// The first with room for all the tiles, else the last that the device's shared memory holds; no tiles if it holds
-// none.
-template <int kCount>
-Choice choose(const Choice (&choices)[kCount], const ShrinkParams& p, const Machine& machine) {
-  Choice best{0, 0};
-  const int planes = p.mode == Mode::kFlipout ? 2 : 1;
-  for (const Choice& choice : choices) {
-    const int64_t ranks = choice.tiles * kTileRanks;
-    const int64_t sums = choice.warps * kTileRows * (planes * ranks + 2) * 4;
-    const int64_t queue = choice.warps * kShrinkStages * kTileRows / 2 * kPairChunks * 16;
-    const int64_t weights = panel_columns(p.n) * planes * ranks * 2;
-    if (queue + sums + weights > machine.shared_bytes) continue;
-    if (choice.tiles > best.tiles) best = choice;
-    if (choice.tiles >= p.tile_count) break;
+// The choices of plan.h for one mode and feed.
+template <class T, Mode kMode, Feed kFeed>
+cudaError_t launch_rare(const ShrinkParams& p, const ShrinkPlan& plan, cudaStream_t stream) {
+  if constexpr (kMode != Mode::kToken) {
+    if (plan.choice.tiles == 1) return launch_tiles<ShrinkTraits<T, 1, 4, kMode, kFeed>>(p, plan, stream);
   }
-  return best;
-}
-
-template <class T, Feed kFeed>
-cudaError_t launch_rare(const ShrinkParams& p, const Machine& machine, cudaStream_t stream) {
-  if (p.mode == Mode::kFlipout) return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kFlipout, kFeed>>(p, machine, stream);
-  if (p.mode == Mode::kToken) return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kToken, kFeed>>(p, machine, stream);
-  return launch_tiles<ShrinkTraits<T, 2, 4, Mode::kWeight, kFeed>>(p, machine, stream);
+  return launch_tiles<ShrinkTraits<T, 2, 4, kMode, kFeed>>(p, plan, stream);
 }
 
 template <class T, int kRankTiles, int kWarps>
-cudaError_t launch_common(const ShrinkParams& p, const Machine& machine, cudaStream_t stream) {
-  return launch_tiles<ShrinkTraits<T, kRankTiles, kWarps, Mode::kWeight, Feed::kAsync>>(p, machine, stream);
+cudaError_t launch_common(const ShrinkParams& p, const ShrinkPlan& plan, cudaStream_t stream) {
+  return launch_tiles<ShrinkTraits<T, kRankTiles, kWarps, Mode::kWeight, Feed::kAsync>>(p, plan, stream);
 }
 
 template <class T>
-cudaError_t launch_pass(const ShrinkParams& p, const Machine& machine, bool aligned, const Choice& choice,
-                        cudaStream_t stream) {
-  if (!aligned) return launch_rare<T, Feed::kPlain>(p, machine, stream);
-  if (p.mode != Mode::kWeight) return launch_rare<T, Feed::kAsync>(p, machine, stream);
-  switch (100 * choice.tiles + choice.warps) {
+cudaError_t launch_pass(const ShrinkParams& p, const ShrinkPlan& plan, bool aligned, cudaStream_t stream) {
+  if (p.mode == Mode::kFlipout) {
+    return aligned ? launch_rare<T, Mode::kFlipout, Feed::kAsync>(p, plan, stream)
+                   : launch_rare<T, Mode::kFlipout, Feed::kPlain>(p, plan, stream);
+  }
+  if (p.mode == Mode::kToken) {
+    return aligned ? launch_rare<T, Mode::kToken, Feed::kAsync>(p, plan, stream)
+                   : launch_rare<T, Mode::kToken, Feed::kPlain>(p, plan, stream);
+  }
+  if (!aligned) return launch_rare<T, Mode::kWeight, Feed::kPlain>(p, plan, stream);
+  switch (100 * plan.choice.tiles + plan.choice.warps) {
     case 104:
-      return launch_common<T, 1, 4>(p, machine, stream);
+      return launch_common<T, 1, 4>(p, plan, stream);
     case 204:
-      return launch_common<T, 2, 4>(p, machine, stream);
+      return launch_common<T, 2, 4>(p, plan, stream);
     case 404:
-      return launch_common<T, 4, 4>(p, machine, stream);
+      return launch_common<T, 4, 4>(p, plan, stream);
     case 108:
-      return launch_common<T, 1, 8>(p, machine, stream);
+      return launch_common<T, 1, 8>(p, plan, stream);
     case 208:
-      return launch_common<T, 2, 8>(p, machine, stream);
+      return launch_common<T, 2, 8>(p, plan, stream);
     case 308:
-      return launch_common<T, 3, 8>(p, machine, stream);
+      return launch_common<T, 3, 8>(p, plan, stream);
     case 412:
-      return launch_common<T, 4, 12>(p, machine, stream);
+      return launch_common<T, 4, 12>(p, plan, stream);
     default:
-      return launch_common<T, 8, 8>(p, machine, stream);
+      return launch_common<T, 8, 8>(p, plan, stream);
   }
 }
 
@@ -571,17 +531,15 @@ template <class T>
 cudaError_t launch_shrink_half(const ShrinkParams& params, cudaStream_t stream) {
   Machine machine;
   cudaError_t status = current_machine(machine);
-  const bool aligned = is_aligned(params.x, 16) && params.x_stride % 8 == 0 && params.n % 8 == 0;
+  const bool aligned = rows_aligned(params);
   ShrinkParams pass = params;
   for (int first = 0; first < params.tile_count && status == cudaSuccess; first += pass.tile_count) {
     pass.tile_count = params.tile_count - first;
-    const Choice choice = !aligned || params.mode != Mode::kWeight ? choose(kRareChoices, pass, machine)
-                          : machine.clusters                       ? choose(kClusterChoices, pass, machine)
-                                                                   : choose(kPortableChoices, pass, machine);
-    if (choice.tiles == 0) return cudaErrorLaunchOutOfResources;
-    if (pass.tile_count > choice.tiles) pass.tile_count = choice.tiles;
+    const ShrinkPlan plan = plan_shrink(params.mode, params.n, pass.tile_count, aligned, machine);
+    if (plan.choice.tiles == 0) return cudaErrorLaunchOutOfResources;
+    if (pass.tile_count > plan.choice.tiles) pass.tile_count = plan.choice.tiles;
     for (int k = 0; k < pass.tile_count; ++k) pass.tiles[k] = params.tiles[first + k];
-    status = launch_pass<T>(pass, machine, aligned, choice, stream);
+    status = launch_pass<T>(pass, plan, aligned, stream);
   }
   return status;
 }

@@ -40,8 +40,8 @@ struct ShrinkParams {
   RankTile tiles[kMaxRankTiles];
 };
 
-// Room for sums of panels in global memory, which the current device needs.
-cudaError_t shrink_partial_floats(const ShrinkParams& params, int64_t& floats);
+// Room for sums of panels in global memory, which the current device needs, and whether its shared memory suffices.
+cudaError_t shrink_partial_floats(const ShrinkParams& params, int64_t& floats, bool& fits);
 
 // In flipout mode all tiles are of one layer, since each layer has its own signs.
 cudaError_t launch_shrink(const ShrinkParams& params, cudaStream_t stream);
@@ -51,6 +51,8 @@ cudaError_t launch_shrink_bfloat16(const ShrinkParams& params, cudaStream_t stre
 cudaError_t launch_shrink_float16(const ShrinkParams& params, cudaStream_t stream);
 cudaError_t launch_shrink_float(const ShrinkParams& params, cudaStream_t stream);
 
+// Whether the rows of x start and end on 16 bytes.
+bool rows_aligned(const ShrinkParams& params);
 // Whether all means (and all z) can be read (written) in pieces of `bytes`.
 bool means_aligned(const ShrinkParams& params, int64_t bytes);
 bool results_aligned(const ShrinkParams& params, int64_t bytes);

@@ -19,12 +19,12 @@ constexpr int kStagePieces = 4;
 constexpr int kStageColumns = kStagePieces * kPieceColumns;
 constexpr int kShrinkStages = 2;
 // The columns are split into panels, one a block: their weights stay in shared memory while rows stream past. How many
-// depends on n alone: the order of a row's sum, and so its last bit, must not depend on the batch or on the layers
-// beside.
+// there are is plan.h's shrink_panels.
 constexpr int64_t kPanelMinColumns = 1024;   // below, one panel
-constexpr int64_t kPanelManyColumns = 7168;  // above, 16 (the most blocks of a cluster), else 8
-constexpr int shrink_panels(int64_t n) { return n < kPanelMinColumns ? 1 : n <= kPanelManyColumns ? 8 : 16; }
-constexpr int kMaxPassTiles = 8;
+constexpr int64_t kPanelManyColumns = 7168;  // up to here 8, above 16 or more
+constexpr int kMaxCluster = 16;              // the most blocks of a cluster
+// Shared memory of a block on the smallest machines that are served: compute capabilities 8.6, 8.9 and 12.0.
+constexpr int64_t kLeastSharedBytes = 99 * 1024;
 // float32 has no tensor-core path of its own precision: 8 tokens x 8 ranks of accumulators per lane, eight warps that
 // share the columns of a tile in turns.
 constexpr int kShrinkFloatWarps = 8;

@@ -6,6 +6,18 @@
 TORCH_LIBRARY(tfb_emulated, m) { tfb::define_operators(m); }
 TORCH_LIBRARY_IMPL(tfb_emulated, CPU, m) { tfb::cuda::implement(m); }
 
-extern "C" __attribute__((visibility("default"))) void tfb_emulated_force_portable(bool portable) {
-  tfb::cuda::force_portable(portable);
+#define TFB_EMULATED extern "C" __attribute__((visibility("default")))
+
+TFB_EMULATED void tfb_emulated_limit_machine(int shared_bytes, int cluster_blocks) {
+  tfb::cuda::limit_machine({shared_bytes, cluster_blocks});
+}
+
+// plan_shrink for a machine that need not exist: tiles, warps, panels, panel columns, clustered, round tiles, bytes.
+TFB_EMULATED void tfb_emulated_plan(int mode, int64_t n, int64_t tiles, bool aligned, int shared_bytes,
+                                    int cluster_blocks, int64_t* out) {
+  const tfb::cuda::Machine machine{1, shared_bytes, cluster_blocks};
+  const auto plan = tfb::cuda::plan_shrink(static_cast<tfb::Mode>(mode), n, tiles, aligned, machine);
+  const int64_t values[] = {plan.choice.tiles, plan.choice.warps, plan.panels, plan.panel_columns,
+                            plan.clustered,    plan.round_tiles,  plan.shared};
+  for (int k = 0; k < 7; ++k) out[k] = values[k];
 }

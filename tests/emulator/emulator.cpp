@@ -8,6 +8,8 @@
 #include <memory>
 #include <vector>
 
+#include "../../csrc/cuda/machine.h"
+
 namespace emulator {
 
 namespace {
@@ -208,6 +210,12 @@ void wait_copies(int pending) {
 cudaError_t run(const std::function<void()>& kernel, dim3 grid, unsigned threads, size_t shared, int cluster,
                 bool cooperative) {
   if (grid.x % cluster != 0) return cudaErrorInvalidConfiguration;
+  tfb::cuda::Machine machine;
+  const cudaError_t status = tfb::cuda::current_machine(machine);
+  if (status != cudaSuccess) return status;
+  if (shared > static_cast<size_t>(machine.shared_bytes) || cluster > machine.cluster_blocks) {
+    return cudaErrorLaunchOutOfResources;
+  }
   body = &kernel;
   std::vector<dim3> blocks;
   for (unsigned y = 0; y < grid.y; ++y) {
@@ -237,6 +245,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
                                                                   : 1;
   return cudaSuccess;
 }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->ptxVersion = 90;
   return cudaSuccess;

@@ -194,9 +194,14 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
 }
 
 template <class... Parameters>
-cudaError_t resident_clusters(void (*)(Parameters...), const LaunchShape&, int& clusters) {
+cudaError_t ask_resident(void (*)(Parameters...), const LaunchShape&, int, int& clusters) {
   clusters = 3;
   return cudaSuccess;
+}
+
+template <class... Parameters>
+cudaError_t resident_clusters(void (*kernel)(Parameters...), const LaunchShape& shape, int& clusters) {
+  return ask_resident(kernel, shape, 0, clusters);
 }
 
 }  // namespace tfb::cuda

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -118,6 +121,58 @@ def test_portable_kernels_give_the_same_bits(n: int, r: int) -> None:
     finally:
         ops.use_portable_kernels(False)
     assert torch.equal(ops.shrink(**arguments, layer=LAYER), portable)
+
+
+@pytest.fixture
+def limited() -> Iterator[Any]:
+    """Sets what the kernels may use of the machine: shared memory of a block, blocks of a cluster."""
+    yield ops._C.limit_machine
+    ops._C.limit_machine()
+
+
+@pytest.mark.parametrize("mode", ["weight", "flipout", "token"])
+@pytest.mark.parametrize("n", [8192, 12296, 14336, 53248, 61448])
+def test_small_machines_give_the_same_bits(limited: Any, n: int, mode: str) -> None:
+    """99 KiB of shared memory (compute capability 8.6, 8.9, 12.0) and no clusters, or only those of eight."""
+    for r in (8, 40):
+        arguments = inputs(r, n, 3, 50, torch.bfloat16)
+        wide = torch.zeros(150, n + 8, dtype=torch.bfloat16, device=CUDA)
+        wide[:, 1 : n + 1] = arguments["x"]
+        limited()
+        large = ops.shrink(**arguments, layer=LAYER, mode=mode)
+        host = ops.shrink(**{name: value.cpu() for name, value in arguments.items()}, layer=LAYER, mode=mode)
+        scale = n**0.5
+        assert (large.cpu().double() - host.double()).abs().max() <= scale * (
+            8 * torch.finfo(torch.bfloat16).eps + 1e-5
+        )
+        for shared_bytes, cluster_blocks in ((99 * 1024, 1), (99 * 1024, 8), (163 * 1024, 1), (227 * 1024, 8)):
+            limited(shared_bytes, cluster_blocks)
+            assert torch.equal(ops.shrink(**arguments, layer=LAYER, mode=mode), large)
+            off = {**arguments, "x": wide[:, 1 : n + 1]}
+            assert torch.equal(ops.shrink(**off, layer=LAYER, mode=mode), large)
+
+
+def test_very_many_columns() -> None:
+    for mode in ("weight", "flipout", "token"):
+        arguments = inputs(3, 2**20 + 8, 2, 2, torch.float16)
+        z = ops.shrink(**arguments, layer=LAYER, mode=mode)
+        host = ops.shrink(**{name: value.cpu() for name, value in arguments.items()}, layer=LAYER, mode=mode)
+        assert (z.cpu().double() - host.double()).abs().max() <= 1e-3 * 2**10 * 8
+
+
+def test_too_little_shared_memory_is_an_error(limited: Any) -> None:
+    limited(64 * 1024, 1)
+    with pytest.raises(ValueError, match="shared memory, expected at least 101376 bytes .* Fix: "):
+        ops.shrink(**inputs(8, 14336, 1, 4, torch.bfloat16), layer=LAYER, mode="flipout")
+
+
+def test_additions_over_shared_memory_are_refused() -> None:
+    buffer = torch.randn(64, 40, device=CUDA)
+    basis = torch.ones(16, 8, device=CUDA)
+    with pytest.raises(ValueError, match="expand_: z got memory that is y's too"):
+        ops.expand_(buffer[:, 4:20], buffer[:, :8], basis, 1.0)
+    wanted = buffer[:, 8:24] + buffer[:, :8] @ basis.T
+    assert torch.allclose(ops.expand_(buffer[:, 8:24], buffer[:, :8], basis, 1.0), wanted, atol=1e-3)
 
 
 def test_few_rows_in_a_graph_and_250_times() -> None:
