@@ -42,9 +42,10 @@ class Attachment:
             SamplingError: the message names the first layer that differs and what to call.
         """
         again = "call tfb_ext.bayesianize(model) again"
+        module: Any  # a LoRA layer, whose attributes carry no types
         for name, module in self.modules.items():
             try:
-                present = self.model.get_submodule(name)
+                present: Any = self.model.get_submodule(name)
             except AttributeError:
                 present = None
             if present is not module:

@@ -112,7 +112,7 @@ class _Reorder(_Patch):
 
     name = "reorder_cache"
 
-    def run(self, cache: Any, plain: Any, beam_idx: Tensor) -> None:  # type: ignore[override]
+    def run(self, cache: Any, plain: Any, beam_idx: Tensor) -> None:
         rows = beam_idx.shape[0]
         fanned = torch.cat([beam_idx + s * rows for s in range(self.watch.size)])
         if getattr(cache, "offloading", False):  # a layer's rows may still be on their way back to the GPU

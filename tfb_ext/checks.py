@@ -23,15 +23,11 @@ def check_count(name: str, value: object, what: str = "a count", least: int = 1,
     Raises:
         ValueError: it is no integer, or outside.
     """
-    if (
-        not isinstance(value, Integral)
-        or isinstance(value, bool)
-        or value < least
-        or (most is not None and value > most)
-    ):
+    number = int(value) if isinstance(value, Integral) and is_integer(value) else least - 1
+    if number < least or (most is not None and number > most):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} is {value!r}, expected {what} {bounds}. Fix: pass {name}={least} or more")
-    return int(value)
+    return number
 
 
 def check_sigma(value: object) -> float:
@@ -57,25 +53,20 @@ def check_samples(samples: object) -> tuple[int, ...]:
     Raises:
         ValueError: no samples, more than ``MOST_SAMPLES``, or a number outside [0, 2**31).
     """
-    wanted = "expected a count of at least 1 or a list of sample numbers in [0, 2**31)"
-    if isinstance(samples, Integral) and not isinstance(samples, bool):
-        if samples < 1:
-            raise ValueError(f"samples is {samples!r}, {wanted}. Fix: pass a count such as 10")
-        _check_number_of_samples(int(samples))
+    wrong = (
+        f"samples is {samples!r}, expected a count of at least 1 or a list of sample numbers in [0, 2**31), at most {MOST_SAMPLES} of "
+        "them. Fix: pass a count such as 10"
+    )
+    if isinstance(samples, Integral) and is_integer(samples):
+        if not 1 <= int(samples) <= MOST_SAMPLES:
+            raise ValueError(wrong)
         return tuple(range(int(samples)))
-    numbers: tuple[object, ...] = ()
-    if isinstance(samples, Sequence) and not isinstance(samples, str | bytes):
-        _check_number_of_samples(len(samples))
-        numbers = tuple(samples)
-    elif hasattr(samples, "tolist"):  # an array or a tensor
+    listed: object = samples
+    if hasattr(samples, "tolist"):  # an array or a tensor
         listed = samples.tolist()
-        numbers = tuple(listed) if isinstance(listed, list) else ()
-        _check_number_of_samples(len(numbers))
-    if not numbers or not all(isinstance(k, Integral) and is_integer(k) and 0 <= k < 2**31 for k in numbers):
-        raise ValueError(f"samples is {samples!r}, {wanted}. Fix: pass a count such as 10")
-    return tuple(int(k) for k in numbers if isinstance(k, Integral))
-
-
-def _check_number_of_samples(count: int) -> None:
-    if count > MOST_SAMPLES:
-        raise ValueError(f"samples is {count}, expected at most {MOST_SAMPLES}. Fix: ask for fewer samples")
+    if isinstance(listed, str | bytes) or not isinstance(listed, Sequence) or not 1 <= len(listed) <= MOST_SAMPLES:
+        raise ValueError(wrong)
+    numbers = [int(k) for k in listed if isinstance(k, Integral) and is_integer(k) and 0 <= int(k) < 2**31]
+    if len(numbers) < len(listed):
+        raise ValueError(wrong)
+    return tuple(numbers)

@@ -237,11 +237,11 @@ class _Trial:
         for found, expected in zip(together, self._expected(separate), strict=True):
             if found.shape != expected.shape:
                 return {}, f"give outputs of shape {tuple(found.shape)} for {tuple(expected.shape)}"
-            error = _rms(found - expected)
-            if not error <= bound:
+            off = _rms(found - expected)
+            if not off <= bound:
                 return (
                     {},
-                    f"differ by {error:.2g} on a tiny input, where samples differ by {spread:.2g} and rounding by {noise:.1g}",
+                    f"differ by {off:.2g} on a tiny input, where samples differ by {spread:.2g} and rounding by {noise:.1g}",
                 )
         return layers, ""
 

@@ -211,7 +211,7 @@ def _entries(value: Any, name: str, lowest: int) -> list[tuple[tuple[int, float]
         first, sigma = entry.get("first"), entry.get("sigma")
         if type(first) is not int or not lowest <= first < 2**31:
             raise ValueError(f"{name} has first {_short(first)}, expected the number of a block")
-        at = first, sigma if first < 0 and sigma == 0 and not isinstance(sigma, bool) else check_sigma(sigma)  # type: ignore[arg-type]
+        at = first, sigma if first < 0 and sigma == 0 and not isinstance(sigma, bool) else check_sigma(sigma)
         if at in found:
             raise ValueError(f"{name} has {at} twice, expected it once")
         found[at] = entry
