@@ -164,7 +164,7 @@ def test_other_architectures(name: str) -> None:
 
 @pytest.mark.parametrize("depth", ["all", 2])
 def test_batches_of_a_classification_head_shrink(depth: int | str) -> None:
-    adapter = bayesian("llama-cls", depth=depth)
+    adapter = zoo.compared(bayesian("llama-cls", depth=depth))
     batches = [zoo.batch_for("llama-cls", rows) for rows in (8, 5)]
     rows = small_sets.rows_through(adapter.anatomy.blocks[3].input_layernorm)
     found = predict(adapter, batches, MOST, adaptive=0.99)
@@ -173,7 +173,7 @@ def test_batches_of_a_classification_head_shrink(depth: int | str) -> None:
 
 
 def test_the_trunk_runs_once_an_item_and_later_batches_are_full() -> None:
-    adapter, data = bayesian(depth=2, sigma=0.2), small_sets.encoded(24)
+    adapter, data = zoo.compared(bayesian(depth=2, sigma=0.2)), small_sets.encoded(24)
     below, above = (small_sets.rows_through(adapter.anatomy.blocks[i].input_layernorm) for i in (1, 2))
     found = predict(adapter, data, MOST, adaptive=0.99, batch_size=4)
     assert below == [4] * 6 and sum(above) == int(found.samples_drawn.sum()) < 24 * MOST

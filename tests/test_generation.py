@@ -120,7 +120,7 @@ def test_scores_are_those_of_separate_passes(name: str, depth: Any, device: str)
     [({}, "weight", 1), ({"prompt_lookup_num_tokens": 2}, "weight", PROMPT + 2), ({}, "token", PROMPT)],
 )
 def test_the_last_block_makes_what_a_step_looks_at(options: dict[str, Any], mode: str, longest: int) -> None:
-    adapter = bayesian(mode=mode)
+    adapter = zoo.compared(bayesian(mode=mode))
     shapes = small_sets.shapes_through(adapter.anatomy.blocks[-1].mlp)
     batch = zoo.prompt(1)
     batch["input_ids"] = batch["input_ids"][:, :2].repeat(1, PROMPT // 2)  # so that there is something to look up

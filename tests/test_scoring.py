@@ -172,7 +172,7 @@ def test_unlabelled_batches_count_the_last_attended_position() -> None:
 
 
 def test_only_the_label_rows_at_the_last_position_are_computed() -> None:
-    adapter = bayesian("llama-head")
+    adapter = zoo.compared(bayesian("llama-head"))
     scorer = Scorer(adapter, small_sets.encoded(), batch_size=4)
     classes, rows = len(small_sets.CHOICE_IDS), 4
     assert zoo.VOCAB not in (32, 48)  # no other width of the model
@@ -188,7 +188,7 @@ def test_only_the_label_rows_at_the_last_position_are_computed() -> None:
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "phi3"])
 def test_the_last_block_makes_one_position_and_the_same_probabilities(name: str) -> None:
-    adapter, data = bayesian(name), small_sets.encoded(7)
+    adapter, data = zoo.compared(bayesian(name)), small_sets.encoded(7)
     alone = zoo.separate_passes(adapter, range(SAMPLES), SIGMA, small_sets.answers(adapter, data))
     below, last = (small_sets.shapes_through(adapter.anatomy.blocks[i].mlp) for i in (-2, -1))
     scorer = Scorer(adapter, data, batch_size=7)
@@ -203,7 +203,7 @@ def test_the_last_block_makes_one_position_and_the_same_probabilities(name: str)
 
 
 def test_noise_numbered_by_tokens_runs_them_all() -> None:
-    adapter = bayesian(mode="flipout")
+    adapter = zoo.compared(bayesian(mode="flipout"))
     last = small_sets.shapes_through(adapter.anatomy.blocks[-1].mlp)
     scorer = Scorer(adapter, small_sets.encoded(7), batch_size=7)
     sampled(scorer)
@@ -214,7 +214,7 @@ def test_noise_numbered_by_tokens_runs_them_all() -> None:
 
 
 def test_blocks_below_run_once_a_batch_however_many_chunks() -> None:
-    adapter = bayesian(depth=2)
+    adapter = zoo.compared(bayesian(depth=2))
     scorer = Scorer(adapter, small_sets.encoded(8), batch_size=4)
     blocks = adapter.anatomy.blocks
     below, above = (small_sets.rows_through(blocks[i].input_layernorm) for i in (1, 2))
@@ -228,7 +228,7 @@ def test_blocks_below_run_once_a_batch_however_many_chunks() -> None:
 
 
 def test_kept_trunk_serves_every_later_call() -> None:
-    adapter = bayesian(depth=1)
+    adapter = zoo.compared(bayesian(depth=1))
     scorer = Scorer(adapter, small_sets.encoded(8), batch_size=4, keep_trunk=True)
     below = small_sets.rows_through(adapter.anatomy.blocks[0].input_layernorm)
     for sigma in (0.1, 0.2, 0.3):
@@ -301,7 +301,7 @@ def test_out_of_memory_at_one_sample_halves_the_batch(depth: int | str) -> None:
 
 
 def test_out_of_memory_at_one_row_says_what_to_do() -> None:
-    adapter = bayesian()
+    adapter = zoo.compared(bayesian())
     memory = SmallMemory(adapter.anatomy.blocks[3], most=0)
     scorer = Scorer(adapter, small_sets.encoded(8), batch_size=4)
     with pytest.raises(torch.OutOfMemoryError, match="one sample of one row of .* tokens does not fit.*smaller type"):

@@ -166,6 +166,7 @@ def self_harm(self: Any, first: int, sigmas: Sequence[float], settled: Any = Non
 
 def test_paper_end_to_end() -> None:
     adapter, anchors = overconfident(factor=1.0)
+    zoo.compared(adapter)
     batches: list[Any] = []
     original = adapter.batch
     adapter.batch = lambda *a, **k: batches.append(original(*a, **k)) or batches[-1]
@@ -458,6 +459,7 @@ def test_grid_equals_each_sigmas_own_run() -> None:
 def test_trunk_runs_once_a_search() -> None:
     adapter, anchors = overconfident()
     adapter.depth = 1
+    zoo.compared(adapter)
     below = small_sets.rows_through(adapter.anatomy.blocks[0].input_layernorm)
     above = small_sets.rows_through(adapter.anatomy.blocks[3].input_layernorm)
     result = look(adapter, anchors, batch_size=10, recipe="paper")
@@ -906,6 +908,7 @@ def test_early_root_search_ends_on_few_anchors_and_goes_on_from_its_file(tmp_pat
 
 def test_depths_share_one_trunk_and_the_cheapest_of_equals_is_taken() -> None:
     adapter, anchors = overconfident()
+    zoo.compared(adapter, "all", 0.5, 1)
     blocks = adapter.anatomy.blocks
     rows = [small_sets.rows_through(b.input_layernorm) for b in blocks]
     result = look(adapter, anchors, depth=["all", 0.5, 1], batch_size=30)

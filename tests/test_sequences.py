@@ -83,7 +83,7 @@ def test_mean_adapter() -> None:
 
 
 def test_the_head_makes_the_choices_positions_alone() -> None:
-    adapter, data = bayesian(), small_sets.sequences()
+    adapter, data = zoo.compared(bayesian()), small_sets.sequences()
     shapes = small_sets.shapes_through(adapter.anatomy.head)
     predict(adapter, data, SAMPLES, batch_size=2)
     # Two items with a row for each of four choices; as many positions as the longest choice has.
@@ -250,7 +250,7 @@ def test_batches_and_memory_change_nothing(batch_size: int | None) -> None:
 
 
 def test_depths_share_a_trunk_that_runs_once() -> None:
-    adapter = bayesian()
+    adapter = zoo.compared(bayesian(), 2, 1)
     anchors = labelled(adapter)
     below, above = (small_sets.rows_through(adapter.anatomy.blocks[i].input_layernorm) for i in (1, 3))
     found = look(adapter, anchors, depth=[2, 1], batch_size=6, recipe="paper")

@@ -162,10 +162,15 @@ def separate_passes(
     return torch.stack(outputs)
 
 
-def compared(adapter: Any) -> Any:
-    """The adapter, once its guard has run: what a test counts from here on are its own calls."""
-    with adapter.predictive(1, sigma=0.1):
-        return adapter
+def compared(adapter: Any, *depths: Any) -> Any:
+    """The adapter, once its guard has run (at these depths): what a test counts from here on are its own calls."""
+    own = adapter.depth
+    for depth in depths or (own,):
+        adapter.depth = depth
+        with adapter.predictive(1, sigma=0.1):
+            pass
+    adapter.depth = own
+    return adapter
 
 
 def twin64(adapter: Any) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import guard, ops
 from .attached import Attachment
-from .checks import check_samples, check_sigma
+from .checks import check_samples, check_seed, check_sigma, is_integer
 from .errors import ConfigError, GuardError, SamplingError, UnsupportedModelError
 from .families import check_family
 from .fan import Anatomy, Fan, Layout, Predictive, Trunk, batch_shape, check_packing, find_anatomy
@@ -31,7 +31,6 @@ from .layers import (
     SampleBatch,
     SamplingState,
     TFBVariant,
-    as_int64,
     check_layer,
     disable_input_casts,
     find_groups,
@@ -85,13 +84,12 @@ class BayesianAdapter:
         mode: str = "weight",
         guard: bool = True,
     ) -> None:
-        as_int64(seed)
         self.family = posteriors[0].family
         self.mode = mode
         self.model = model
         self.name = name
         self.anatomy = anatomy
-        self.seed = seed
+        self.seed = check_seed(seed)
         self.antithetic = antithetic
         self.guard = guard
         self.search: dict[str, Any] | None = None
@@ -175,6 +173,7 @@ class BayesianAdapter:
             ValueError: outside the model, or nothing of the adapter lies that high.
         """
         total = len(self.anatomy.blocks)
+        depth = int(depth) if is_integer(depth) else depth
         wanted = f"expected 1 to {total} blocks from the top, a fraction in (0, 1] (a float), 'all' or 'head'"
         if depth == "all":
             first = 0
@@ -277,7 +276,10 @@ class BayesianAdapter:
         key = (first, fanned, weight.dtype, weight.device, getattr(model.config, "_attn_implementation", None))
         if key not in self._guarded:
             try:
-                self._guarded[key] = guard.learn(self, first, fanned)
+                layout, compared = guard.learn(self, first, fanned)
+                if not compared:
+                    return layout
+                self._guarded[key] = layout
             except GuardError as error:
                 self._guarded[key] = error
         found = self._guarded[key]
@@ -354,7 +356,7 @@ class BayesianAdapter:
                 f"adapter {self.name!r} has no sigma yet; run tfb_ext.search_sigma(adapter, anchors), set adapter.sigma, or "
                 "pass sigma="
             )
-        as_int64(self.seed)  # here and not in a layer, where an exception would leave PEFT's hooks behind
+        seed = check_seed(self.seed)  # here and not in a layer, where an exception would leave PEFT's hooks behind
         given: Any = self.sigma if sigma is None else sigma
         scales = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
         if not scales:
@@ -363,7 +365,7 @@ class BayesianAdapter:
         mirrored = self.antithetic if antithetic is None else antithetic
         scales = [s for s in checked for _ in numbers]
         noise = check_mode(mode or self.mode, self.family)
-        return SampleBatch(tuple(scales), numbers * len(checked), self.seed, mirrored, noise, self.family)
+        return SampleBatch(tuple(scales), numbers * len(checked), seed, mirrored, noise, self.family)
 
     def scale(self, sigma: float | None = None) -> float:
         """``sigma``, or the adapter's own; a ``ValueError`` if there is none or it is no finite number above 0."""
@@ -390,6 +392,15 @@ class BayesianAdapter:
                     undo.callback(variant.restore, module)
             undo.enter_context(torch.no_grad())
             yield
+
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
+        """Inside, no other thread's call of the model runs."""
+        self._state.turn.begin()
+        try:
+            yield
+        finally:
+            self._state.turn.end()
 
     @property
     def open_context(self) -> tuple[int, Predictive] | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SamplingError
+from .posterior import canonical_name
 
 MOST_ELEMENTS = 2**24  # of the copy that checksums are made from: 64 MiB
 
@@ -43,13 +44,11 @@ class Attachment:
         """
         again = "call tfb_ext.bayesianize(model) again"
         module: Any  # a LoRA layer, whose attributes carry no types
+        present = {canonical_name(n): m for n, m in self.model.named_modules()}
         for name, module in self.modules.items():
-            try:
-                present: Any = self.model.get_submodule(name)
-            except AttributeError:
-                present = None
-            if present is not module:
-                what = "gone" if present is None else f"a {type(present).__name__} now"
+            found: Any = present.get(name)
+            if found is not module:
+                what = "gone" if found is None else f"a {type(found).__name__} now"
                 raise SamplingError(
                     f"layer {name!r} of the posterior is {what}, expected the LoRA layer that it was made from (unloaded, merged "
                     f"or replaced?). Fix: load the adapter again and {again}"
@@ -73,49 +72,53 @@ class Attachment:
 
     def check_switches(self) -> None:
         """Raise unless every layer would use this adapter in a call now (or none would, with adapters switched off)."""
-        off: set[bool] = set()
+        wanted = [self.name]
+        off = 0
         for name, module in self.modules.items():
-            state = module.__dict__
+            state = module.__dict__  # at every call: nn.Module's attribute access would cost several times as much
+            active = state["_active_adapter"]
+            disabled = state["_disable_adapters"]
+            if active == wanted and not disabled and not state["merged_adapters"]:
+                continue
+            off += disabled
             if state["merged_adapters"]:
                 raise SamplingError(
                     f"layer {name!r} has adapters {state['merged_adapters']} merged into its weight, expected none. Fix: call "
                     "unmerge_adapter()"
                 )
-            disabled = state["_disable_adapters"]
-            off.add(disabled)
-            active = state["_active_adapter"]
-            if not disabled and self.name not in ([active] if isinstance(active, str) else active):
+            active = [active] if isinstance(active, str) else list(active)
+            if not disabled and self.name not in active:
                 raise SamplingError(
-                    f"adapter {self.name!r} is not active (active: {list(module.active_adapters)}) in layer {name!r}, expected it "
-                    f"in every layer. Fix: call model.set_adapter({self.name!r})"
+                    f"adapter {self.name!r} is not active (active: {active}) in layer {name!r}, expected it in every layer. Fix: call "
+                    f"model.set_adapter({self.name!r})"
                 )
-        if len(off) > 1:
+        if off not in (0, len(self.modules)):
             raise SamplingError(
                 f"adapter {self.name!r} is switched off in some of its layers, expected all or none. Fix: call "
                 "model.enable_adapter_layers()"
             )
 
-    def _sums(self) -> dict[str, Tensor]:
-        """(4,) checksums of each layer's A and B on the CPU; of weights that are offloaded NaN, which compares with nothing."""
-        alike: dict[object, list[tuple[str, int, Tensor]]] = {}
+    def _sums(self) -> tuple[list[str], Tensor]:
+        """Checksums (N, 2) of the layers' A and B on the CPU, those of one shape together, and whose they are; of weights that are
+        offloaded NaN, which compares with nothing."""
+        alike: dict[object, list[tuple[str, Tensor]]] = {}
         for name, module in self.modules.items():
-            for place, part in enumerate((module.lora_A, module.lora_B)):
-                weight = part[self.name].weight.detach()
-                alike.setdefault((weight.shape, weight.dtype, weight.device), []).append((name, 2 * place, weight))
-        found = {name: torch.full((4,), math.nan) for name in self.modules}
+            for part in (module.lora_A, module.lora_B):
+                weight = part._modules[self.name].weight
+                alike.setdefault((weight.shape, weight.dtype, weight.device), []).append((name, weight))
+        sums: list[Tensor] = []
         with torch.no_grad():
             for group in alike.values():
-                weight = group[0][2]
+                weight = group[0][1]
                 if weight.is_meta:
+                    sums.append(torch.full((len(group), 2), math.nan))
                     continue
                 # Weights of one shape go through one product, as far as their copy stays small.
                 step = max(1, MOST_ELEMENTS // max(weight.numel(), 1))
                 for some in (group[i : i + step] for i in range(0, len(group), step)):
                     with torch.autocast(weight.device.type, enabled=False):
-                        sums = self._sum(torch.stack([w for _, _, w in some]).float()).cpu()
-                    for (name, place, _), pair in zip(some, sums, strict=True):
-                        found[name][place : place + 2] = pair
-        return found
+                        sums.append(self._sum(torch.stack([w for _, w in some]).float()))
+        return [name for group in alike.values() for name, _ in group], torch.cat([s.cpu() for s in sums])
 
     def _sum(self, weights: Tensor) -> Tensor:
         """(L, 2) of L matrices W: ``u^T W v`` with fixed random u and v, which moves with any entry's value and place, and the norm."""
@@ -129,11 +132,11 @@ class Attachment:
         return self._weights[key]
 
     def _first_changed(self) -> str | None:
-        """The first layer whose weights are others now. Moved to another device they are the same."""
-        for name, sums in self._sums().items():
-            before = self._noted[name]
-            # Another order of summation differs by some units in the last place of the norm.
-            slack = 16 * torch.finfo(torch.float32).eps * before[[1, 1, 3, 3]]
-            if bool(((sums - before).abs() > slack).any()):
-                return name
-        return None
+        """A layer whose weights are others now. Moved to another device they are the same."""
+        names, sums = self._sums()
+        noted, before = self._noted
+        if names != noted:  # of other shapes or types
+            return next((n for n, m in zip(names, noted, strict=False) if n != m), names[0])
+        # Another order of summation differs by some units in the last place of the norm.
+        changed = ((sums - before).abs() > 16 * torch.finfo(torch.float32).eps * before[:, 1:]).any(1)
+        return names[int(changed.int().argmax())] if bool(changed.any()) else None

@@ -70,3 +70,15 @@ def check_samples(samples: object) -> tuple[int, ...]:
     if len(numbers) < len(listed):
         raise ValueError(wrong)
     return tuple(numbers)
+
+
+def check_seed(value: object) -> int:
+    """``value`` as an int: 64 bits.
+
+    Raises:
+        ValueError: it is no integer, or outside [0, 2**64).
+    """
+    number = int(value) if isinstance(value, Integral) and is_integer(value) else -1
+    if not 0 <= number < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2**64), got {value!r}")
+    return number

@@ -157,7 +157,10 @@ class CapturedDecoding:
             self.plain += 1
             return self.model(**inputs)
         self.replayed += 1
-        return step.replay(inputs, view)
+        if self.adapter is None:
+            return step.replay(inputs, view)
+        with self.adapter.one_call():
+            return step.replay(inputs, view)
 
     # What a graph is good for -----------------------------------------------------------------------------------------
 

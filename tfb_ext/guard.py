@@ -40,8 +40,10 @@ ATTEMPTS = 3  # with other tokens: routing to experts may tip over by rounding
 Outputs = list[Tensor]  # of each call, (rows, ..., V)
 
 
-def learn(adapter: BayesianAdapter, first: int, fanned: bool = True) -> Layout:
+def learn(adapter: BayesianAdapter, first: int, fanned: bool = True) -> tuple[Layout, bool]:
     """How the model lays out its rows at a first random block, once its samples are known to equal separate passes.
+
+    And whether they are: of a model that gives NaN nothing is known but where its rows lie.
 
     Args:
         adapter: attached, with no context open.
@@ -57,14 +59,14 @@ def learn(adapter: BayesianAdapter, first: int, fanned: bool = True) -> Layout:
         return _learn(adapter, first, fanned)
 
 
-def _learn(adapter: BayesianAdapter, first: int, fanned: bool) -> Layout:
+def _learn(adapter: BayesianAdapter, first: int, fanned: bool) -> tuple[Layout, bool]:
     trial = _Trial(adapter, first, fanned)
     arguments = trial.arguments() if fanned else {}
     problem = ""
     for attempt in range(ATTEMPTS):
         layers, problem = trial.compare(arguments, attempt)
         if not problem:
-            return Layout(layers, arguments)
+            return Layout(layers, arguments), trial.finite
         if not trial.rounds:
             break
     name = type(adapter.anatomy.model).__name__
@@ -86,6 +88,7 @@ class _Trial:
         # Of an offloaded model, whose own hooks move inputs, the weights may lie nowhere.
         self.device = next((w.device for w in weights if not w.is_meta), torch.device("cpu"))
         self.rounds = True  # whether another attempt could end otherwise
+        self.finite = True
 
     # Inputs ---------------------------------------------------------------------------------------------------------
 
@@ -207,19 +210,10 @@ class _Trial:
             ]
         # Rows of a batch are the same whatever is beside them, but for rounding; and outputs are rounded once more.
         noise = max(_rms(alone[0] - beside[0]), self.rounding * _rms(alone[0]) / math.sqrt(12))
-        separate: list[Tensor] = []
-        spread = 0.0
-        for sigma in SIGMAS:
-            with self._alone():
-                separate = self._separate(calls, sigma)
-            middle = [s.mean(0) for s in separate]
-            spread = min(_rms(s - m) for s, m in zip(separate, middle, strict=True))
-            if not math.isfinite(spread) or (spread >= SPREAD[self.exact] and 2 * NOISE * noise <= spread):
-                break
-        if not math.isfinite(spread) or LARGEST_SHARE * spread <= noise:
-            return {}, "cannot be told apart on a tiny input" if math.isfinite(
-                spread
-            ) else "give NaN or infinity on a tiny input"
+        sigma, spread, separate = self._apart(calls, noise)
+        self.finite = spread > 0
+        if self.finite and LARGEST_SHARE * spread <= noise:
+            return {}, "cannot be told apart on a tiny input"
         seen: list[tuple[str, tuple[int, ...]]] = []
         try:
             together = self._together(calls, arguments, sigma, seen)
@@ -234,7 +228,7 @@ class _Trial:
             self.rounds = False
             return {}, wrong
         bound = max(SHARE[self.exact] * spread, min(NOISE * noise, LARGEST_SHARE * spread))
-        for found, expected in zip(together, self._expected(separate), strict=True):
+        for found, expected in zip(together, self._expected(separate), strict=True) if self.finite else ():
             if found.shape != expected.shape:
                 return {}, f"give outputs of shape {tuple(found.shape)} for {tuple(expected.shape)}"
             off = _rms(found - expected)
@@ -254,6 +248,24 @@ class _Trial:
 
     def _batch(self, samples: tuple[int, ...], sigma: float) -> SampleBatch:
         return self.adapter.batch(samples, sigma)
+
+    def _apart(self, calls: list[Callable[[int], Outputs]], noise: float) -> tuple[float, float, list[Tensor]]:
+        """A sigma at which samples differ enough, by how much, and their separate passes; 0 where none gives finite numbers."""
+        found: tuple[float, float, list[Tensor]] = (SIGMAS[0], 0.0, [])
+        for sigma in (*SIGMAS, *(SIGMAS[0] / 4.0**i for i in range(1, 6))):
+            with self._alone():
+                separate = self._separate(calls[:1], sigma)
+            spread = _rms(separate[0] - separate[0].mean(0))
+            if math.isfinite(spread):
+                found = (sigma, spread, separate)
+            if found[1] and (spread != found[1] or sigma == SIGMAS[-1]):
+                break  # a larger one overflows, or there is none
+            if found[1] >= SPREAD[self.exact] and 2 * NOISE * noise <= found[1]:
+                break
+        sigma, spread, separate = found
+        with self._alone():
+            separate = separate + self._separate(calls[1:], sigma)
+        return sigma, spread, separate
 
     def _separate(self, calls: list[Callable[[int], Outputs]], sigma: float) -> list[Tensor]:
         """(S, rows, ..., V) of each output: one pass a sample, all rows of which are that sample's."""

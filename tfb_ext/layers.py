@@ -22,6 +22,7 @@ from peft.tuners.lora.variants import LoraVariant
 from torch import Tensor, nn
 
 from . import ops
+from .checks import check_seed
 from .errors import SamplingError, UnsupportedModelError
 from .families import add_full_rank_noise_
 from .posterior import LayerPosterior
@@ -41,8 +42,7 @@ SUPPORTED_CLASSES: tuple[type[LoraLayer], ...] = (LoraLinear,)
 
 def as_int64(seed: int) -> int:
     """A 64-bit unsigned seed as the signed integer that holds the same bits."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
+    seed = check_seed(seed)
     return seed - 2**64 if seed >= 2**63 else seed
 
 
@@ -553,6 +553,9 @@ def check_layer(name: str, module: Any, adapter: str, own: SamplingState | None 
         )
     if module.merged:
         refuse(f"adapters {module.merged_adapters} are merged into the weights", "call unmerge_adapter() first")
+    weight = getattr(module.get_base_layer(), "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype == torch.float64:
+        refuse("its weight is float64, expected float32, bfloat16 or float16", "convert the model: model.float()")
     for part in (module.lora_A[adapter], module.lora_B[adapter]):
         if type(part.weight).__name__ == "DTensor":
             refuse("its adapter weight is a DTensor shard", "gather the adapter's weights first")
