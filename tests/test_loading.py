@@ -115,6 +115,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="device 'gpu', expected auto, cpu, cuda"):
         pick_device("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("auto").type == "cuda" and pick_device("cuda:1") == torch.device("cuda", 1)
 
 
