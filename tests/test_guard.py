@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -353,3 +354,60 @@ def test_served_models_are_right_at_any_sizes(name: str) -> None:
         assert not right_or_refused(adapter, given_batch, samples)
 
     run()
+
+
+def vision() -> tuple[Any, dict[str, Tensor]]:
+    """A model whose images go past its embeddings into its blocks, and a call with two of them."""
+    config = tf.Qwen3VLConfig(
+        text_config={
+            "vocab_size": 110, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 1e4},
+        },
+        vision_config={
+            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, "out_hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+        },
+        image_token_id=100, video_token_id=101, vision_start_token_id=102, vision_end_token_id=103,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.Qwen3VLForConditionalGeneration(config)
+    adapter = bayesian(model, "CAUSAL_LM", r".*language_model.*(q_proj|v_proj)")
+    ids = torch.randint(3, 97, (2, 12))
+    ids[:, 2:8] = torch.tensor([102, 100, 100, 100, 100, 103])
+    images = {"pixel_values": torch.randn(32, 96), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        images["mm_token_type_ids"] = (ids == 100).long()
+    return adapter, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+
+
+def test_arguments_that_were_not_compared_are_refused() -> None:
+    adapter, given = vision()
+    text = {n: v for n, v in given.items() if n in ("input_ids", "attention_mask")}
+    text["input_ids"] = text["input_ids"].clamp(max=97)
+    assert not right_or_refused(adapter, text, 3)
+    assert "got image_grid_thw" in right_or_refused(adapter, given, 3)
+    with pytest.raises(TFBError, match="Fix: one sample a call"):  # whose images miss the samples' rows
+        adapter.compare(**given)
+    with adapter.sampling([2]):
+        found = adapter.model(**given).logits
+    (apart,) = zoo.separate_passes(adapter, [2], SIGMA, lambda: adapter.model(**given).logits)
+    assert torch.allclose(found, apart, atol=1e-4)
+
+
+class Coloured(tf.LlamaForCausalLM):
+    """A model with an argument of its own, added to its embeddings."""
+
+    def forward(self, input_ids: Tensor, colour: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        embeds = self.model.embed_tokens(input_ids)
+        return super().forward(inputs_embeds=embeds if colour is None else embeds + colour[:, None], **kwargs)
+
+
+def test_a_comparison_on_an_example_allows_its_arguments() -> None:
+    torch.manual_seed(0)
+    adapter = bayesian(Coloured(tf.LlamaConfig(**zoo._COMMON)), "CAUSAL_LM", ["q_proj", "v_proj"])
+    given = {**batch(2, 6, True), "colour": torch.randn(2, 32)}
+    assert "got colour" in right_or_refused(adapter, given, 4)
+    adapter.compare(**given)
+    assert not right_or_refused(adapter, given, 4)
+    assert not right_or_refused(adapter, {**batch(3, 7, False), "colour": torch.randn(3, 32)}, 2)

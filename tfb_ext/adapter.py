@@ -271,9 +271,7 @@ class BayesianAdapter:
             return None
         if not any(v.block >= first for v in self._variants):
             return Layout({}, {})
-        model = self.anatomy.model
-        weight = next(model.parameters())
-        key = (first, fanned, weight.dtype, weight.device, getattr(model.config, "_attn_implementation", None))
+        key = self._guard_key(first, fanned)
         if key not in self._guarded:
             try:
                 layout, compared = guard.learn(self, first, fanned)
@@ -286,6 +284,28 @@ class BayesianAdapter:
         if isinstance(found, GuardError):
             raise GuardError(str(found))
         return found
+
+    def compare(self, **inputs: Any) -> None:
+        """Compare three samples in one call with separate passes on these arguments of the model, at the present depth.
+
+        What the first context does by itself on a tiny text. Calls in later contexts may then bring tensors of these names, such
+        as images.
+
+        Raises:
+            GuardError: they differ.
+        """
+        self.check_attached()
+        text = self._layout(self._first)
+        found, _ = guard.learn(self, self._first, example=inputs)
+        if text is None:
+            return
+        layers, arguments = {**found.layers, **text.layers}, {**found.arguments, **text.arguments}
+        self._guarded[self._guard_key(self._first, True)] = Layout(layers, arguments, found.compared | text.compared)
+
+    def _guard_key(self, first: int, fanned: bool) -> Hashable:
+        model = self.anatomy.model
+        weight = next(model.parameters())
+        return (first, fanned, weight.dtype, weight.device, getattr(model.config, "_attn_implementation", None))
 
     def _check_free(self) -> None:
         if self.anatomy.model in _SAMPLING_MODELS:

@@ -31,6 +31,11 @@ FOLD_BYTES = 256 * 2**20
 
 CLASSIFIER_HEADS = ("score", "classifier")
 
+# What every text model may be called with.
+TEXT_ARGUMENTS = frozenset(
+    "input_ids attention_mask position_ids token_type_ids inputs_embeds labels cache_position logits_to_keep".split()
+)
+
 # The way out for a model that cannot be attached to.
 BY_HAND = (
     "draw samples by hand: tfb_ext.posterior.layer_posterior gives a layer's U and M, tfb_ext.ops.noise its E_k, and the sample's "
@@ -221,10 +226,12 @@ class Layout:
         layers: by layer name, how its input has its rows.
         arguments: by the path of a tensor among a block's arguments, what its leading size counts: ``"rows"`` of the batch (or some
             number for each), ``"tokens"`` of a row, or an integer where it was that whatever the batch.
+        compared: names of the tensors, beside those of every text, that calls may bring.
     """
 
     layers: Mapping[str, RowLayout]
     arguments: Mapping[str, str | int]
+    compared: frozenset[str] = frozenset()
 
 
 class Fan:
@@ -320,6 +327,7 @@ class Fan:
             self.state.turn.begin()
         self.check()
         check_packing(model, kwargs)
+        self.check_arguments(kwargs)
         self.batch = batch_after(self.view.batch, kwargs)
         self.rows, self.state.tokens = batch_shape(args, kwargs)
         self.state.each = self.rows
@@ -335,6 +343,18 @@ class Fan:
         if not torch.compiler.is_compiling():
             self.caches.enter(cache_of(kwargs))
             self.bypass_blocks()
+
+    def check_arguments(self, kwargs: dict[str, Any]) -> None:
+        """Refuse tensors with which the model was not compared: images, say, whose way through a model is their own."""
+        if self.layout is None or len(self.view.batch) == 1:
+            return
+        known = TEXT_ARGUMENTS | self.layout.compared
+        new = sorted(name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in known)
+        if new:
+            raise SamplingError(
+                f"{type(self.anatomy.model).__name__} got {', '.join(new)}, with which its samples were not compared with separate "
+                f"passes, expected a text's arguments. Fix: adapter.compare(**inputs) once, outside the context; or {ONE_SAMPLE}"
+            )
 
     def end_turn(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After every call, one that raised too."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .caches import cache_argument
 from .errors import GuardError, SamplingError
-from .fan import Fan, Layout, Predictive, check_packing
+from .fan import Fan, Layout, Predictive, batch_shape, check_packing
 from .layers import ONE_SAMPLE, RowLayout, SampleBatch
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ ATTEMPTS = 3  # with other tokens: routing to experts may tip over by rounding
 Outputs = list[Tensor]  # of each call, (rows, ..., V)
 
 
-def learn(adapter: BayesianAdapter, first: int, fanned: bool = True) -> tuple[Layout, bool]:
+def learn(
+    adapter: BayesianAdapter, first: int, fanned: bool = True, example: Mapping[str, Any] | None = None
+) -> tuple[Layout, bool]:
     """How the model lays out its rows at a first random block, once its samples are known to equal separate passes.
 
     And whether they are: of a model that gives NaN nothing is known but where its rows lie.
@@ -49,6 +51,7 @@ def learn(adapter: BayesianAdapter, first: int, fanned: bool = True) -> tuple[La
         adapter: attached, with no context open.
         first: the first random block.
         fanned: compare the fan; otherwise calls for which the caller lays out the rows.
+        example: arguments of a forward to compare on, instead of the tiny inputs.
 
     Raises:
         GuardError: the model cannot run on a tiny input, or several samples in one call are not what separate passes
@@ -56,17 +59,17 @@ def learn(adapter: BayesianAdapter, first: int, fanned: bool = True) -> tuple[La
     """
     check_packing(adapter.anatomy.model, {})
     with adapter.in_order():
-        return _learn(adapter, first, fanned)
+        return _learn(_Trial(adapter, first, fanned, example))
 
 
-def _learn(adapter: BayesianAdapter, first: int, fanned: bool) -> tuple[Layout, bool]:
-    trial = _Trial(adapter, first, fanned)
+def _learn(trial: _Trial) -> tuple[Layout, bool]:
+    adapter, first, fanned = trial.adapter, trial.first, trial.fanned
     arguments = trial.arguments() if fanned else {}
     problem = ""
     for attempt in range(ATTEMPTS):
         layers, problem = trial.compare(arguments, attempt)
         if not problem:
-            return Layout(layers, arguments), trial.finite
+            return Layout(layers, arguments, frozenset(trial.example or ())), trial.finite
         if not trial.rounds:
             break
     name = type(adapter.anatomy.model).__name__
@@ -76,10 +79,13 @@ def _learn(adapter: BayesianAdapter, first: int, fanned: bool) -> tuple[Layout, 
 
 
 class _Trial:
-    """The calls on tiny inputs of one model."""
+    """The calls on tiny inputs, or on an example, of one model."""
 
-    def __init__(self, adapter: BayesianAdapter, first: int, fanned: bool) -> None:
-        self.adapter, self.first, self.fanned = adapter, first, fanned
+    def __init__(
+        self, adapter: BayesianAdapter, first: int, fanned: bool, example: Mapping[str, Any] | None = None
+    ) -> None:
+        self.adapter, self.first, self.fanned, self.example = adapter, first, fanned, example
+        self.rows, self.tokens = (ROWS, TOKENS) if example is None else batch_shape((), dict(example))
         self.model: Any = adapter.anatomy.model
         self.accepts = set(inspect.signature(self.model.forward).parameters)
         weights = [p for p in self.model.parameters() if p.is_floating_point()]
@@ -94,6 +100,8 @@ class _Trial:
 
     def inputs(self, rows: int, padded: bool, attempt: int = 0, tokens: int = TOKENS) -> dict[str, Any]:
         """Arguments of a forward; the last row is padded on the right."""
+        if self.example is not None:
+            return {**self.example, "use_cache": False} if "use_cache" in self.accepts else dict(self.example)
         generator = torch.Generator().manual_seed(attempt)
         if self.model.main_input_name != "input_ids":
             return {self.model.main_input_name: self._other_input(rows, generator).to(self.device)}
@@ -126,7 +134,7 @@ class _Trial:
         steps = generates and "use_cache" in self.accepts and self.adapter.mode == "weight"
 
         def forward(times: int) -> Outputs:
-            return [self._logits(self.model(**_repeated(self.inputs(ROWS, True, attempt), times)))]
+            return [self._logits(self.model(**_repeated(self.inputs(self.rows, True, attempt), times)))]
 
         def one_row(times: int) -> Outputs:
             given = _repeated(self.inputs(1, False, attempt), times)
@@ -149,7 +157,7 @@ class _Trial:
                 found.append(self._logits(self.model(**following)))
             return found
 
-        return [forward, one_row]
+        return [forward] if self.example is not None else [forward, one_row]
 
     def _logits(self, output: Any) -> Tensor:
         logits = getattr(output, "logits", None)
@@ -169,6 +177,8 @@ class _Trial:
                 self.model(**self.inputs(ROWS + more, padded=True, tokens=TOKENS + more))
             sizes.append(found)
         learnt: dict[str, str | int] = {}
+        if self.example is not None:  # one size tells less than two
+            return {path: "rows" if size == self.rows else size for path, size in sizes[0].items()}
         for path, small in sizes[0].items():
             large = sizes[1].get(path, small)
             if small * (ROWS + 1) == large * ROWS:
@@ -288,7 +298,7 @@ class _Trial:
                 self.first,
                 Predictive(batch),
                 self.adapter.check_call,
-                Layout({}, arguments),
+                Layout({}, arguments, frozenset(self.example or ())),
             )
             context = self.adapter.opened(self.first, fan)
         with context:
@@ -314,15 +324,15 @@ class _Trial:
         found: dict[str, RowLayout] = {}
         for name, shape in seen:
             leads: dict[int, RowLayout] = {}
-            for rows in (1, ROWS):
-                leads[rows * len(SAMPLES) * TOKENS] = "tokens"
-            for rows in (1, ROWS):
+            for rows in (1, self.rows):
+                leads[rows * len(SAMPLES) * self.tokens] = "tokens"
+            for rows in (1, self.rows):
                 leads[rows * len(SAMPLES)] = "rows"
             layout = leads.get(shape[0])
             if shape[0] == 0:  # a head whose columns are asked for gets no rows from the model
                 continue
             if layout is None:
-                expected = f"{ROWS * len(SAMPLES)} rows ({len(SAMPLES)} samples of {ROWS}) first"
+                expected = f"{self.rows * len(SAMPLES)} rows ({len(SAMPLES)} samples of {self.rows}) first"
                 return {}, f"give layer {name!r} an input of shape {shape} where {expected} is needed"
             if layout == "tokens" or name not in found:
                 found[name] = layout
