@@ -400,6 +400,7 @@ class Coloured(tf.LlamaForCausalLM):
 
     def forward(self, input_ids: Tensor, colour: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         embeds = self.model.embed_tokens(input_ids)
+        kwargs.pop("inputs_embeds", None)
         return super().forward(inputs_embeds=embeds if colour is None else embeds + colour[:, None], **kwargs)
 
 
