@@ -249,6 +249,16 @@ def test_any_order_of_rows_is_right_or_refused(how: str) -> None:
     assert all(words) if how not in ("as ever", "flat") else not any(words)
 
 
+def takes(block: Any, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Let a block's forward take an argument ``table``, which changes its hidden states."""
+    own = block.forward
+
+    def forward(hidden_states: Tensor, *args: Any, table: Tensor, **kwargs: Any) -> Any:
+        return own(change(hidden_states, table), *args, **kwargs)
+
+    block.forward = forward
+
+
 class Sized(tf.LlamaForCausalLM):
     """A model whose blocks get a table that serves all rows, as long as a batch may be."""
 
@@ -260,13 +270,7 @@ def test_a_shared_argument_of_the_batchs_size_is_not_repeated() -> None:
     torch.manual_seed(0)
     model = Sized(tf.LlamaConfig(**zoo._COMMON))
     for block in model.model.layers:
-
-        def hook(module: Any, args: Any, kwargs: Any) -> Any:
-            table = kwargs.pop("table")
-            assert table.shape == (6, 32)
-            return (args[0] + 0.01 * table.sum(0), *args[1:]), kwargs
-
-        block.register_forward_pre_hook(hook, with_kwargs=True)
+        takes(block, lambda hidden, table: hidden + 0.01 * table.sum(0))
     adapter = bayesian(model, "CAUSAL_LM", ["q_proj", "v_proj"])
     for rows in (1, 6, 3):
         assert not right_or_refused(adapter, batch(rows, 5, True), 4)
@@ -334,6 +338,190 @@ def test_the_guard_runs_once_for_each_depth() -> None:
         counts.append(len(calls) - before)
     assert counts[0] > 0 and counts[2] > 0 and counts[1] == counts[3] == counts[4] == 0
     assert counts[0] <= 40
+
+
+def plain(adapter: Any, given: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return adapter.model(**given).logits
+
+
+def test_a_classifier_without_a_padding_token_is_served() -> None:
+    config = tf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, num_labels=3)
+    adapter = bayesian(tf.GPT2ForSequenceClassification(config), "SEQ_CLS", ["c_attn"])
+    assert not right_or_refused(adapter, batch(1, 7, False), 4)
+    assert adapter.anatomy.model.config.pad_token_id is None
+    with pytest.raises(ValueError, match="no padding token"):  # transformers' own words
+        plain(adapter, batch(2, 7, False))
+
+
+def test_the_guard_leaves_nothing_on_the_model() -> None:
+    """BigBird turns its sparse attention off for good at the first short input."""
+    config = tf.BigBirdConfig(
+        **{**SMALL, "max_position_embeddings": 256}, attention_type="block_sparse", block_size=8, num_random_blocks=2, num_labels=3
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.BigBirdForSequenceClassification(config)
+    given = {"input_ids": torch.randint(3, 97, (2, 160)), "attention_mask": torch.ones(2, 160, dtype=torch.int64)}
+    adapter = bayesian(model, "SEQ_CLS", ["query", "value"])
+    sparse = plain(adapter, given)
+    assert not right_or_refused(adapter, given, 4)
+    assert torch.equal(plain(adapter, given), sparse)
+    model.bert.set_attention_type("original_full")
+    assert not torch.equal(plain(adapter, given), sparse)
+
+
+@pytest.mark.parametrize("how", ["as ever", "reversed"])
+def test_classes_of_minus_infinity_are_compared_too(how: str) -> None:
+    adapter = bayesian(Shuffled(tf.LlamaConfig(**zoo._COMMON), how), "CAUSAL_LM", ["gate_proj", "q_proj"])
+    model = adapter.anatomy.model
+    model.lm_head.register_forward_hook(lambda m, args, out: out.index_fill(-1, torch.tensor([5, 6]), -torch.inf))
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    if how == "reversed":
+        with pytest.raises(UnsupportedModelError, match="several samples in one call"), adapter.predictive(2):
+            pass
+        return
+    for _ in range(2):
+        before = len(calls)
+        with adapter.predictive(3):
+            out = adapter.model(**batch(2, 5, False)).logits
+    assert len(calls) == before + 1  # compared once
+    given = batch(2, 5, False)
+    apart = zoo.separate_passes(adapter, [0, 1, 2], SIGMA, lambda: plain(adapter, given).log_softmax(-1))
+    assert torch.allclose(out, zoo.average(apart), atol=1e-4)
+
+
+def vision_language(name: str) -> tuple[Any, dict[str, Tensor]]:
+    """A tiny Qwen with pictures, and two texts with one picture each."""
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    text = {**zoo._COMMON, "num_hidden_layers": 3, "head_dim": 8, "rope_parameters": rope}
+    sizes: dict[str, Any] = {"hidden_size": 32, "depth": 2, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2}
+    own: dict[str, Any] = {
+        "Qwen2VL": {"embed_dim": 32, "mlp_ratio": 2},
+        "Qwen3VL": {"out_hidden_size": 32, "intermediate_size": 48, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    }[name]  # fmt: skip
+    tokens = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    config = getattr(tf, f"{name}Config")(
+        text_config=text, vision_config={**sizes, "temporal_patch_size": 2, **own}, **tokens
+    )
+    model = getattr(tf, f"{name}ForConditionalGeneration")(config)
+    adapter = bayesian(model, "CAUSAL_LM", r".*language_model.*(q_proj|v_proj|down_proj)")
+    ids = torch.randint(3, 80, (2, 9))
+    ids[:, 1], ids[:, 2:6], ids[:, 6] = 92, 90, 93
+    grid = torch.tensor([[1, 4, 4]] * 2)
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(32, 96),
+        "image_grid_thw": grid,
+    }
+    return adapter, given | {"mm_token_type_ids": (ids == 90).int()}  # fmt: skip
+
+
+def test_a_model_that_saw_pictures_is_compared_as_before() -> None:
+    adapter, given = vision_language("Qwen2VL")
+    for depth in ("all", 1):  # each is compared after the last one's pictures
+        adapter.depth = depth
+        assert not right_or_refused(adapter, given, 3)
+
+
+def test_what_fails_between_blocks_is_refused_in_words() -> None:
+    """Qwen3-VL adds pictures to the states after a block, which have every sample's rows."""
+    adapter, given = vision_language("Qwen3VL")
+    assert "failed between its blocks" in right_or_refused(adapter, given, 3)
+    text = {n: v for n, v in given.items() if n in ("input_ids", "attention_mask")}
+    assert not right_or_refused(adapter, text | {"input_ids": text["input_ids"] % 80}, 3)
+    with pytest.raises(IndexError, match="index out of range"), adapter.predictive(3):  # the caller's own fault
+        adapter.model(input_ids=torch.full((1, 3), 10**6))
+
+
+def test_outputs_beside_logits_are_compared() -> None:
+    config = tf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    adapter = bayesian(tf.GPT2DoubleHeadsModel(config), None, ["c_attn"])
+    assert "mc_logits" in right_or_refused(adapter, batch(2, 5, False), 3)
+
+
+def test_router_logits_are_refused_in_words() -> None:
+    config = tf.MixtralConfig(**zoo._COMMON, num_local_experts=4, num_experts_per_tok=2)
+    adapter = bayesian(tf.MixtralForCausalLM(config), "CAUSAL_LM", ["q_proj"])
+    with pytest.raises(SamplingError, match="output_router_logits is on"), adapter.predictive(3):
+        adapter.model(**batch(2, 5, True), output_router_logits=True)
+    assert not right_or_refused(adapter, batch(2, 5, True), 3)
+
+
+def pictures() -> tuple[Any, Tensor]:
+    config = tf.ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    return bayesian(tf.ViTForImageClassification(config), None, ["q_proj", "v_proj"]), torch.randn(3, 3, 16, 16)  # fmt: skip
+
+
+def sound() -> tuple[Any, Tensor]:
+    config = tf.Wav2Vec2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, conv_dim=(32, 32), conv_stride=(5, 4),
+        conv_kernel=(10, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, num_labels=3,
+    )  # fmt: skip
+    return bayesian(tf.Wav2Vec2ForSequenceClassification(config), None, ["q_proj", "v_proj"]), torch.randn(3, 800)
+
+
+@pytest.mark.parametrize("made", [pictures, sound])
+def test_models_without_text_are_served(made: Callable[[], tuple[Any, Tensor]]) -> None:
+    adapter, values = made()
+    name = adapter.anatomy.model.main_input_name
+    assert not right_or_refused(adapter, {name: values}, 4)
+    with torch.no_grad(), adapter.predictive(4):
+        assert torch.equal(adapter.model(values).logits, adapter.model(**{name: values}).logits)
+
+
+@pytest.mark.parametrize("length", [lambda n: n, lambda n: min(n, 4), lambda n: 3], ids=["tokens", "at most 4", "3"])
+def test_a_table_that_serves_all_rows_is_never_repeated(length: Callable[[int], int]) -> None:
+    """Also in a step from a cache, where the table is as long as the batch."""
+
+    class Tabled(tf.LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            table = torch.ones(length(seen + input_ids.shape[1]), 32)
+            return super().forward(input_ids=input_ids, past_key_values=past_key_values, table=table, **kwargs)
+
+    model = Tabled(tf.LlamaConfig(**zoo._COMMON))
+    for block in model.model.layers:
+        takes(block, lambda hidden, table: hidden + 0.05 * table.sum(0))
+    adapter = bayesian(model, "CAUSAL_LM", ["q_proj", "v_proj"])
+
+    def stepped() -> Tensor:
+        first = adapter.model(**batch(6, 5, False), use_cache=True)
+        after = adapter.model(input_ids=torch.full((6, 1), 7), past_key_values=first.past_key_values)
+        return torch.cat([first.logits, after.logits], 1)
+
+    # Where the table's length does not tell whether it is the batch's, the call is refused.
+    for rows, tokens in ((3, 6), (6, 6), (4, 4), (3, 3), (1, 6), (6, 5)):
+        words = right_or_refused(adapter, batch(rows, tokens, False), 3)
+        assert not words or "a block's argument 'table'" in words
+    with adapter.predictive(3):
+        out = stepped()
+    apart = zoo.separate_passes(adapter, [0, 1, 2], SIGMA, lambda: stepped().log_softmax(-1))
+    assert torch.allclose(out, zoo.average(apart), atol=1e-4)
+
+
+def test_blocks_differ_in_what_an_argument_counts() -> None:
+    """The lower blocks get an entry for each row, the others a table that serves all rows, by the same name."""
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**zoo._COMMON))
+    number = [0]
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: number.__setitem__(0, len(kwargs["input_ids"])), with_kwargs=True
+    )
+    for i, block in enumerate(model.model.layers):
+        serves_all = i > 1
+        takes(block, lambda hidden, table, all=serves_all: hidden + 0.05 * (table.sum(0) if all else table[:, None]))
+        given = torch.ones(6, 32) if serves_all else None
+
+        def give(module: Any, args: Any, kwargs: Any, given: Any = given) -> Any:
+            rows = torch.arange(number[0] * 32.0).view(-1, 32) / 99
+            return args, kwargs | {"table": rows if given is None else given}
+
+        block.register_forward_pre_hook(give, with_kwargs=True)
+    adapter = bayesian(model, "CAUSAL_LM", ["q_proj", "v_proj"])
+    assert not right_or_refused(adapter, batch(6, 5, False), 3)
 
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans())

@@ -35,6 +35,7 @@ from .layers import (
     disable_input_casts,
     find_groups,
     take_over,
+    unchanged,
 )
 from .loading import attach_adapter
 from .posterior import LayerPosterior, canonical_name, layer_posterior, unique_layer_ids
@@ -299,13 +300,16 @@ class BayesianAdapter:
         found, _ = guard.learn(self, self._first, example=inputs)
         if text is None:
             return
-        layers, arguments = {**found.layers, **text.layers}, {**found.arguments, **text.arguments}
-        self._guarded[self._guard_key(self._first, True)] = Layout(layers, arguments, found.compared | text.compared)
+        blocks = {*found.arguments, *text.arguments}
+        arguments = {b: {**found.arguments.get(b, {}), **text.arguments.get(b, {})} for b in blocks}
+        both = Layout({**found.layers, **text.layers}, arguments, found.compared | text.compared)
+        self._guarded[self._guard_key(self._first, True)] = both
 
     def _guard_key(self, first: int, fanned: bool) -> Hashable:
         model = self.anatomy.model
         weight = next(model.parameters())
-        return (first, fanned, weight.dtype, weight.device, getattr(model.config, "_attn_implementation", None))
+        attention = getattr(model.config, "_attn_implementation", None)
+        return (first, fanned, self.mode, weight.dtype, weight.device, attention)
 
     def _check_free(self) -> None:
         if self.anatomy.model in _SAMPLING_MODELS:
@@ -444,23 +448,18 @@ class BayesianAdapter:
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
-        """Inside, calls of the model would sample, whatever mode it is in and whichever adapter is active; for the guard."""
-        model, modules = self.anatomy.model, list(self._modules.values())
-        training = [part for part in model.modules() if part.training]
-        switches = [(m, m._active_adapter, m._disable_adapters) for m in modules]
-        try:
-            for part in training:
+        """Inside, calls of the model would sample, whatever mode it is in and whichever adapter is active; for the guard.
+
+        They leave nothing on the model.
+        """
+        model = self.anatomy.model
+        with unchanged(model), torch.no_grad():
+            for part in model.modules():
                 part.training = False
-            for module in modules:
+            for module in self._modules.values():
                 module._active_adapter, module._disable_adapters = [self.name], False
-            with torch.no_grad():
-                self.check_call()
-                yield
-        finally:
-            for part in training:
-                part.training = True
-            for module, active, off in switches:
-                module._active_adapter, module._disable_adapters = active, off
+            self.check_call()
+            yield
 
     # Attaching ------------------------------------------------------------------------------------------------------
 

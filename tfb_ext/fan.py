@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .caches import CacheWatch, cache_of
-from .errors import SamplingError, UnsupportedModelError
+from .errors import SamplingError, TFBError, UnsupportedModelError
 from .layers import ONE_SAMPLE, RowLayout, SampleBatch, SamplingState, head_columns
 from .posterior import canonical_name
 
@@ -224,13 +224,13 @@ class Layout:
 
     Attributes:
         layers: by layer name, how its input has its rows.
-        arguments: by the path of a tensor among a block's arguments, what its leading size counts: ``"rows"`` of the batch (or some
-            number for each), ``"tokens"`` of a row, or an integer where it was that whatever the batch.
+        arguments: by block and the path of a tensor among its arguments, what its leading size counts: ``"rows"`` of the batch (or
+            some number for each), ``"tokens"`` of a row, or an integer where it was that whatever the batch.
         compared: names of the tensors, beside those of every text, that calls may bring.
     """
 
     layers: Mapping[str, RowLayout]
-    arguments: Mapping[str, str | int]
+    arguments: Mapping[int, Mapping[str, str | int]]
     compared: frozenset[str] = frozenset()
 
 
@@ -266,6 +266,9 @@ class Fan:
         self.kind: Kind = anatomy.kind
         self.repeated: list[tuple[Tensor, Tensor]] = []
         self.pending: Tensor | None = None
+        self.arguments: Mapping[str, str | int] | None = None  # of the block whose turn it is
+        self.broken = False  # did the last forward raise once its rows were laid out?
+        self.continues = False  # does the forward in progress go on from a cache?
         self.bypassed: list[nn.Module] = []
         self.resumed: int | None = None
         self.one_position = False  # does the forward in progress need the last block at its last position alone?
@@ -292,7 +295,16 @@ class Fan:
                 settings = vars(anatomy.model.config.get_text_config())
                 undo.callback(settings.__setitem__, "final_logit_softcapping", self.soft_cap)
                 settings["final_logit_softcapping"] = None
-            yield view
+            try:
+                yield view
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                if not self.broken or isinstance(error, TFBError | torch.OutOfMemoryError):
+                    raise
+                name, lines = type(anatomy.model).__name__, str(error).strip().splitlines() or [""]
+                raise SamplingError(
+                    f"{name} failed between its blocks or in them, where rows are laid out by sample ({type(error).__name__}: {lines[0]}), "
+                    f"expected a model that takes any number of rows there. Fix: {ONE_SAMPLE}"
+                ) from error
 
     def hooks(self) -> Iterator[Any]:
         """Register the hooks one after the other; each is given out before the next one is made."""
@@ -328,12 +340,19 @@ class Fan:
         self.check()
         check_packing(model, kwargs)
         self.check_arguments(kwargs)
+        if kwargs.get("output_router_logits") and len(self.view.batch) > 1:
+            raise SamplingError(
+                "output_router_logits is on, expected off: experts are chosen for each sample's tokens, and the auxiliary loss counts "
+                f"the batch's. Fix: pass output_router_logits=False; or {ONE_SAMPLE}"
+            )
         self.batch = batch_after(self.view.batch, kwargs)
         self.rows, self.state.tokens = batch_shape(args, kwargs)
         self.state.each = self.rows
         self.kind = self.anatomy.kind_of_call(kwargs.get("labels"))
         self.repeated = []
         self.pending = None
+        self.broken = False
+        self.continues = cache_of(kwargs) is not None
         self.one_position = self.asks_for_one_position(kwargs)
         self.state.fanned = False
         # A forward that raised and was caught may have left a piece of the batch, missed layers or bypassed blocks.
@@ -358,6 +377,7 @@ class Fan:
 
     def end_turn(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After every call, one that raised too."""
+        self.broken = self.state.fanned
         if not torch.compiler.is_compiling():
             self.state.turn.end()
 
@@ -439,6 +459,7 @@ class Fan:
                 args = (self.fan_out(args[0]), *args[1:])
             else:
                 kwargs = {**kwargs, "hidden_states": self.fan_out(kwargs["hidden_states"])}
+        self.arguments = None if self.layout is None else self.layout.arguments.get(index, {})
         rest = tuple(self.repeat(a, str(i)) for i, a in enumerate(args[1:], 1))
         kwargs = {name: v if name == "hidden_states" else self.repeat(v, name) for name, v in kwargs.items()}
         return (*args[:1], *rest), kwargs
@@ -482,19 +503,28 @@ class Fan:
         Raises:
             SamplingError: it has neither these nor serves all rows.
         """
-        known = None if self.layout is None else self.layout.arguments.get(path)
         if len(self.view.batch) == 1 or value.dim() == 0:
             return False
-        lead = value.shape[0]
-        if known is None:
+        lead, tokens = value.shape[0], self.state.tokens
+        if self.arguments is None:
             return value.dim() > 1 and lead == self.rows
-        if known != "rows":
-            # What served all rows may be given for each of them: positions, say.
-            return lead == self.rows and lead != (self.state.tokens if known == "tokens" else known)
-        if lead % max(self.rows, 1) == 0:
-            return True
-        if lead == 1:
+        known = self.arguments.get(path)
+        if known == "rows":
+            if lead % max(self.rows, 1) == 0:
+                return True
+            if lead == 1:
+                return False
+        elif lead != self.rows or lead == 1:
             return False
+        elif known is None:  # an argument that the compared calls did not have
+            if value.dim() == 1 or lead != tokens:
+                return value.dim() > 1
+        elif lead == (tokens if known == "tokens" else known) or (
+            known == "tokens" and self.continues and lead > tokens
+        ):
+            return False
+        elif known == 1:
+            return True  # what served all rows may be given for each of them: positions, say
         raise SamplingError(
             f"a block's argument {path!r} has shape {tuple(value.shape)}, expected leading entries for each of the batch's {self.rows} "
             f"rows, or one for all. Fix: {ONE_SAMPLE}"
@@ -771,8 +801,9 @@ def repeat_rows(value: Tensor, size: int) -> Tensor:
 
 
 def batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Rows of a transformers model call and positions of each, from ``input_ids`` or ``inputs_embeds``."""
-    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args):
+    """Rows of a transformers model call and positions of each, from ``input_ids``, ``inputs_embeds`` or the input there is."""
+    named = ("input_ids", "inputs_embeds", "input_values", "input_features", "pixel_values")
+    for value in (*(kwargs.get(name) for name in named[:2]), *args, *(kwargs.get(name) for name in named[2:])):
         if isinstance(value, Tensor):
             return value.shape[0], value.shape[1] if value.dim() > 1 else 1
     raise SamplingError("the model was called without input_ids and inputs_embeds, so its number of rows is unknown")

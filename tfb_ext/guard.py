@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,9 +36,11 @@ SIGMAS = tuple(0.05 * 4.0**i for i in range(6))
 SPREAD = {True: 0.03, False: 0.5}
 SHARE = {True: 2e-3, False: 0.15}
 NOISE, LARGEST_SHARE = 8.0, 0.4
+FLOOR = -100.0  # a log probability below is none: some models give classes minus infinity
 ATTEMPTS = 3  # with other tokens: routing to experts may tip over by rounding
 
 Outputs = list[Tensor]  # of each call, (rows, ..., V)
+Arguments = dict[int, dict[str, str | int]]  # what a block's arguments count, see Layout
 
 
 def learn(
@@ -58,7 +61,7 @@ def learn(
             give. The message names what differs.
     """
     check_packing(adapter.anatomy.model, {})
-    with adapter.in_order():
+    with adapter.in_order(), _plain_text(adapter.anatomy.model):
         return _learn(_Trial(adapter, first, fanned, example))
 
 
@@ -91,6 +94,7 @@ class _Trial:
         weights = [p for p in self.model.parameters() if p.is_floating_point()]
         self.exact = weights[0].dtype in (torch.float32, torch.float64)
         self.rounding = 0.0  # of the outputs
+        self.others: list[dict[str, tuple[int, ...]]] = []  # shapes of what calls give beside logits
         # Of an offloaded model, whose own hooks move inputs, the weights may lie nowhere.
         self.device = next((w.device for w in weights if not w.is_meta), torch.device("cpu"))
         self.rounds = True  # whether another attempt could end otherwise
@@ -115,15 +119,18 @@ class _Trial:
             given["position_ids"] = torch.arange(tokens).expand(rows, tokens).contiguous()
         open_ended = "kwargs" in self.accepts or "input_ids" not in self.accepts
         given = {name: value.to(self.device) for name, value in given.items() if open_ended or name in self.accepts}
+        given |= {} if getattr(self.model.config, "return_dict", True) else {"return_dict": True}
         return given | ({"use_cache": False} if "use_cache" in self.accepts else {})
 
     def _other_input(self, rows: int, generator: torch.Generator) -> Tensor:
         config = self.model.config
         size = getattr(config, "image_size", None)
+        if self.model.main_input_name == "input_values":  # a fifth of a second of sound
+            return torch.randn(rows, 3200, generator=generator).to(next(self.model.parameters()).dtype)
         if self.model.main_input_name != "pixel_values" or not isinstance(size, int):
             raise GuardError(
-                f"{type(self.model).__name__} takes {self.model.main_input_name}, expected input_ids or pixel_values of one size. "
-                f"Fix: {ONE_SAMPLE}"
+                f"{type(self.model).__name__} takes {self.model.main_input_name}, expected input_ids, input_values or pixel_values of "
+                f"one size. Fix: {ONE_SAMPLE}; or pass guard=False, if you have compared its samples with separate passes"
             )
         pixels = torch.randn(rows, config.num_channels, size, size, generator=generator)
         return pixels.to(next(self.model.parameters()).dtype)
@@ -163,30 +170,36 @@ class _Trial:
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise SamplingError("return no logits, which averages are made of")
+        self.others.append(
+            {n: tuple(v.shape) for n, v in output.items() if isinstance(v, Tensor) and n not in ("logits", "loss")}
+        )
         self.exact = self.exact and logits.dtype in (torch.float32, torch.float64)
         self.rounding = torch.finfo(logits.dtype).eps
         return logits.detach()
 
     # The mean adapter -----------------------------------------------------------------------------------------------
 
-    def arguments(self) -> dict[str, str | int]:
-        """What the leading size of each tensor among the blocks' arguments counts, by path: of two calls of different sizes."""
+    def arguments(self) -> Arguments:
+        """What the leading size of each tensor among a block's arguments counts: of two calls of different sizes."""
         sizes = []
         for more in (0, 1):
             with self._alone(), _arguments(self.adapter.anatomy.blocks[self.first :]) as found:
                 self.model(**self.inputs(ROWS + more, padded=True, tokens=TOKENS + more))
             sizes.append(found)
-        learnt: dict[str, str | int] = {}
+        learnt: Arguments = {}
         if self.example is not None:  # one size tells less than two
-            return {path: "rows" if size == self.rows else size for path, size in sizes[0].items()}
-        for path, small in sizes[0].items():
-            large = sizes[1].get(path, small)
+            for (block, path), size in sizes[0].items():
+                learnt.setdefault(self.first + block, {})[path] = "rows" if size == self.rows else size
+            return learnt
+        for (block, path), small in sizes[0].items():
+            large = sizes[1].get((block, path), small)
+            known = learnt.setdefault(self.first + block, {})
             if small * (ROWS + 1) == large * ROWS:
-                learnt[path] = "rows"
+                known[path] = "rows"
             elif (small, large) == (TOKENS, TOKENS + 1):
-                learnt[path] = "tokens"
+                known[path] = "tokens"
             elif small == large:
-                learnt[path] = small
+                known[path] = small
             else:
                 raise GuardError(
                     f"{type(self.model).__name__}: a block's argument {path!r} has {small} leading entries for {ROWS} rows of {TOKENS} "
@@ -210,11 +223,13 @@ class _Trial:
 
     # The comparison -------------------------------------------------------------------------------------------------
 
-    def compare(self, arguments: dict[str, str | int], attempt: int) -> tuple[dict[str, RowLayout], str]:
+    def compare(self, arguments: Arguments, attempt: int) -> tuple[dict[str, RowLayout], str]:
         """Each layer's layout of rows, and what is wrong; nothing if that is empty."""
         calls = self.calls(attempt)
         with self._alone():
+            self.others = []
             alone = [self.values(out) for call in calls for out in call(1)]
+            others, self.others = self.others, []
             beside = [
                 self.values(out)[: len(a)] for call in calls for out, a in zip(call(len(SAMPLES)), alone, strict=False)
             ]
@@ -225,6 +240,7 @@ class _Trial:
         if self.finite and LARGEST_SHARE * spread <= noise:
             return {}, "cannot be told apart on a tiny input"
         seen: list[tuple[str, tuple[int, ...]]] = []
+        self.others = []
         try:
             together = self._together(calls, arguments, sigma, seen)
         except torch.OutOfMemoryError:
@@ -232,16 +248,21 @@ class _Trial:
         except Exception as error:
             self.rounds = False
             wrong = self._layouts(seen)[1]
-            return {}, wrong or f"fail ({_first_line(error)})"
+            return {}, wrong or f"fail ({_first_line(error.__cause__ or error)})"
         layers, wrong = self._layouts(seen)
         if wrong:
             self.rounds = False
             return {}, wrong
+        for shapes, usual in zip(self.others, others, strict=True) if self.fanned else ():
+            if shapes != usual:
+                self.rounds = False
+                return {}, f"give outputs of shapes {shapes} where one gives {usual}"
         bound = max(SHARE[self.exact] * spread, min(NOISE * noise, LARGEST_SHARE * spread))
+        categorical = self.adapter.anatomy.kind == "categorical"
         for found, expected in zip(together, self._expected(separate), strict=True) if self.finite else ():
             if found.shape != expected.shape:
                 return {}, f"give outputs of shape {tuple(found.shape)} for {tuple(expected.shape)}"
-            off = _rms(found - expected)
+            off = _rms((found.clamp(min=FLOOR) if categorical else found) - expected)
             if not off <= bound:
                 return (
                     {},
@@ -253,7 +274,7 @@ class _Trial:
         """What the fold averages, in float32 or better."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.adapter.anatomy.kind == "categorical":
-            return torch.log_softmax(logits, dim=-1)
+            return torch.log_softmax(logits, dim=-1).clamp(min=FLOOR)
         return logits
 
     def _batch(self, samples: tuple[int, ...], sigma: float) -> SampleBatch:
@@ -286,7 +307,7 @@ class _Trial:
         return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
     def _together(
-        self, calls: list[Callable[[int], Outputs]], arguments: dict[str, str | int], sigma: float, seen: list[Any]
+        self, calls: list[Callable[[int], Outputs]], arguments: Arguments, sigma: float, seen: list[Any]
     ) -> list[Tensor]:
         batch = self._batch(SAMPLES, sigma)
         state = self.adapter._state
@@ -316,7 +337,8 @@ class _Trial:
         if kind == "regression":
             return [s.mean(0) for s in separate]
         if kind == "multi_label":
-            return [torch.logit(torch.sigmoid(s.double()).mean(0)).to(s.dtype) for s in separate]
+            sure = torch.nn.functional.logsigmoid
+            return [torch.logsumexp(sure(s), 0) - torch.logsumexp(sure(-s), 0) for s in separate]
         return [torch.logsumexp(s, 0) - math.log(len(SAMPLES)) for s in separate]
 
     def _layouts(self, seen: list[tuple[str, tuple[int, ...]]]) -> tuple[dict[str, RowLayout], str]:
@@ -352,33 +374,54 @@ def _ordinary_tokens(model: Any) -> Tensor:
     return torch.tensor(ids or list(range(size)))
 
 
+@contextmanager
+def _plain_text(model: Any) -> Iterator[None]:
+    """Inside, the model takes rows of text whatever it did before.
+
+    One without a padding token has one that no text holds, since classifiers want one for several rows. What a vision-language
+    model remembers of its last images (Qwen2-VL and its kin, for the positions of the steps after them) is put away.
+    """
+    with_images = [m for m in model.modules() if vars(m).get("rope_deltas") is not None]
+    for module in with_images:  # the adapter puts back what modules hold
+        module.rope_deltas = None
+    settings = [vars(c) for c in {id(c): c for c in (model.config, model.config.get_text_config())}.values()]
+    without = [s for s in settings if s.get("pad_token_id", 0) is None]
+    try:
+        for s in without:
+            s["pad_token_id"] = -1
+        yield
+    finally:
+        for s in without:
+            s["pad_token_id"] = None
+
+
 def _repeated(inputs: dict[str, Any], times: int) -> dict[str, Any]:
     return {n: v.repeat(times, *[1] * (v.dim() - 1)) if isinstance(v, Tensor) else v for n, v in inputs.items()}
 
 
 @contextmanager
-def _arguments(blocks: Any) -> Iterator[dict[str, int]]:
-    """Collects the leading size of every tensor among the blocks' arguments, by path; hidden states left out."""
-    found: dict[str, int] = {}
+def _arguments(blocks: Any) -> Iterator[dict[tuple[int, str], int]]:
+    """Collects the leading size of every tensor among each block's arguments, by path; hidden states left out."""
+    found: dict[tuple[int, str], int] = {}
 
-    def note(value: Any, path: str) -> None:
+    def note(value: Any, index: int, path: str) -> None:
         if isinstance(value, Tensor) and value.dim() > 0:
-            found[path] = value.shape[0]
+            found[index, path] = value.shape[0]
         elif isinstance(value, tuple | list) and not hasattr(value, "_fields"):
             for i, part in enumerate(value):
-                note(part, f"{path}.{i}")
+                note(part, index, f"{path}.{i}")
         elif type(value) is dict:
             for name, part in value.items():
-                note(part, f"{path}.{name}")
+                note(part, index, f"{path}.{name}")
 
-    def hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for i, value in enumerate(args[1:], 1):
-            note(value, str(i))
+            note(value, index, str(i))
         for name, value in kwargs.items():
             if name != "hidden_states":
-                note(value, name)
+                note(value, index, name)
 
-    hooks = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
+    hooks = [b.register_forward_pre_hook(partial(hook, i), with_kwargs=True) for i, b in enumerate(blocks)]
     try:
         yield found
     finally:
@@ -387,12 +430,9 @@ def _arguments(blocks: Any) -> Iterator[dict[str, int]]:
 
 
 def _rms(values: Tensor) -> float:
-    finite = (
-        values[values.abs() < 1e30] if torch.isneginf(values).any() else values
-    )  # a masked class is -inf on both sides
-    return float(finite.double().square().mean().sqrt()) if finite.numel() else 0.0
+    return float(values.double().square().mean().sqrt()) if values.numel() else 0.0
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -474,6 +474,22 @@ def _version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Inside, calls leave nothing on the model: attributes, buffers and submodules are afterwards what they were.
+
+    Some models keep what a call decided: BigBird turns its sparse attention off for good at the first short input.
+    """
+    before = [(m, dict(vars(m)), dict(m._modules), dict(m._buffers)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, modules, buffers in before:
+            for now, then in ((module._modules, modules), (module._buffers, buffers), (vars(module), attributes)):
+                now.clear()
+                now.update(then)  # type: ignore[arg-type]
+
+
 def find_groups(model: Any, layers: Sequence[tuple[TFBVariant, Any]]) -> list[tuple[tuple[TFBVariant, Any], ...]]:
     """Layers of one block that get the very same tensor one after the other (q, k and v; gate and up), by one look.
 
@@ -487,18 +503,15 @@ def find_groups(model: Any, layers: Sequence[tuple[TFBVariant, Any]]) -> list[tu
             calls.append((variant, module, args[0], _version(args[0])))
 
     hooks = [m.register_forward_pre_hook(lambda module, args, v=v: note(v, module, args)) for v, m in layers]
-    training = [module for module in model.modules() if module.training]
     try:
-        for module in training:
-            module.training = False
-        device = model.get_input_embeddings().weight.device
-        with torch.no_grad():
+        with unchanged(model), torch.no_grad():
+            for module in model.modules():
+                module.training = False
+            device = model.get_input_embeddings().weight.device
             model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=device))
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
         return []
     finally:
-        for module in training:
-            module.training = True
         for hook in hooks:
             hook.remove()
     groups: list[list[tuple[TFBVariant, Any]]] = []
