@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checks import is_dense
 from .data import pad_rows
 
 if TYPE_CHECKING:
@@ -71,6 +72,12 @@ def _checked_tensors(prompts: Mapping[str, Any], accepted: Mapping[str, Any]) ->
         raise ValueError(
             f"input_ids: got {ids.dtype}, expected whole numbers (torch.int64). Fix: pass what a tokenizer returns"
         )
+    for name in ("input_ids", "attention_mask"):
+        if isinstance(value := prompts.get(name), Tensor) and not is_dense(value):
+            raise ValueError(
+                f"{name}: got a tensor that is sparse, nested or meta, expected a dense one with data. Fix: pass what a tokenizer "
+                "returns"
+            )
     mask = prompts.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
