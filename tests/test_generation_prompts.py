@@ -182,6 +182,17 @@ def test_conversations_that_are_refused(adapter: Any, template: str, messages: l
     assert "expected" in str(refused.value) and "Fix:" in str(refused.value)
 
 
+@pytest.mark.parametrize("content", ["w", "w3", "another text"])
+def test_a_message_left_out_is_found_though_its_text_is_elsewhere(adapter: Any, content: str) -> None:
+    template = "{{ messages[-1]['content'] }}"
+    words = tokenizer(chat_template=template)
+    messages = [{"role": "user", "content": content}, {"role": "user", "content": "w30 w31 another text"}]
+    with pytest.raises(ValueError, match="message 0: got a message of user that the chat template leaves out"):
+        tfb_ext.generate(adapter, messages, words, 2, max_new_tokens=1)
+    one = [{"role": "user", "content": content}]
+    assert tfb_ext.generate(adapter, one, words, 2, max_new_tokens=1).lengths.tolist() == [1]
+
+
 def test_padding_of_texts_without_a_padding_token(adapter: Any) -> None:
     """Penalties look at the padding, so it is the token that transformers would fill ended rows with."""
     words = tokenizer()

@@ -169,7 +169,9 @@ def generate(
         sigma: posterior scale instead of the adapter's own.
         alternatives: how many of the most probable tokens to keep at every position.
         **options: of transformers' ``generate``: sampling, beams, penalties, stopping, caches, streamers, an assistant model
-            (``assistant_model="mean"`` is the mean adapter itself, on the same weights). On a GPU
+            (``assistant_model="mean"`` is the mean adapter itself, on the same weights). What rescales logits by their sign or
+            size (``repetition_penalty``, ``exponential_decay_length_penalty``) gets log probabilities, as it does in
+            transformers' beam search. On a GPU
             ``cache_implementation="static"`` decodes in CUDA graphs, see :func:`~tfb_ext.decoding.captured_decoding`. A
             quantised cache quantises the samples' rows together: with groups within a row (quanto's axis 0) as each sample's
             own would, else about as exactly; the scores, of a forward without a cache, know nothing of it. An offloaded cache
