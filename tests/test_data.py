@@ -186,6 +186,13 @@ class TestEncoded:
         assert (chosen.token_ids, chosen.labels) == ([[9, 10], [5, 6, 7]], [None, 0])
         assert chosen.choice_ids == (1, 2) and chosen.pad_id == 3 and len(chosen) == 2
 
+    @pytest.mark.parametrize(
+        "chosen", [[True, False, True], torch.tensor([True, False, True]), [3], [-4], [0.0], ["0"]]
+    )
+    def test_select_takes_numbers_of_items(self, chosen: object) -> None:
+        with pytest.raises(ValueError, match="indices: got .*, expected numbers of the 3 items, from 0"):
+            self.SET.select(chosen)
+
     def test_labels(self) -> None:
         labelled = self.SET.select([1, 0])
         assert labelled.labelled and labelled.labels_tensor().tolist() == [1, 0]
@@ -346,6 +353,32 @@ class TestReadDataset:
         datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "d")
         with pytest.raises(ValueError, match=r"row 1: column 'n': got (None|nan), expected a value.*Fix"):
             read_dataset(tmp_path / "d", "train", prompt="{a} {n}:", choices=CHOICES)
+
+    @pytest.mark.parametrize(
+        "value", [["x", None], {"k": None}, [[float("nan")]], b"x"], ids=["list", "object", "nested", "bytes"]
+    )
+    def test_a_value_that_has_no_text(self, tmp_path: Path, value: object) -> None:
+        datasets = pytest.importorskip("datasets", reason="read_dataset needs the package datasets")
+        datasets.Dataset.from_dict({"a": [value]}).save_to_disk(tmp_path / "d")
+        with pytest.raises(ValueError, match=r"row 0: column 'a': got .*, expected a value for the template"):
+            read_dataset(tmp_path / "d", "train", prompt="{a}:", choices=CHOICES)
+
+    def test_a_format_with_columns_in_it(self, saved: Path) -> None:
+        with pytest.raises(
+            ValueError, match=r"prompt: got the format '\{missing\}' of column 'premise', expected none"
+        ):
+            read_dataset(saved / "one", "train", prompt="{premise:{missing}}", choices=CHOICES)
+
+    def test_choices_in_another_order_than_the_classes(self, tmp_path: Path) -> None:
+        datasets = pytest.importorskip("datasets", reason="read_dataset needs the package datasets")
+        kinds = datasets.Features({"q": datasets.Value("string"), "y": datasets.ClassLabel(names=["yes", "no"])})
+        datasets.Dataset.from_dict({"q": ["a"], "y": [1]}, features=kinds).save_to_disk(tmp_path / "d")
+        with pytest.raises(
+            ValueError, match=r"choices: got \[' no', ' yes'\], expected the order of the label's classes"
+        ):
+            read_dataset(tmp_path / "d", "train", prompt="q", label="y", choices=[" no", " yes"])
+        read = read_dataset(tmp_path / "d", "train", prompt="q", label="y", choices=[" yes", " no"])
+        assert read[0].choices[read[0].label] == " no"
 
     def test_builder(self, tmp_path: Path) -> None:
         pytest.importorskip("datasets", reason="read_dataset needs the package datasets")

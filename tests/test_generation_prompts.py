@@ -182,6 +182,17 @@ def test_conversations_that_are_refused(adapter: Any, template: str, messages: l
     assert "expected" in str(refused.value) and "Fix:" in str(refused.value)
 
 
+@pytest.mark.parametrize("content", ["w", "w3", "another text"])
+def test_a_message_left_out_is_found_though_its_text_is_elsewhere(adapter: Any, content: str) -> None:
+    template = "{{ messages[-1]['content'] }}"
+    words = tokenizer(chat_template=template)
+    messages = [{"role": "user", "content": content}, {"role": "user", "content": "w30 w31 another text"}]
+    with pytest.raises(ValueError, match="message 0: got a message of user that the chat template leaves out"):
+        tfb_ext.generate(adapter, messages, words, 2, max_new_tokens=1)
+    one = [{"role": "user", "content": content}]
+    assert tfb_ext.generate(adapter, one, words, 2, max_new_tokens=1).lengths.tolist() == [1]
+
+
 def test_padding_of_texts_without_a_padding_token(adapter: Any) -> None:
     """Penalties look at the padding, so it is the token that transformers would fill ended rows with."""
     words = tokenizer()
@@ -288,6 +299,9 @@ def test_a_prompt_as_long_as_the_context(adapter: Any) -> None:
         ({"attention_mask": IDS}, "does not take attention_mask: pass prompts="),
         ({"cache_implementation": "paged"}, "cache_implementation: got 'paged'"),
         ({"generation_config": GenerationConfig(cache_implementation="offloaded")}, "is 'offloaded', which copies"),
+        ({"generation_config": {"max_new_tokens": 3}}, "generation_config: got a dict, expected a transformers.Gen"),
+        ({"num_beams": 0}, "num_beams is 0, expected a count of at least 1"),
+        ({"generation_config": GenerationConfig(num_return_sequences=-1)}, "num_return_sequences is -1, expected"),
         ({"alternatives": True}, "alternatives is True"),
         ({"alternatives": 2.0}, "alternatives is 2.0"),
     ],

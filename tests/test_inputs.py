@@ -88,6 +88,12 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "no rows": ({"input_ids": torch.ones(0, 9, dtype=torch.long)}, r"input_ids: got int64 of shape \(0, 9\)"),
     "no tokens": ({"input_ids": torch.ones(3, 0, dtype=torch.long)}, r"input_ids: got int64 of shape \(3, 0\)"),
     "beyond the vocabulary": ({"input_ids": torch.full((3, 9), zoo.VOCAB)}, f"input_ids: got {zoo.VOCAB}, expected 0 to 96"),
+    "sparse ids": ({"input_ids": torch.ones(3, 9, dtype=torch.long).to_sparse()}, "input_ids: got a tensor of layout sparse_coo"),
+    "sparse mask": ({"attention_mask": torch.ones(3, 9).to_sparse()}, "attention_mask: got a tensor of layout sparse_coo"),
+    "sparse labels": ({"labels": ROWS.to_sparse()}, "labels: got a tensor of layout sparse_coo, expected a dense tensor"),
+    "labels without data": ({"labels": ROWS.to("meta")}, r"labels: got a tensor without data \(meta\), expected a dense tensor"),
+    "ids without data": ({"input_ids": torch.ones(3, 9, device="meta").long()}, "input_ids: got a tensor without data"),
+    "a number": ({5: ROWS}, "5: got a key, expected an argument"),
     "below the vocabulary": ({"input_ids": torch.full((3, 9), -1)}, "input_ids: got -1, expected 0 to 96"),
 }  # fmt: skip
 
@@ -147,9 +153,9 @@ def test_the_model_agrees_about_good_batches(adapters: dict[str, Any]) -> None:
         assert torch.allclose(tfb_ext.predict(adapter, [batch], 0).probabilities, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("data", [None, 3])
+@pytest.mark.parametrize("data", [None, 3, "text", plain("bert")])
 def test_what_is_no_data(adapters: dict[str, Any], data: Any) -> None:
-    refused(adapters["bert"], data, "data: got a (NoneType|int), expected batches of model arguments")
+    refused(adapters["bert"], data, "data: got a (NoneType|int|str|dict), expected batches of model arguments")
 
 
 @settings(max_examples=25, deadline=None)
@@ -203,6 +209,41 @@ def test_raised_positions_are_the_models_word(adapters: dict[str, Any]) -> None:
         assert torch.allclose(tfb_ext.predict(adapter, data, 0).probabilities, alone(), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["roberta", "mpt", "dynamic"])
+def test_predicting_and_generating_know_the_same_positions(kind: str) -> None:
+    """RoBERTa's table has rows before position 0, MPT calls its positions otherwise, dynamic scaling has no limit."""
+    sizes = {"vocab_size": zoo.VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "roberta":
+        config: Any = tf.RobertaConfig(
+            **sizes, intermediate_size=48, max_position_embeddings=18, pad_token_id=1, is_decoder=True
+        )
+        plain_model, targets = tf.RobertaForCausalLM(config), ["query"]
+    elif kind == "mpt":
+        config = tf.MptConfig(vocab_size=zoo.VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=16)
+        plain_model, targets = tf.MptForCausalLM(config), ["Wqkv"]
+    else:
+        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        config = tf.LlamaConfig(**sizes, intermediate_size=48, max_position_embeddings=16, rope_parameters=rope)
+        plain_model, targets = tf.LlamaForCausalLM(config), ["q_proj"]
+    model = get_peft_model(plain_model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    zoo.randomise(model)
+    adapter = tfb_ext.bayesianize(model.eval(), sigma=SIGMA)
+    data = Encoded([[5] * 16], [None], (6, 7), ("a", "b"), 1)
+    options = {"samples": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    assert tfb_ext.predict(adapter, data, 2).probabilities.isfinite().all()
+    prompt = {"input_ids": torch.full((1, 14), 5)}
+    assert tfb_ext.generate(adapter, prompt, max_new_tokens=2, **options).tokens.shape == (1, 2)
+    longer = replace(data, token_ids=[[5] * 17])
+    if kind == "dynamic":
+        assert tfb_ext.predict(adapter, longer, 2).probabilities.isfinite().all()
+        assert tfb_ext.generate(adapter, prompt, max_new_tokens=4, **options).tokens.shape == (1, 4)
+        return
+    with pytest.raises(ValueError, match="item 0: got 17 tokens, expected at most 16"):
+        tfb_ext.predict(adapter, longer, 2)
+    with pytest.raises(ValueError, match="14 tokens and 3 more are asked for, but the model's context is 16"):
+        tfb_ext.generate(adapter, prompt, max_new_tokens=3, **options)
+
+
 def test_roberta_counts_from_its_padding() -> None:
     torch.manual_seed(0)
     config = tf.RobertaConfig(vocab_size=zoo.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -230,6 +271,12 @@ def test_roberta_counts_from_its_padding() -> None:
             r"item 1: got the tokens \[5, 97\], expected at least one, each from 0 to 96",
         ),
         ({"token_ids": [[5], [6]]}, "labels: got 3 of them, expected 2"),
+        ({"token_ids": [[5], [5.5, 6.0], [6]]}, r"item 1: got the tokens \[5.5, 6.0\]"),
+        ({"token_ids": [[5], [True], [6]]}, r"item 1: got the tokens \[True\]"),
+        ({"token_ids": [[5], torch.tensor([5]), [6]]}, r"item 1: got the tokens \[tensor\(5\)\]"),
+        ({"token_ids": ["a", "b", "c"]}, r"item 0: got the tokens \['a'\]"),
+        ({"pad_id": None}, "pad_id: got None, expected a token"),
+        ({"targets": [(4,), (5,), (6,)]}, r"targets: got the rows of sequences\(\), expected the set of items"),
         ({"labels": [0, 3, None]}, "item 1: got the label 3, expected 0 to 2"),
         ({"labels": [0, -100, 1]}, "item 1: got the label -100"),
         ({"labels": [0, 1.0, 1]}, "item 1: got the label 1.0"),
@@ -238,11 +285,42 @@ def test_roberta_counts_from_its_padding() -> None:
         ({"choice_ids": (4, 5, 4)}, r"choices: got the tokens \[4, 5, 4\], expected different ones"),
         ({"choice_ids": None, "choice_tokens": ((4,), (5,), (6, 97))}, r"choices: got the tokens \[6, 97\]"),
         ({"choice_ids": None, "choice_tokens": ((4,), (5,), ())}, r"choices: got the tokens \[\]"),
+        (
+            {"choice_ids": None, "choice_tokens": ((4,), (5, 6), (5, 6))},
+            r"got the tokens .*\(5, 6\)\], expected different ones",
+        ),
     ],
 )
 def test_encoded_sets_of_ones_own(adapters: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     data: Encoded = replace(small_sets.encoded(3), **changes)
     refused(adapters["llama"], data, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"choice_ids": (4, 5)}, "choice_ids: got 2 of them, expected 3. Fix: one for each choice"),
+        ({"choice_ids": (4, 5, 6, 7)}, "choice_ids: got 4 of them, expected 3"),
+        ({"choice_tokens": ((4,), (5,), (6,))}, "choice_tokens: got them beside choice_ids"),
+        ({"choice_ids": None, "choice_tokens": ()}, "choice_tokens: got 0 of them, expected 3"),
+        ({"item_choice_tokens": [((4,), (5,), (6,))]}, "item_choice_tokens: got 1 of them, expected 3. Fix: one for each item"),
+        ({"item_choice_tokens": [((4,), (5,))] * 3}, "item_choice_tokens: got 2 choices, expected 3"),
+        ({"score": "tokens"}, "score: got 'tokens', expected 'sequence' or 'token'"),
+    ],
+)  # fmt: skip
+def test_encoded_sets_whose_parts_do_not_belong_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(small_sets.encoded(3), **changes)
+
+
+@pytest.mark.parametrize("pad", [-1, zoo.VOCAB, np.int64(9)])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_padding_that_the_model_has_no_embedding_for(adapters: dict[str, Any], name: str, pad: int) -> None:
+    """A padding token that was added to the tokenizer alone is masked, and may be any token."""
+    data = small_sets.encoded(3, head=name == "bert")
+    data = replace(data, token_ids=[[5, 6, 7], [8], [9, 10]])
+    found = [tfb_ext.predict(adapters[name], replace(data, pad_id=p), 2).probabilities for p in (0, pad)]
+    assert torch.allclose(*found, atol=1e-6)
 
 
 # Numbers ------------------------------------------------------------------------------------------------------------

@@ -330,7 +330,7 @@ def test_refuses_models_without_one_adapter(folders: Folders) -> None:
 def test_refuses_merged_adapters() -> None:
     lm = direct()
     lm.model.merge_adapter()
-    with pytest.raises(SamplingError, match="merged into the weights"):
+    with pytest.raises(SamplingError, match="merged into its weight"):
         lm.loglikelihood(asked("loglikelihood", PAIRS[:1]))
 
 

@@ -1,10 +1,13 @@
-"""Checks of numbers that callers pass; numbers of other libraries (numpy) come back as Python's."""
+"""Checks of numbers and tensors that callers pass; numbers of other libraries (numpy) come back as Python's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+
+import torch
+from torch import Tensor
 
 # The kernels take sigma as float32, in which a smaller number is subnormal or 0 and a larger one is infinite.
 LEAST_SIGMA, MOST_SIGMA = 1.17549435e-38, 3.4028234e38
@@ -15,6 +18,11 @@ MOST_SAMPLES = 2**16
 def is_integer(value: object) -> bool:
     """Whether ``value`` is an integer of any library; a bool is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has data of its own, element by element: neither sparse, nested nor meta."""
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_nested
 
 
 def check_count(name: str, value: object, what: str = "a count", least: int = 1, most: int | None = None) -> int:

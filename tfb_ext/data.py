@@ -96,6 +96,34 @@ class Encoded:
     targets: list[tuple[int, ...]] | None = None
     item_choice_tokens: list[tuple[tuple[int, ...], ...]] | None = None
 
+    def __post_init__(self) -> None:
+        """Check what belongs together.
+
+        Raises:
+            ValueError: numbers of items or choices that differ, choices both as tokens and as sequences, or another score.
+        """
+        counts = {
+            "targets": (self.targets, len(self)),
+            "item_choice_tokens": (self.item_choice_tokens, len(self)),
+            "choice_ids": (self.choice_ids, len(self.choices)),
+            "choice_tokens": (self.choice_tokens, len(self.choices)),
+        }
+        for name, (values, count) in counts.items():
+            if values is not None and len(values) != count:
+                each = "choice" if count == len(self.choices) and name.startswith("choice") else "item"
+                raise ValueError(f"{name}: got {len(values)} of them, expected {count}. Fix: one for each {each}")
+        for item in self.item_choice_tokens or ():
+            if len(item) != len(self.choices):
+                raise ValueError(
+                    f"item_choice_tokens: got {len(item)} choices, expected {len(self.choices)}. Fix: one for each choice"
+                )
+        if self.choice_ids is not None and self.choice_tokens is not None:
+            raise ValueError(
+                "choice_tokens: got them beside choice_ids, expected one of the two. Fix: choice_ids=None to score sequences"
+            )
+        if self.score not in get_args(Score):
+            raise ValueError(f"score: got {self.score!r}, expected 'sequence' or 'token'. Fix: leave it out")
+
     def __len__(self) -> int:
         return len(self.token_ids)
 
@@ -104,9 +132,18 @@ class Encoded:
         """Whether every item has a label."""
         return None not in self.labels
 
-    def select(self, indices: Iterable[int]) -> Encoded:
-        """The items at ``indices``, in that order."""
-        chosen = list(indices)
+    def select(self, indices: Iterable[int] | Tensor) -> Encoded:
+        """The items at ``indices``, in that order.
+
+        Raises:
+            ValueError: a number that is no item's, or a mask.
+        """
+        chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+        wrong = [i for i in chosen if not is_integer(i) or not -len(self) <= i < len(self)]
+        if wrong:
+            raise ValueError(
+                f"indices: got {wrong[0]!r}, expected numbers of the {len(self)} items, from 0. Fix: mask.nonzero() gives those of a mask"
+            )
         return replace(
             self,
             token_ids=[self.token_ids[i] for i in chosen],
@@ -332,14 +369,28 @@ def read_dataset(
         ValueError: no such column or split, no choices, no rows, or a row that makes no example (its number is named).
     """
     dataset = _load_dataset(str(name), split, options)
-    fields = [field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None]
+    parts = [(field, form) for _, field, form, _ in string.Formatter().parse(prompt) if field is not None]
+    fields = [field for field, _ in parts]
+    for field, form in parts:
+        if "{" in (form or ""):
+            raise ValueError(
+                f"prompt: got the format {form!r} of column {field!r}, expected none with columns in it. Fix: write it out"
+            )
     for column in [*(fields or [prompt]), *([] if label is None else [label])]:
         if column not in dataset.column_names:
             raise ValueError(f"column {column!r} is not in {name}; expected one of {sorted(dataset.column_names)!r}")
+    names = getattr(dataset.features[label], "names", None) if label is not None else None
     if choices is None:
-        choices = getattr(dataset.features[label], "names", None) if label is not None else None
-        if choices is None:
-            raise ValueError(f"choices: None, and {name} names no classes for the label {label!r}; pass choices=[...]")
+        choices = names
+    if choices is None:
+        raise ValueError(f"choices: None, and {name} names no classes for the label {label!r}; pass choices=[...]")
+    if names and isinstance(choices, list | tuple):
+        bare = [str(choice).strip() for choice in choices]
+        if bare != names and sorted(bare) == sorted(names):
+            raise ValueError(
+                f"choices: got {list(choices)!r}, expected the order of the label's classes, {names!r}, whose numbers the rows have. "
+                "Fix: put the choices into that order"
+            )
     examples = []
     for number, row in enumerate(dataset):
         try:
@@ -380,11 +431,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _filled(template: str, fields: Sequence[str], row: Mapping[str, Any]) -> str:
     for field in fields:
         value = row[field]
-        if value is None or value != value:  # NaN, as pandas writes a missing value
+        if not _is_written(value):
             raise ValueError(
                 f"column {field!r}: got {value!r}, expected a value for the template. Fix: leave the row out, or give it a text"
             )
     return template.format_map(row)
+
+
+def _is_written(value: Any) -> bool:
+    """Whether a value has a text: no bytes, and no missing value (None, or NaN as pandas writes it) anywhere in it."""
+    if isinstance(value, list | tuple | dict):
+        return all(map(_is_written, value.values() if isinstance(value, dict) else value))
+    return not (value is None or isinstance(value, bytes | bytearray) or value != value)
 
 
 def _check_text(name: str, text: str) -> None:

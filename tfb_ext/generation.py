@@ -31,6 +31,7 @@ from .checks import check_count
 from .decoding import capturable, captured_decoding, open_decoding
 from .errors import SamplingError
 from .fan import Predictive, last_positions
+from .inputs import most_positions
 from .layers import SampleBatch
 from .prompts import Prompts, encode_prompts, vocabulary
 
@@ -168,7 +169,9 @@ def generate(
         sigma: posterior scale instead of the adapter's own.
         alternatives: how many of the most probable tokens to keep at every position.
         **options: of transformers' ``generate``: sampling, beams, penalties, stopping, caches, streamers, an assistant model
-            (``assistant_model="mean"`` is the mean adapter itself, on the same weights). On a GPU
+            (``assistant_model="mean"`` is the mean adapter itself, on the same weights). What rescales logits by their sign or
+            size (``repetition_penalty``, ``exponential_decay_length_penalty``) gets log probabilities, as it does in
+            transformers' beam search. On a GPU
             ``cache_implementation="static"`` decodes in CUDA graphs, see :func:`~tfb_ext.decoding.captured_decoding`. A
             quantised cache quantises the samples' rows together: with groups within a row (quanto's axis 0) as each sample's
             own would, else about as exactly; the scores, of a forward without a cache, know nothing of it. An offloaded cache
@@ -358,6 +361,11 @@ def _resolved(adapter: BayesianAdapter, options: Mapping[str, Any]) -> tuple[Gen
         model.generation_config = adapter.model.generation_config
     own = {*inspect.signature(model.generate).parameters, "tokenizer", "assistant_tokenizer", "trust_remote_code"}
     given = options.get("generation_config")
+    if not isinstance(given, GenerationConfig | None):
+        raise ValueError(
+            f"generation_config: got a {type(given).__name__}, expected a transformers.GenerationConfig. Fix: GenerationConfig(**...), "
+            "or pass the options themselves"
+        )
     config, rest = model._prepare_generation_config(given, **{n: v for n, v in options.items() if n not in own})
     model._prepare_special_tokens(config, True, device=model.get_input_embeddings().weight.device)
     return config, rest
@@ -389,6 +397,9 @@ def _check_options(
 ) -> None:
     """Refuse what the fan or the scoring forward cannot follow, wherever it was asked for."""
     model = adapter.anatomy.model
+    for name in ("num_beams", "num_return_sequences"):
+        if getattr(config, name) is not None:
+            check_count(name, getattr(config, name))
     if config.guidance_scale not in (None, 1):
         raise ValueError(
             "generate() does not take guidance_scale: its second, unconditional forward would be averaged over samples apart "
@@ -417,14 +428,11 @@ def _check_options(
 
 def _check_room(adapter: BayesianAdapter, mask: Tensor, config: GenerationConfig) -> None:
     """Refuse prompts that leave no room, in ``max_length`` or in the model's context."""
-    text = adapter.anatomy.model.config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    # Dynamic scaling stretches the positions to whatever length there is.
-    room = None if rope.get("rope_type") == "dynamic" else getattr(text, "max_position_embeddings", None)
+    room = most_positions(adapter.anatomy.model)
     width = mask.shape[1]
     longest = int(mask.sum(dim=1).max())
     wanted = config.max_length - width
-    if room is not None and longest + max(wanted, 1) > room:
+    if longest + max(wanted, 1) > room:
         raise ValueError(
             f"the longest prompt has {longest} tokens and {max(wanted, 1)} more are asked for, but the model's context is {room} "
             "tokens; shorten the prompt or lower max_new_tokens"

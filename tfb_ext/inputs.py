@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Hashable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import TransformersKwargs
 
-from .checks import is_integer
+from .checks import is_dense, is_integer
 from .data import Encoded
 
 IGNORED = -100  # a label that is not counted
+MOST_POSITIONS = 2**31  # of a model that names no limit
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 # A batch of these alone has no tokens that stand for images or sound, which may lie beyond the vocabulary.
 _TEXT = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels"}
@@ -39,7 +41,7 @@ class ModelInputs:
         self.vocabulary = int(
             getattr(embedding, "num_embeddings", 0) or getattr(model.config.get_text_config(), "vocab_size", 0) or 2**31
         )
-        self.positions = _positions(model)
+        self.positions = most_positions(model)
         self._keys: set[str] | None = None
 
     def batch(self, key: Hashable, raw: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -51,7 +53,7 @@ class ModelInputs:
         found = {name: value for name, value in raw.items() if value is not None}
         for name, value in found.items():
             if name not in self.accepted and name != "token_type_ids":
-                close = difflib.get_close_matches(name, sorted(self.accepted - {name}), n=1, cutoff=0.75)
+                close = difflib.get_close_matches(str(name), sorted(self.accepted), n=1, cutoff=0.75)
                 way = f"rename it to {close[0]!r}" if close else "take it out of the batch"
                 _refuse(key, name, "a key", f"an argument of {self.name}", way)
             if not isinstance(value, Tensor):
@@ -62,6 +64,8 @@ class ModelInputs:
                     "a tensor",
                     "torch.as_tensor(...), or take it out of the batch",
                 )
+            if not is_dense(value):
+                _refuse(key, name, _storage(value), "a dense tensor with data", ".to_dense(), or load its data first")
         self._check_keys(key, set(found))
         ids = found["input_ids"]
         if ids.dim() != 2 or not ids.numel() or ids.dtype not in (torch.int64, torch.int32):
@@ -110,6 +114,12 @@ class ModelInputs:
                 f"labels: got {len(data.labels)} of them, expected {len(data)}, one for each item. Fix: None for an unlabelled "
                 "item"
             )
+        if data.targets is not None:
+            raise ValueError(
+                "targets: got the rows of sequences(), expected the set of items. Fix: pass the set that they were made of"
+            )
+        if not is_integer(data.pad_id):
+            raise ValueError(f"pad_id: got {data.pad_id!r}, expected a token. Fix: the tokenizer's pad_token_id, or 0")
         if self.labels is not None:
             for number, label in enumerate(data.labels):
                 if label is not None and not (is_integer(label) and 0 <= label < len(data.choices)):
@@ -121,16 +131,17 @@ class ModelInputs:
             self._check_tokens(f"item {number}", ids)
         for ids in [*(rows.targets or ()), *([data.choice_ids] if data.choice_ids is not None else ())]:
             self._check_tokens("choices", ids)
-        if data.choice_ids is not None and len(set(data.choice_ids)) < len(data.choice_ids):
-            raise ValueError(
-                f"choices: got the tokens {list(data.choice_ids)!r}, expected different ones. Fix: other choices"
-            )
+        for choices in [data.choice_ids, data.choice_tokens, *(data.item_choice_tokens or ())]:
+            listed = [tuple(c) if isinstance(c, Sequence) else c for c in choices or ()]
+            if len(set(listed)) < len(listed):
+                raise ValueError(f"choices: got the tokens {listed!r}, expected different ones. Fix: other choices")
         for number, ids in enumerate(rows.token_ids):
             if len(ids) > self.positions:
                 raise ValueError(f"item {number * len(data) // len(rows)}: {self._too_long(len(ids))}")
 
     def _check_tokens(self, what: str, ids: Sequence[int]) -> None:
-        if not ids or min(ids) < 0 or max(ids) >= self.vocabulary:
+        whole = all(issubclass(kind, Integral) and kind is not bool for kind in set(map(type, ids)))
+        if not len(ids) or not whole or min(ids) < 0 or max(ids) >= self.vocabulary:
             raise ValueError(
                 f"{what}: got the tokens {list(ids)!r}, expected at least one, each from 0 to {self.vocabulary - 1}. Fix: take the "
                 "model's own tokenizer"
@@ -196,10 +207,13 @@ class ModelInputs:
         return labels
 
 
-def _positions(model: Any) -> int:
+def most_positions(model: Any) -> int:
     """The most tokens of a row: what the configuration says, less where the table has rows for padding before position 0."""
-    given = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    most = given if isinstance(given, int) and given > 0 else 2**31  # XLNet's -1, or none: any number
+    config = model.config.get_text_config()
+    given = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT's name is the other
+    # XLNet's -1, or none: any number. Dynamic scaling stretches the positions to whatever length there is.
+    stretched = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
+    most = given if isinstance(given, int) and given > 0 and not stretched else MOST_POSITIONS
     for name, module in model.named_modules():
         # RoBERTa and its kin: transformers 5.24, create_position_ids_from_input_ids, counts from padding_idx + 1.
         table = isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] == "position_embeddings"
@@ -232,6 +246,11 @@ def _mask(key: Hashable, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
             "leave rows without a text out",
         )
     return made
+
+
+def _storage(tensor: Tensor) -> str:
+    layout = str(tensor.layout).removeprefix("torch.")
+    return "a tensor without data (meta)" if tensor.is_meta else f"a tensor of layout {layout}"
 
 
 def _kind(tensor: Tensor) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .checks import is_dense
 from .data import pad_rows
 
 if TYPE_CHECKING:
@@ -71,6 +72,12 @@ def _checked_tensors(prompts: Mapping[str, Any], accepted: Mapping[str, Any]) ->
         raise ValueError(
             f"input_ids: got {ids.dtype}, expected whole numbers (torch.int64). Fix: pass what a tokenizer returns"
         )
+    for name in ("input_ids", "attention_mask"):
+        if isinstance(value := prompts.get(name), Tensor) and not is_dense(value):
+            raise ValueError(
+                f"{name}: got a tensor that is sparse, nested or meta, expected a dense one with data. Fix: pass what a tokenizer "
+                "returns"
+            )
     mask = prompts.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
@@ -172,12 +179,10 @@ def _conversation(number: int, messages: list[dict[str, Any]], tokenizer: PreTra
         what = f"messages of {roles}, which the chat template does not take ({type(error).__name__}: {error})"
         raise refused(f"prompt {number}", what, "a conversation that it takes") from error
     for at, message in enumerate(messages):
-        if message["role"] == "assistant":  # templates may cut the reasoning of earlier answers
+        # Templates may cut the reasoning of earlier answers, and leave out what is empty.
+        if message["role"] == "assistant" or not message.get("content"):
             continue
-        if all(_appears(part, text) for part in _texts(message)):
-            continue
-        other = [*messages[:at], message | {"content": "another text"}, *messages[at + 1 :]]
-        if render(other) == text:
+        if _without(messages, at, render) == text:
             got = f"a message of {message['role']} that the chat template leaves out"
             raise refused(f"prompt {number}, message {at}", got, "messages that are part of the prompt")
     return text
@@ -221,9 +226,13 @@ def _contents(number: int, messages: list[dict[str, Any]], tokenizer: PreTrained
     return [m | {"content": m["content"][0]["text"]} if m in lists else m for m in messages]
 
 
-def _texts(message: Mapping[str, Any]) -> list[str]:
-    content = message.get("content") or ""
-    return [content] if isinstance(content, str) else [part["text"] for part in content]
+def _without(messages: list[dict[str, Any]], at: int, render: Callable[[list[dict[str, Any]]], str]) -> str | None:
+    """The conversation with another text in place of one message's; None where the template does not take that."""
+    other = "another text" if messages[at].get("content") != "another text" else "yet another text"
+    try:
+        return render([*messages[:at], messages[at] | {"content": other}, *messages[at + 1 :]])
+    except Exception:  # a template raises what it likes, and this one has read the message
+        return None
 
 
 def _appears(part: str, text: str) -> bool:

@@ -153,6 +153,10 @@ class Scorer:
         if encoded is not None and self._rows is not None:
             self._check_head()
             self._inputs.encoded(encoded, self._rows)
+            if (
+                not 0 <= self._rows.pad_id < self._inputs.vocabulary
+            ):  # a padding token that was added to the tokenizer alone
+                self._rows = replace(self._rows, pad_id=0)
         self._labels = encoded.labels_tensor() if encoded is not None and encoded.labelled else None
         self._selections = 0
         rows = min(BATCH_CUDA, room // (longest * max(samples, 1))) if cuda and longest else BATCH_CPU
@@ -185,7 +189,7 @@ class Scorer:
                 yield self._encoded_batch(key, groups[key])
             return
         start = 0
-        if not isinstance(data, Iterable):
+        if not isinstance(data, Iterable) or isinstance(data, Mapping | str):
             raise ValueError(
                 f"data: got a {type(data).__name__}, expected batches of model arguments. Fix: a list of them, or an Encoded set "
                 "from tfb_ext.encode(examples, tokenizer)"
