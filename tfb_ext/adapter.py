@@ -426,6 +426,11 @@ class BayesianAdapter:
         """Whether a context of any kind is open."""
         return self._state.batch is not None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether the model computes with adapters at all: not inside PEFT's ``disable_adapter``."""
+        return not any(m.disable_adapters for m in self._modules.values())
+
     def check_call(self) -> None:
         """Raise a :class:`~tfb_ext.errors.SamplingError` if a model call now would not sample: what every call begins with."""
         if torch.is_grad_enabled():
