@@ -240,6 +240,18 @@ def test_numbers_that_cannot_be(llama: Folders, tfb: Run, no_loading: None) -> N
         ((*generate, "--max-new-tokens", 0), "max_new_tokens is 0"),
         ((*generate, "--temperature", "nan"), "temperature is nan, expected a finite number above 0"),
         ((*generate, "--top-p", "inf"), "top_p is inf, expected a finite number above 0"),
+        ((*generate, "--top-p", 2), "top_p is 2.0, expected a probability above 0 and at most 1"),
+        *(
+            (
+                ("search", "-a", llama.adapter, "-d", llama.anchors, option, ""),
+                "'' is no name, expected a file or folder",
+            )
+            for option in ("--save", "--plot", "--trace", "--checkpoint")
+        ),
+        (("evaluate", "-a", llama.adapter, "-d", llama.test, "--out", ""), "'' is no name"),
+        ((*generate, "--html", ""), "'' is no name"),
+        (("demo", "--out", ""), "'' is no name"),
+        (("demo", "--save", ""), "'' is no name"),
         (("search", "-a", llama.adapter, "-d", llama.anchors, "--bracket", "a"), "expected LOW,HIGH"),
         (("search", "-a", llama.adapter, "-d", llama.anchors, "--depth", "all,,1"), "expected a number of blocks"),
         ((*predict[:-4], "-t", "area \udcff", "--choices", "a|b"), "is no UTF-8"),

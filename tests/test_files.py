@@ -62,6 +62,13 @@ def test_newer_file(tmp_path: Path) -> None:
         TFBConfig.read(tmp_path)
 
 
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
@@ -72,6 +79,8 @@ def test_newer_file(tmp_path: Path) -> None:
         *[("depth", v, "'all' or 'head'") for v in (0, -2, 0.5, "middle", True, None, [1])],
         *[("layers", v, "a list of layer names") for v in ([], None, "lm_head", ["a", 3])],
         *[("search", v, "an object or null") for v in ([], "x", 3)],
+        *[("search", v, "at most 20 deep, or null") for v in ({"a": [float("nan")]}, {"a": -1e999})],
+        *[(field, nested(500), "") for field in ("search", "layers", "sigma", "depth", "seed", "base_model")],
     ],
 )
 def test_bad_field(tmp_path: Path, field: str, value: Any, wanted: str) -> None:

@@ -276,6 +276,34 @@ def test_new_files_follow_the_umask_and_old_ones_keep_their_mode(mask: int, mode
     assert stat.S_IMODE((tmp_path / "new.json").stat().st_mode) == 0o604
 
 
+def entries(folder: Path) -> dict[str, tuple[int, int, int]]:
+    found = {p: p.lstat() for p in (folder, *folder.rglob("*"))}
+    return {str(p.relative_to(folder)): (s.st_mode, s.st_uid, s.st_gid) for p, s in found.items()}
+
+
+def test_a_save_keeps_modes_and_owners(tmp_path: Path) -> None:
+    """Whoever saves, root too: the folder, what is in it, and a file that is written by itself."""
+    old, new = two_adapters()
+    place = old.save_pretrained(tmp_path / "bayes")
+    (place / "runs" / "deep").mkdir(parents=True)
+    (place / "runs" / "deep" / "log.txt").write_text("mine")
+    (place / "link").symlink_to("runs")
+    modes = {"": 0o2750, "runs": 0o700, "runs/deep": 0o1777, "runs/deep/log.txt": 0o604, "tfb_config.json": 0o640}
+    for name, mode in modes.items():
+        if os.geteuid() == 0:
+            os.chown(place / name, 1234, 4321)
+        (place / name).chmod(mode)
+    (tmp_path / "alone").write_text("a")
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "alone", 1234, 4321)
+    before, alone = entries(place), entries(tmp_path)["alone"]
+    new.save_pretrained(place)
+    assert tfb_ext.load(zoo.peft_model("llama").unload(), place).sigma == 0.5
+    assert entries(place) == before and (place / "runs" / "deep" / "log.txt").read_text() == "mine"
+    write_atomically(tmp_path / "alone", "b")
+    assert entries(tmp_path)["alone"] == alone
+
+
 def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "real.json").write_text("old")

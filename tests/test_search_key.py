@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import tfb_ext
 from tfb_ext import ConfigError, SigmaSearch, search_sigma
+from tfb_ext.errors import SamplingError
 
 OPTIONS: dict[str, Any] = {"samples": 2, "progress": False, "batch_size": 10, "recipe": "paper", "apply": False}
 
@@ -65,6 +66,19 @@ def scaling(adapter: Any, anchors: Any) -> tuple[Any, Any]:
     return tfb_ext.bayesianize(model), anchors
 
 
+def other_adapter(adapter: Any, anchors: Any) -> tuple[Any, Any]:
+    adapter.model.add_adapter("second", copy.deepcopy(adapter.model.peft_config["default"]))
+    adapter.model.base_model.set_adapter(["default", "second"])
+    adapter.model.eval()
+    return adapter, anchors
+
+
+def bias(adapter: Any, anchors: Any) -> tuple[Any, Any]:
+    for module in adapter._modules.values():
+        module.lora_B["default"].bias = torch.nn.Parameter(torch.ones(module.out_features))
+    return tfb_ext.bayesianize(adapter.unload()), anchors
+
+
 def order(adapter: Any, anchors: Any) -> tuple[Any, Any]:
     return adapter, anchors.select([1, 0, *range(2, len(anchors))])
 
@@ -79,7 +93,7 @@ def sequences(adapter: Any, anchors: Any) -> tuple[Any, Any]:
 
 
 CHANGES: list[Callable[[Any, Any], tuple[Any, Any]]] = [
-    one_value, two_rows, embeddings, kind_of_weights, configuration, scaling, order, choices, sequences,
+    one_value, two_rows, embeddings, kind_of_weights, configuration, scaling, other_adapter, bias, order, choices, sequences,
 ]  # fmt: skip
 
 
@@ -105,6 +119,12 @@ def test_what_no_result_depends_on_may_change(finished: Path) -> None:
     adapter.model.add_adapter("other", copy.deepcopy(adapter.model.peft_config["default"]))
     again = search_sigma(adapter, anchors, **(OPTIONS | {"batch_size": 3}), checkpoint=finished)
     assert again.tokens == 0 and again.sigma == SigmaSearch.load(finished).sigma
+
+
+def test_an_adapter_that_is_switched_off_has_no_sigma() -> None:
+    adapter, anchors = prepared()
+    with adapter.model.disable_adapter(), pytest.raises(SamplingError, match="switched off.*Fix: search outside"):
+        search_sigma(adapter, anchors, **OPTIONS)
 
 
 def test_arguments_other_than_tokens_count(tmp_path: Path) -> None:

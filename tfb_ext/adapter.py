@@ -6,6 +6,7 @@ import hashlib
 import math
 import shutil
 import struct
+import threading
 import warnings
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
@@ -21,11 +22,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import guard, ops
-from .attached import Attachment
+from .attached import Attachment, adapter_tensors
+from .caches import CacheWatch, cache_of, rows_of_cache
 from .checks import check_samples, check_seed, check_sigma, is_integer
 from .errors import ConfigError, GuardError, SamplingError, UnsupportedModelError
 from .families import check_family
-from .fan import Anatomy, Fan, Layout, Predictive, Trunk, batch_shape, check_packing, find_anatomy
+from .fan import Anatomy, Fan, Layout, Predictive, Trunk, batch_after, batch_shape, check_packing, find_anatomy
 from .files import CONFIG_NAME, FORMAT_VERSION, MODES, TFBConfig, replacing_folder
 from .layers import (
     SampleBatch,
@@ -44,6 +46,7 @@ Depth = int | float | str
 
 # Models inside a sampling context: two fans on one model would multiply their rows and mix up the samples.
 _SAMPLING_MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_OPENING = threading.Lock()
 
 
 class BayesianAdapter:
@@ -102,7 +105,7 @@ class BayesianAdapter:
         self._attached = False
         self._open: tuple[int, Predictive] | None = None
         self._guarded: dict[Hashable, Layout | GuardError] = {}
-        self._attachment = Attachment(anatomy.model, name, self._modules)
+        self._attachment = Attachment(anatomy.model, name, self._modules, {v.name: v for v in self._variants})
         self._sigma: float | None = None
         self._sigma_scalings: tuple[float, ...] | None = None
         if sigma is not None:
@@ -239,6 +242,7 @@ class BayesianAdapter:
         self.check_attached()
         with self.fanned_at(self._first if depth is None else self.first_random_block(depth), view):
             yield view
+        self.check_attached()  # its weights may not change meanwhile: what the context does not draw would follow them
 
     @contextmanager
     def fanned_at(self, first: int, view: Predictive) -> Iterator[Predictive]:
@@ -319,7 +323,9 @@ class BayesianAdapter:
         """Raise a :class:`~tfb_ext.errors.SamplingError` if the posterior is not that of the model's adapter any more."""
         if not self._attached:
             raise SamplingError(f"adapter {self.name!r} was unloaded; call tfb_ext.bayesianize again")
-        self._attachment.check({v.name: v for v in self._variants})
+        self._attachment.check()
+        for variant, posterior in zip(self._variants, self.posteriors, strict=True):
+            variant.restore_types(self._modules[variant.name], posterior)
 
     @contextmanager
     def sampling(self, samples: int | Sequence[int] = 10, sigma: float | None = None) -> Iterator[SampleBatch]:
@@ -330,24 +336,30 @@ class BayesianAdapter:
         layout = self._layout(self._first, fanned=False) if len(batch) > 1 else None
         with self.laid_out(self._first, batch, layout):
             yield batch
+        self.check_attached()
 
     @contextmanager
     def laid_out(self, first: int, batch: SampleBatch, layout: Layout | None) -> Iterator[None]:
         """The context behind :meth:`sampling`, for callers that know how the model lays out its rows."""
         model, state = self.anatomy.model, self._state
-        with self._exclusive(first), ExitStack() as undo:
-            before = partial(self._before_laid_out, batch)
+        # Every layer holds the caller's rows, so beams move them as they move any rows.
+        caches = CacheWatch(len(self.anatomy.blocks), 1, rows_of_cache(state, batch, None))
+        with self._exclusive(first), state.waiting() as wait, ExitStack() as undo:
+            before = partial(self._before_laid_out, batch, caches)
             undo.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-            undo.callback(model.register_forward_hook(self._after_laid_out, always_call=True).remove)
+            undo.callback(model.register_forward_hook(partial(self._after_laid_out, caches), always_call=True).remove)
+            undo.callback(caches.close)
             undo.enter_context(state.serving(batch, first, None if layout is None else layout.layers, fanned=True))
+            undo.callback(wait)
             yield
 
     def _before_laid_out(
-        self, batch: SampleBatch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, batch: SampleBatch, caches: CacheWatch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         state = self._state
         if not torch.compiler.is_compiling():
-            state.turn.begin()
+            state.begin_call(batch)
+            caches.enter(cache_of(kwargs))
         self.check_call()
         check_packing(module, kwargs)
         rows, state.tokens = batch_shape(args, kwargs)
@@ -357,10 +369,11 @@ class BayesianAdapter:
                 "once for every sample, sample-major (inputs.repeat(samples, 1))"
             )
         state.each = rows // len(batch)
-        state.shared = None
+        state.batch, state.shared = batch_after(batch, kwargs), None
 
-    def _after_laid_out(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_laid_out(self, caches: CacheWatch, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling():
+            caches.adopt(output)
             self._state.turn.end()
 
     def batch(
@@ -402,10 +415,11 @@ class BayesianAdapter:
 
     @contextmanager
     def _exclusive(self, first: int) -> Iterator[None]:
-        self._check_free()
         model = self.anatomy.model
         with ExitStack() as undo:
-            _SAMPLING_MODELS.add(model)
+            with _OPENING:  # of two threads that open a context, one does
+                self._check_free()
+                _SAMPLING_MODELS.add(model)
             undo.callback(_SAMPLING_MODELS.discard, model)
             random = [self._modules[v.name] for v in self._variants if v.block >= first]
             undo.callback(disable_input_casts(random, self.name))
@@ -435,6 +449,11 @@ class BayesianAdapter:
     def is_sampling(self) -> bool:
         """Whether a context of any kind is open."""
         return self._state.batch is not None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the model computes with adapters at all: not inside PEFT's ``disable_adapter``."""
+        return not any(m.disable_adapters for m in self._modules.values())
 
     def check_call(self) -> None:
         """Raise a :class:`~tfb_ext.errors.SamplingError` if a model call now would not sample: what every call begins with."""
@@ -501,6 +520,7 @@ class BayesianAdapter:
             variant.attach(self._modules[variant.name], posterior)
         self.posteriors = tuple(posteriors)
         self._attachment.note()
+        self._state.renew()
         self.search, self._sigma_scalings = None, None
 
     def _group(self) -> None:
@@ -566,16 +586,16 @@ class BayesianAdapter:
         )
 
     def fingerprint(self, version: int = FORMAT_VERSION) -> str:
-        """SHA-256 of the adapter's A and B as float32 and of the scaling: sigma was chosen for these and no others.
+        """SHA-256 of the adapter's A, B and bias as float32 and of the scaling: sigma was chosen for these and no others.
 
-        ``version`` is that of ``tfb_config.json``; before 3 the scaling was not part of it.
+        ``version`` is that of ``tfb_config.json``; before 3 the bias and the scaling were not part of it.
         """
         digest = hashlib.sha256()
         for name in self.layers:
             module = self._modules[name]
             digest.update(name.encode())
-            for part in (module.lora_A, module.lora_B):
-                digest.update(part[self.name].weight.detach().float().cpu().contiguous().numpy().tobytes())
+            for tensor in adapter_tensors(module, self.name)[: None if version >= 3 else 2]:
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
             if version >= 3:
                 digest.update(struct.pack("<d", module.scaling[self.name]))
         return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,10 +21,13 @@ class Attachment:
         model: the transformers model inside PEFT's wrapper.
         name: the adapter's name.
         modules: its LoRA layers by their name in ``model``.
+        holds: what each layer's slot must hold for the adapter, by the same names.
     """
 
-    def __init__(self, model: nn.Module, name: str, modules: Mapping[str, Any]) -> None:
-        self.model, self.name, self.modules = model, name, modules
+    def __init__(self, model: nn.Module, name: str, modules: Mapping[str, Any], holds: Mapping[str, object]) -> None:
+        self.model, self.name, self.modules, self.holds = model, name, modules, holds
+        parents = {child: (part, own) for part in model.modules() for own, child in part.named_children()}
+        self._places = [(name, module, *parents[module], holds[name]) for name, module in modules.items()]
         self._weights: dict[tuple[int, torch.device], Tensor] = {}
         self._noted = self._sums()
 
@@ -33,11 +35,8 @@ class Attachment:
         """Take the weights as they are now for those that the posterior is of."""
         self._noted = self._sums()
 
-    def check(self, holds: Mapping[str, object]) -> None:
+    def check(self) -> None:
         """Raise unless the model still has these layers, with this posterior and the weights that it was made from.
-
-        Args:
-            holds: what each layer's slot must hold for the adapter.
 
         Raises:
             SamplingError: the message names the first layer that differs and what to call.
@@ -58,7 +57,7 @@ class Attachment:
                     f"adapter {self.name!r} has no weights in layer {name!r} (deleted?), expected those that the posterior was made "
                     f"from. Fix: load the adapter again and {again}"
                 )
-            if module.lora_variant.get(self.name) is not holds[name]:
+            if module.lora_variant.get(self.name) is not self.holds[name]:
                 raise SamplingError(
                     f"layer {name!r} holds no posterior of this object any more (loaded or Bayesianised anew?), expected its own. "
                     f"Fix: {again}"
@@ -74,8 +73,10 @@ class Attachment:
         """Raise unless every layer would use this adapter in a call now (or none would, with adapters switched off)."""
         wanted = [self.name]
         off = 0
-        for name, module in self.modules.items():
+        for name, module, parent, own, held in self._places:
             state = module.__dict__  # at every call: nn.Module's attribute access would cost several times as much
+            if parent.__dict__["_modules"].get(own) is not module or state["lora_variant"].get(self.name) is not held:
+                self.check()
             active = state["_active_adapter"]
             disabled = state["_disable_adapters"]
             if active == wanted and not disabled and not state["merged_adapters"]:
@@ -99,19 +100,18 @@ class Attachment:
             )
 
     def _sums(self) -> tuple[list[str], Tensor]:
-        """Checksums (N, 2) of the layers' A and B on the CPU, those of one shape together, and whose they are; of weights that are
-        offloaded NaN, which compares with nothing."""
+        """Checksums (N, 2) of the layers' A, B and bias on the CPU, those of one shape together, and whose they are; of weights that
+        are offloaded -1, which compares with nothing."""
         alike: dict[object, list[tuple[str, Tensor]]] = {}
         for name, module in self.modules.items():
-            for part in (module.lora_A, module.lora_B):
-                weight = part._modules[self.name].weight
+            for weight in adapter_tensors(module, self.name):
                 alike.setdefault((weight.shape, weight.dtype, weight.device), []).append((name, weight))
         sums: list[Tensor] = []
         with torch.no_grad():
             for group in alike.values():
                 weight = group[0][1]
                 if weight.is_meta:
-                    sums.append(torch.full((len(group), 2), math.nan))
+                    sums.append(torch.full((len(group), 2), -1.0))
                     continue
                 # Weights of one shape go through one product, as far as their copy stays small.
                 step = max(1, MOST_ELEMENTS // max(weight.numel(), 1))
@@ -121,7 +121,8 @@ class Attachment:
         return [name for group in alike.values() for name, _ in group], torch.cat([s.cpu() for s in sums])
 
     def _sum(self, weights: Tensor) -> Tensor:
-        """(L, 2) of L matrices W: ``u^T W v`` with fixed random u and v, which moves with any entry's value and place, and the norm."""
+        """(L, 2) of L matrices (or vectors) W: ``u^T W v`` with fixed random u and v, which moves with any entry's value and place, and the norm."""
+        weights = weights if weights.dim() == 3 else weights[:, None]
         rows, columns = (self._weights_of(size, weights.device) for size in weights.shape[1:])
         return torch.stack([(weights @ columns) @ rows, torch.linalg.vector_norm(weights, dim=(1, 2))], dim=1)
 
@@ -138,5 +139,12 @@ class Attachment:
         if names != noted:  # of other shapes or types
             return next((n for n, m in zip(names, noted, strict=False) if n != m), names[0])
         # Another order of summation differs by some units in the last place of the norm.
-        changed = ((sums - before).abs() > 16 * torch.finfo(torch.float32).eps * before[:, 1:]).any(1)
+        same = (sums - before).abs() <= 16 * torch.finfo(torch.float32).eps * before[:, 1:]  # not so for NaN
+        changed = ~same.all(1) & (sums[:, 1] != -1)
         return names[int(changed.int().argmax())] if bool(changed.any()) else None
+
+
+def adapter_tensors(module: Any, name: str) -> list[Tensor]:
+    """A, B and, where it has one (``lora_bias``), the bias of a layer's adapter."""
+    a, b = module.lora_A._modules[name], module.lora_B._modules[name]
+    return [a.weight, b.weight, *([] if b.bias is None else [b.bias])]

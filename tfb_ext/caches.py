@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Hashable, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import SamplingError
+
+if TYPE_CHECKING:
+    from .layers import SampleBatch, SamplingState
 
 _ROWS = "tfb_rows"  # the attribute that says which samples a cache's rows are of
 
@@ -28,6 +31,12 @@ def cache_of(given: Mapping[str, Any]) -> Any:
 def cache_argument(model: nn.Module) -> str:
     """The name that a model's call has for it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def rows_of_cache(state: SamplingState, batch: SampleBatch, first: int | None) -> Hashable:
+    """Names what a cache's layers hold: the samples of one posterior, from the first random block on, or in the caller's rows."""
+    noise = (batch.sigma, batch.samples, batch.seed, batch.antithetic, batch.mode, batch.family)
+    return (state.number, first, *noise)
 
 
 class CacheWatch:
@@ -50,37 +59,36 @@ class CacheWatch:
         Raises:
             SamplingError: it holds tokens of other samples, or of a call outside any context.
         """
-        if cache is None or not hasattr(cache, "layers"):
-            return
-        found = cache.__dict__.get(_ROWS)
-        if found != self.rows_of or self.rows_of is None:
-            if self.rows_of is not None and _is_filled(cache):
+        for part in _caches(cache):
+            found = part.__dict__.get(_ROWS)
+            if found != self.rows_of and _is_filled(part):
                 whose = "of a call outside this context" if found is None else "of other samples"
                 raise SamplingError(
                     f"the key-value cache holds tokens {whose}, expected an empty cache or one that these samples filled. "
-                    "Fix: run the prompt inside this context, with the same samples, sigma and depth"
+                    "Fix: run the prompt inside this context, with the same adapter, samples, sigma and depth"
                 )
         self.adopt(cache)
 
-    def adopt(self, cache: Any) -> None:
-        """Make a cache that a call of this context filled follow it."""
-        if cache is None or not hasattr(cache, "layers"):
-            return
-        cache.__dict__[_ROWS] = self.rows_of
-        patched = cache.__dict__.get("reorder_cache")
-        if isinstance(patched, _Reorder) and patched.watch is self:
-            return
-        cache.reorder_cache = _Reorder(cache, self)
-        if getattr(cache, "offloading", False):
-            cache.prefetch = _Prefetch(cache, self)
-        self._seen.append(weakref.ref(cache))
+    def adopt(self, output: Any) -> None:
+        """Make the cache that a call of this context gives out with its results (or the cache itself) follow it."""
+        for cache in _caches(output):
+            cache.__dict__[_ROWS] = self.rows_of
+            patched = cache.__dict__.get("reorder_cache")
+            if isinstance(patched, _Patch) and patched.watch is self:
+                continue
+            cache.reorder_cache = _Reorder(cache, self)
+            if hasattr(cache, "batch_select_indices"):
+                cache.batch_select_indices = _Select(cache, self)
+            if getattr(cache, "offloading", False):
+                cache.prefetch = _Prefetch(cache, self)
+            self._seen.append(weakref.ref(cache))
 
     def close(self) -> None:
         """Take everything off the caches again."""
         self.is_open = False
         for reference in self._seen:
             cache = reference()
-            for name in () if cache is None else ("reorder_cache", "prefetch"):
+            for name in () if cache is None else ("reorder_cache", "batch_select_indices", "prefetch"):
                 if isinstance(cache.__dict__.get(name), _Patch) and cache.__dict__[name].watch is self:
                     del cache.__dict__[name]
         self._seen.clear()
@@ -112,13 +120,30 @@ class _Reorder(_Patch):
 
     name = "reorder_cache"
 
-    def run(self, cache: Any, plain: Any, beam_idx: Tensor) -> None:
-        rows = beam_idx.shape[0]
-        fanned = torch.cat([beam_idx + s * rows for s in range(self.watch.size)])
+    def run(self, cache: Any, plain: Any, indices: Any) -> None:
         if getattr(cache, "offloading", False):  # a layer's rows may still be on their way back to the GPU
             torch.cuda.current_stream(cache.prefetch_stream.device).wait_stream(cache.prefetch_stream)
         for index, layer in enumerate(cache.layers):
-            layer.reorder_cache(beam_idx if index < self.watch.first else fanned)
+            fanned = indices if index < self.watch.first else self.fanned(layer, indices)
+            getattr(layer, self.name)(fanned)
+
+    def fanned(self, layer: Any, indices: Tensor) -> Tensor:
+        rows = indices.shape[0]
+        return torch.cat([indices + s * rows for s in range(self.watch.size)])
+
+
+class _Select(_Reorder):
+    """The same for rows that are picked, of which there may be fewer, by numbers or by a mask."""
+
+    name = "batch_select_indices"
+
+    def fanned(self, layer: Any, indices: Any) -> Any:
+        keys = getattr(layer, "keys", None)
+        if not isinstance(keys, Tensor) or keys.dim() == 0:  # nothing is held yet
+            return indices
+        rows = keys.shape[0] // self.watch.size
+        picked = torch.arange(rows, device=keys.device)[indices]
+        return torch.cat([picked + s * rows for s in range(self.watch.size)])
 
 
 class _Prefetch(_Patch):
@@ -137,6 +162,17 @@ class _Prefetch(_Patch):
         with stream:
             torch.cuda.current_stream(stream.device).wait_stream(computing)
         return plain(*args, **kwargs)
+
+
+def _caches(found: Any) -> Iterator[Any]:
+    """The caches with layers in a cache, a model's output, or nothing; one of an encoder and a decoder is made of two."""
+    if isinstance(found, dict):
+        found = cache_of(found)
+    for part in found if isinstance(found, tuple) else (found,):
+        inner = getattr(part, "self_attention_cache", None), getattr(part, "cross_attention_cache", None)
+        for cache in (part, *inner):
+            if hasattr(cache, "layers") and hasattr(cache, "reorder_cache"):
+                yield cache
 
 
 def _is_filled(cache: Any) -> bool:

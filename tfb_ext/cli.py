@@ -52,6 +52,14 @@ app = typer.Typer(
     "Choices are what may follow the prompt, single tokens unless --score is given; label is optional for search and predict.",
 )
 
+
+def _path(text: str) -> Path:
+    """A file's or folder's name; an empty one, as a shell makes of an unset variable, would be the current folder."""
+    if text == "":
+        raise typer.BadParameter("'' is no name, expected a file or folder. Fix: give one ('.' is the current folder)")
+    return Path(text)
+
+
 AdapterOption = Annotated[
     str, typer.Option("--adapter", "-a", help="PEFT adapter folder, or 'demo' for the packaged one.")
 ]
@@ -110,9 +118,13 @@ def demo(
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for report.html and its pictures.")] = Path("report"),
+    out: Annotated[
+        Path, typer.Option(parser=_path, metavar="PATH", help="Folder for report.html and its pictures.")
+    ] = Path("report"),
     report: Annotated[bool, typer.Option(help="Draw the pictures and write report.html.")] = True,
-    save: Annotated[Path | None, typer.Option(help="Also write the results as JSON to this file.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="Also write the results as JSON to this file.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a real over-confident adapter honest: SmolLM2-135M, sarcastic headlines, all blocks and the upper half.
@@ -190,7 +202,12 @@ def search(
         float | None, typer.Option(help="Stop a sigma once its verdict is settled at this confidence, such as 0.99.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Keep results in this file as they come, and go on from it if it is there.")
+        Path | None,
+        typer.Option(
+            parser=_path,
+            metavar="PATH",
+            help="Keep results in this file as they come, and go on from it if it is there.",
+        ),
     ] = None,
     seed: SeedOption = None,
     split: SplitOption = "train",
@@ -204,10 +221,15 @@ def search(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     save: Annotated[
-        Path | None, typer.Option(help="Save the adapter with its posterior (tfb_config.json) here.")
+        Path | None,
+        typer.Option(parser=_path, metavar="PATH", help="Save the adapter with its posterior (tfb_config.json) here."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw metric against sigma (PNG).")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Write every evaluation (JSON).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="Draw metric against sigma (PNG).")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="Write every evaluation (JSON).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find sigma on anchors: a few hundred prompts, labelled or not, that the adapter was best not trained on.
@@ -303,7 +325,12 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for report.html with reliability diagrams, curves and histograms.")
+        Path | None,
+        typer.Option(
+            parser=_path,
+            metavar="PATH",
+            help="Folder for report.html with reliability diagrams, curves and histograms.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -521,7 +548,9 @@ def generate(
     static: Annotated[
         bool, typer.Option("--static", help="Decode from a static cache, on a GPU in CUDA graphs.")
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Also write the answers as one HTML file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="Also write the answers as one HTML file.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -539,6 +568,8 @@ def generate(
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}, expected a finite number above 0")
+    if top_p is not None and top_p > 1:
+        raise ValueError(f"top_p is {top_p}, expected a probability above 0 and at most 1")
     _check_targets({}, {"--html": html})
     texts = prompt or [sys.stdin.read().rstrip("\n")]
     for text in texts:

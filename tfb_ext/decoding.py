@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .adapter import BayesianAdapter
 from .caches import cache_of
-from .fan import Predictive
+from .fan import Predictive, asks_for
 from .layers import SampleBatch
 
 GRAPHS = 4  # kept at a time; each holds the memory of one step
@@ -188,7 +188,7 @@ class CapturedDecoding:
         ids, cache = inputs.get("input_ids"), cache_of(inputs)
         if self._state is None or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
             return None
-        if inputs.get("output_hidden_states") or inputs.get("output_attentions") or torch.is_grad_enabled():
+        if asks_for(self.model, inputs, "output_hidden_states", "output_attentions") or torch.is_grad_enabled():
             return None
         held = _cache_addresses(cache)
         sampled: Hashable = None

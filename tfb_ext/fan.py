@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .caches import CacheWatch, cache_of
+from .caches import CacheWatch, cache_of, rows_of_cache
 from .errors import SamplingError, TFBError, UnsupportedModelError
 from .layers import ONE_SAMPLE, RowLayout, SampleBatch, SamplingState, head_columns
 from .posterior import canonical_name
@@ -280,11 +280,13 @@ class Fan:
     @contextmanager
     def open(self) -> Iterator[Predictive]:
         anatomy, state, view = self.anatomy, self.state, self.view
-        with ExitStack() as undo:
+        with state.waiting() as wait, ExitStack() as undo:
             for handle in self.hooks():
                 undo.callback(handle.remove)
             undo.callback(self.restore_blocks)
-            self.caches = CacheWatch(self.first, len(view.batch), self.names_of_rows())
+            fanned = self.first < len(anatomy.blocks)
+            rows_of = rows_of_cache(state, view.batch, self.first) if fanned else None
+            self.caches = CacheWatch(self.first, len(view.batch), rows_of)
             undo.callback(self.caches.close)
             undo.enter_context(
                 state.serving(view.batch, self.first, None if self.layout is None else self.layout.layers)
@@ -295,6 +297,7 @@ class Fan:
                 settings = vars(anatomy.model.config.get_text_config())
                 undo.callback(settings.__setitem__, "final_logit_softcapping", self.soft_cap)
                 settings["final_logit_softcapping"] = None
+            undo.callback(wait)
             try:
                 yield view
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -325,18 +328,11 @@ class Fan:
                 hook = partial(self.before_trunk_block, index)
                 yield anatomy.blocks[index].register_forward_pre_hook(hook, with_kwargs=True)
 
-    def names_of_rows(self) -> Hashable | None:
-        """What the rows of a cache's fanned layers are of; ``None`` where no layer is fanned."""
-        batch = self.view.batch
-        if self.first >= len(self.anatomy.blocks):
-            return None
-        return (self.first, batch.sigma, batch.samples, batch.seed, batch.antithetic, batch.mode, batch.family)
-
     # The model's own call -------------------------------------------------------------------------------------------
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self.state.turn.begin()
+            self.state.begin_call(self.view.batch)
         self.check()
         check_packing(model, kwargs)
         self.check_arguments(kwargs)
@@ -354,9 +350,10 @@ class Fan:
         self.broken = False
         self.continues = cache_of(kwargs) is not None
         self.one_position = self.asks_for_one_position(kwargs)
+        self.check_outputs(kwargs)
         self.state.fanned = False
         # A forward that raised and was caught may have left a piece of the batch, missed layers or bypassed blocks.
-        self.state.batch = self.batch
+        self.state.batch, self.state.shared = self.batch, None
         self.state.missed.clear()
         self.restore_blocks()
         if not torch.compiler.is_compiling():
@@ -381,11 +378,18 @@ class Fan:
         if not torch.compiler.is_compiling():
             self.state.turn.end()
 
+    def check_outputs(self, kwargs: dict[str, Any]) -> None:
+        """Refuse what the model would compute of the samples' rows as if they were the batch's."""
+        if len(self.view.batch) > 1 and asks_for(self.anatomy.model, kwargs, "output_router_logits"):
+            raise SamplingError(
+                "output_router_logits is on, of which the model makes one loss for all samples' rows. Fix: pass "
+                "output_router_logits=False, or set it in model.config"
+            )
+
     def asks_for_one_position(self, kwargs: dict[str, Any]) -> bool:
         """Whether the model looks at the last position's logits alone, and the noise of the others is numbered by nothing."""
-        keep, config = kwargs.get("logits_to_keep"), self.anatomy.model.config.get_text_config()
-        inner = ("output_hidden_states", "output_attentions")
-        asked = any(kwargs[n] if kwargs.get(n) is not None else getattr(config, n, False) for n in inner)
+        keep = kwargs.get("logits_to_keep")
+        asked = asks_for(self.anatomy.model, kwargs, "output_hidden_states", "output_attentions")
         return isinstance(keep, int) and keep == 1 and not asked and self.batch.mode == "weight"
 
     def after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -400,8 +404,7 @@ class Fan:
             )
         if not torch.compiler.is_compiling():
             self.check_untouched(output)
-            if isinstance(output, dict) and cache_of(output) is not None:
-                self.caches.adopt(cache_of(output))
+            self.caches.adopt(output)
         return self.average_states(output)
 
     def check_untouched(self, output: Any) -> None:
@@ -825,6 +828,12 @@ def batch_after(batch: SampleBatch, kwargs: dict[str, Any]) -> SampleBatch:
             "first tokens; use the family 'low-rank' in mode 'weight' or 'token', or use_cache=False and whole sequences"
         )
     return batch.after(tokens)
+
+
+def asks_for(model: Any, kwargs: Mapping[str, Any], *outputs: str) -> bool:
+    """Whether a call asks for one of these outputs, or the configuration does where the call does not say."""
+    config = model.config.get_text_config()
+    return any(kwargs[n] if kwargs.get(n) is not None else getattr(config, n, False) for n in outputs)
 
 
 def check_packing(model: Any, kwargs: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
@@ -141,12 +142,26 @@ def _check_fields(path: Path, raw: dict[str, Any]) -> None:
             "the base model's name or null",
         ),
         ("search", raw.get("search") is None or isinstance(raw["search"], dict), "an object or null"),
+        ("search", _is_plain(raw.get("search")), "finite numbers and text, at most 20 deep, or null"),
     ]
     for name, good, wanted in checks:
         if not good:
             raise ConfigError(
-                f"{path}: {name} is {raw.get(name)!r}, expected {wanted}; write the file again with a search"
+                f"{path}: {name} is {_short(raw.get(name))}, expected {wanted}; write the file again with a search"
             )
+
+
+def _short(value: Any) -> str:
+    text = "nested too deeply" if isinstance(value, dict | list) and not _is_plain(value) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_plain(value: Any, levels: int = 20) -> bool:
+    """Whether a value can be written as JSON again: Python reads NaN, infinities and any depth."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return levels > 0 and all(_is_plain(part, levels - 1) for part in parts)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def read_json_object(path: Path, way_out: str) -> dict[str, Any]:
@@ -231,6 +246,8 @@ def _replace(path: Path, data: bytes, status: os.stat_result | None) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             if status is not None:
+                with suppress(OSError):  # only root may give files away
+                    os.fchown(file.fileno(), status.st_uid, status.st_gid)
                 os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
             file.write(data)
             file.flush()
@@ -281,7 +298,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
     Other files in ``folder`` stay. If at most one file changes, it is replaced; if more do, the folders trade places in one step,
     the new one with the other files as hard links. Where that cannot be (on a mount point, in the current folder, in a file system
-    without it) the files are replaced one after another, ``tfb_config.json`` last: its fingerprint gives a half-replaced folder away.
+    without it, in another user's folder) the files are replaced one after another, ``tfb_config.json`` last: its fingerprint gives a half-replaced folder away.
     """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -310,17 +327,14 @@ def _into(staged: Path, folder: Path) -> None:
         if old.is_file():
             if old.read_bytes() == file.read_bytes():
                 continue
+            with suppress(OSError):
+                shutil.chown(file, old.stat().st_uid, old.stat().st_gid)
             os.chmod(file, stat.S_IMODE(old.stat().st_mode))
         changed.append(file.name)
     here = Path.cwd()
     if len(changed) > 1 and folder != here and folder not in here.parents:
         try:
-            for entry in folder.iterdir():
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.copytree(entry, staged / entry.name, symlinks=True, copy_function=os.link)
-                elif not (staged / entry.name).exists():
-                    os.link(entry, staged / entry.name, follow_symlinks=False)
-            shutil.copystat(folder, staged)
+            _link_tree(folder, staged)
             _synchronise(staged)
             _exchange(staged, folder)
             return
@@ -328,6 +342,21 @@ def _into(staged: Path, folder: Path) -> None:
             pass
     for name in changed:
         os.replace(staged / name, folder / name)
+
+
+def _link_tree(folder: Path, target: Path) -> None:
+    """Hard links in ``target`` to the files of ``folder`` that it does not have, in folders of the same owner and mode."""
+    for entry in folder.iterdir():
+        there = target / entry.name
+        if entry.is_dir() and not entry.is_symlink():
+            there.mkdir()
+            _link_tree(entry, there)
+        elif not there.exists():
+            os.link(entry, there, follow_symlinks=False)
+    status = folder.stat()
+    if (status.st_uid, status.st_gid) != (target.stat().st_uid, target.stat().st_gid):
+        os.chown(target, status.st_uid, status.st_gid)
+    shutil.copystat(folder, target)
 
 
 def _exchange(a: Path, b: Path) -> None:

@@ -10,6 +10,7 @@ as the mean. Every call decides anew; whatever does not fit goes to PEFT's forwa
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -159,22 +160,27 @@ class SharedInput:
 class Turn:
     """Lets one thread's call of a model through at a time; the others wait.
 
-    A call that an exception ended without a word to us is over when its thread begins another.
+    A call that an exception ended without a word to us is over when its thread begins another, or ends.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._changed = threading.Condition()
+        self._owner: threading.Thread | None = None
 
     def begin(self) -> None:
-        if self._owner != threading.get_ident():
-            self._lock.acquire()
-            self._owner = threading.get_ident()
+        own = threading.current_thread()
+        if self._owner is own:
+            return
+        with self._changed:
+            while self._owner is not None and self._owner.is_alive():
+                self._changed.wait(1.0)
+            self._owner = own
 
     def end(self) -> None:
-        if self._owner == threading.get_ident():
-            self._owner = None
-            self._lock.release()
+        if self._owner is threading.current_thread():
+            with self._changed:
+                self._owner = None
+                self._changed.notify()
 
 
 class SamplingState:
@@ -192,6 +198,8 @@ class SamplingState:
         probed: while a list, sampled layers write their names there (the check that PEFT really calls the slot).
         shared: computed for the next layers that get the same input.
         turn: lets one call at a time through.
+        context: the samples that the open context was opened with.
+        number: of this posterior, on the caches that it fills; another after each :meth:`renew`.
         owner: the Bayesian adapter.
     """
 
@@ -207,6 +215,8 @@ class SamplingState:
         self.probed: list[str] | None = None
         self.shared: SharedInput | None = None
         self.turn = Turn()
+        self.context: SampleBatch | None = None
+        self.renew()
         self.owner: Callable[[], Any] = lambda: None
 
     @contextmanager
@@ -214,13 +224,39 @@ class SamplingState:
         self, batch: SampleBatch, first: int, layout: Mapping[str, RowLayout] | None, fanned: bool = False
     ) -> Iterator[None]:
         """Inside, the layers sample ``batch``."""
+        self.context = batch
         self.batch, self.first, self.layout, self.fanned = batch, first, layout, fanned
         try:
             yield
         finally:
-            self.batch, self.layout, self.fanned, self.each, self.shared = None, None, False, 0, None
+            self.context = self.batch = self.layout = self.shared = None
+            self.fanned, self.each = False, 0
             self.missed.clear()
+
+    def begin_call(self, context: SampleBatch) -> None:
+        """Wait for this thread's turn at a call in the context that was opened with these samples.
+
+        Raises:
+            SamplingError: the context ended meanwhile.
+        """
+        self.turn.begin()
+        if self.context is not context:
             self.turn.end()
+            raise SamplingError(
+                "the sampling context ended while this thread's call waited for another thread's. Fix: join the threads inside the "
+                "with block"
+            )
+
+    @contextmanager
+    def waiting(self) -> Iterator[Callable[[], None]]:
+        """Around a context's hooks: no call of another thread runs while they are taken off. Gives what to call before that."""
+        try:
+            yield self.turn.begin
+        finally:
+            self.turn.end()
+
+    def renew(self) -> None:
+        self.number = uuid.uuid4().hex
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: nothing of a context. Inside one there is no copy, which would go on sampling by itself."""
@@ -286,12 +322,19 @@ class TFBVariant(LoraVariant):
         # The products round the basis to the base's type, so it is kept in that. M + sigma E is rounded once, as a sum.
         dtype = module.get_base_layer().weight.dtype
         half = dtype in (torch.bfloat16, torch.float16)
+        self.base_dtype = dtype
         # A name with dots would be refused by register_buffer; PEFT refuses such adapter names itself.
         module.register_buffer(
             self.basis_buffer, posterior.basis.to(device, dtype if half else torch.float32), persistent=False
         )
         module.register_buffer(self.mean_buffer, posterior.mean.to(device), persistent=False)
         module.lora_variant[self.adapter] = self
+
+    def restore_types(self, module: Any, posterior: LayerPosterior) -> None:
+        """Make the buffers anew where the model was converted (``model.to(dtype)``), which rounded them or left the base another type."""
+        mean, weight = module._buffers[self.mean_buffer], module.get_base_layer().weight
+        if not mean.is_meta and (mean.dtype != torch.float32 or weight.dtype != self.base_dtype):
+            self.attach(module, posterior)
 
     def detach(self, module: Any) -> None:
         if module.lora_variant.get(self.adapter) is self:

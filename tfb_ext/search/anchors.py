@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..adapter import BayesianAdapter
 from ..data import Encoded
+from ..errors import SamplingError
 from ..layers import MEAN, SampleBatch
 from ..scoring import IGNORED, MANY_CLASSES, Batch, Scorer, item_labels
 from .model_key import content, model_key
@@ -81,6 +82,11 @@ class Anchors:
             )
         self.local = sum(len(p) for p in self.positions)
         self.bar = tqdm(total=self.local, desc="search sigma", unit="anchor", disable=not progress or ranks.rank != 0)
+        if not adapter.is_on:
+            raise SamplingError(
+                f"adapter {adapter.name!r} is switched off, so no sigma changes anything, expected it on. Fix: search outside "
+                "disable_adapter(), or call model.enable_adapter_layers()"
+            )
         key = {
             "adapter": adapter.fingerprint(),
             "family": adapter.family,

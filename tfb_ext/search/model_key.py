@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapter import BayesianAdapter
@@ -28,7 +29,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def model_key(adapter: BayesianAdapter) -> dict[str, str]:
-    """Digests of the base model's configuration and weights, and the types of these; without the adapter's A and B.
+    """Digests of the base model's configuration and weights, the types of these, and of other adapters that are on; without the
+    adapter's A and B.
 
     Of each tensor count its name, shape, type, the sum of all its bits as integers and some of its values. A tensor that is
     not in memory is read where accelerate keeps it; one that is nowhere (``meta``) counts by name, shape and type.
@@ -43,7 +45,24 @@ def model_key(adapter: BayesianAdapter) -> dict[str, str]:
         "model": hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16],
         "base weights": digest.hexdigest()[:16],
         "base type": ", ".join(sorted(types)),
+        "other adapters": _others(adapter),
     }
+
+
+def _others(adapter: BayesianAdapter) -> str:
+    """Names and a digest of the adapters that the model computes with beside this one."""
+    digest, names = hashlib.sha256(), set()
+    layers: Any = ((n, m) for n, m in adapter.anatomy.model.named_modules() if isinstance(m, BaseTunerLayer))
+    for place, layer in layers:
+        for name in layer.active_adapters:
+            parts = [(n, p) for n, p in layer.named_parameters() if name in n.split(".")]
+            if name == adapter.name or not parts:
+                continue
+            names.add(name)
+            digest.update(repr((place, name, getattr(layer, "scaling", {}).get(name))).encode())
+            for part, value in parts:
+                digest.update(repr((part, tuple(value.shape), str(value.dtype))).encode() + content(value))
+    return f"{', '.join(sorted(names))}: {digest.hexdigest()[:16]}" if names else "none"
 
 
 def _facts(value: Any) -> Any:
