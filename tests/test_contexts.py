@@ -106,6 +106,32 @@ def test_the_bias_of_an_adapter_counts(tmp_path: Path) -> None:
     assert tfb_ext.load(base, saved).fingerprint() == before
 
 
+@pytest.mark.parametrize("context", ["predictive", "sampling"])
+def test_a_part_in_training_mode_is_noticed(context: str) -> None:
+    adapter = bayesian("gpt2")  # which has dropout
+    for part in (adapter.anatomy.blocks[1], adapter.anatomy.blocks[2].mlp.dropout):
+        part.train()
+        with pytest.raises(SamplingError, match="'transformer.h.*is in training mode.*Fix: call model.eval"):
+            with getattr(adapter, context)(2):
+                pass
+        with pytest.raises(SamplingError, match="is in training mode"):
+            tfb_ext.predict(adapter, [zoo.inputs()], samples=0)
+        adapter.model.eval()
+    plain = bayesian()  # without any
+    plain.anatomy.blocks[1].train()
+    assert_right(plain)
+
+
+def test_quantised_copies_are_right_or_refused() -> None:
+    quantise: Any = torch.ao.quantization.quantize_dynamic
+    with pytest.raises(TFBError, match="without a weight tensor; quantise the base model alone"):
+        tfb_ext.bayesianize(quantise(zoo.peft_model("llama"), {torch.nn.Linear}, dtype=torch.qint8))
+    adapter = bayesian()
+    quantise(adapter.model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    with pytest.raises(SamplingError, match="no weights in layer.*quantised"), adapter.predictive(2):
+        pass
+
+
 # Types --------------------------------------------------------------------------------------------------------------
 
 

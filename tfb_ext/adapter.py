@@ -33,6 +33,7 @@ from .layers import (
     SampleBatch,
     SamplingState,
     TFBVariant,
+    base_dtype,
     check_layer,
     disable_input_casts,
     find_groups,
@@ -239,7 +240,7 @@ class BayesianAdapter:
     @contextmanager
     def fanned(self, view: Predictive, depth: Depth | None = None) -> Iterator[Predictive]:
         """The context behind :meth:`predictive`, for callers that hold several sigmas in one batch or keep a trunk."""
-        self.check_attached()
+        self.check_ready()
         with self.fanned_at(self._first if depth is None else self.first_random_block(depth), view):
             yield view
         self.check_attached()  # its weights may not change meanwhile: what the context does not draw would follow them
@@ -324,14 +325,27 @@ class BayesianAdapter:
         if not self._attached:
             raise SamplingError(f"adapter {self.name!r} was unloaded; call tfb_ext.bayesianize again")
         self._attachment.check()
+
+    def check_ready(self) -> None:
+        """The same before a context opens, in which no part of the model may be in training mode by itself."""
+        self.check_attached()
         for variant, posterior in zip(self._variants, self.posteriors, strict=True):
             variant.restore_types(self._modules[variant.name], posterior)
+        model = self.anatomy.model
+        if model.training:  # which a call says
+            return
+        for name, part in model.named_modules():
+            if part.training and _drops(part, name, self.model.active_adapters):
+                raise SamplingError(
+                    f"{name!r} is in training mode, so its dropout would add its own noise, expected evaluation mode. Fix: call "
+                    "model.eval()"
+                )
 
     @contextmanager
     def sampling(self, samples: int | Sequence[int] = 10, sigma: float | None = None) -> Iterator[SampleBatch]:
         """Inside, the caller lays out S * B rows, sample-major (row ``s * B + b``), and gets S * B rows of raw outputs."""
         batch = self.batch(samples, sigma)
-        self.check_attached()
+        self.check_ready()
         # One sample has all rows for itself, however they lie.
         layout = self._layout(self._first, fanned=False) if len(batch) > 1 else None
         with self.laid_out(self._first, batch, layout):
@@ -538,7 +552,7 @@ class BayesianAdapter:
                 continue
             seen.add(type(module))
             weight = module.lora_A[self.name].weight
-            row = torch.zeros(1, module.in_features, dtype=module.get_base_layer().weight.dtype, device=weight.device)
+            row = torch.zeros(1, module.in_features, dtype=base_dtype(module), device=weight.device)
             state.batch, state.first, state.fanned, state.probed = SampleBatch((1.0,), (0,), 0, False), 0, True, []
             # The probe must reach the slot whatever adapter is active at the moment.
             before = module._active_adapter, module._disable_adapters
@@ -836,6 +850,15 @@ def _refuse_adapter_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[
             "adapter_names= mixes adapters row by row, which a sampling context cannot; call once for each adapter, "
             "with model.set_adapter(name)"
         )
+
+
+def _drops(part: nn.Module, name: str, active: Sequence[str]) -> bool:
+    """Whether a module in training mode drops activations: by itself, or by a rate that it gives to a function."""
+    *above, own = name.split(".")
+    if above[-1:] == ["lora_dropout"] and own not in active:
+        return False
+    rates = [v for n, v in vars(part).items() if n == "p" or "drop" in n]
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 
 
 def _adapters(module: Any) -> set[str]:

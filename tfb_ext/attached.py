@@ -52,9 +52,9 @@ class Attachment:
                     f"layer {name!r} of the posterior is {what}, expected the LoRA layer that it was made from (unloaded, merged "
                     f"or replaced?). Fix: load the adapter again and {again}"
                 )
-            if self.name not in module.lora_A:
+            if self.name not in module.lora_A or not isinstance(module.lora_A[self.name].weight, Tensor):
                 raise SamplingError(
-                    f"adapter {self.name!r} has no weights in layer {name!r} (deleted?), expected those that the posterior was made "
+                    f"adapter {self.name!r} has no weights in layer {name!r} (deleted, quantised?), expected those that the posterior was made "
                     f"from. Fix: load the adapter again and {again}"
                 )
             if module.lora_variant.get(self.name) is not self.holds[name]:

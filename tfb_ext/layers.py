@@ -320,7 +320,7 @@ class TFBVariant(LoraVariant):
         """Put the posterior beside the adapter's weights (buffers that no checkpoint holds) and take the slot."""
         device = module.lora_A[self.adapter].weight.device
         # The products round the basis to the base's type, so it is kept in that. M + sigma E is rounded once, as a sum.
-        dtype = module.get_base_layer().weight.dtype
+        dtype = base_dtype(module)
         half = dtype in (torch.bfloat16, torch.float16)
         self.base_dtype = dtype
         # A name with dots would be refused by register_buffer; PEFT refuses such adapter names itself.
@@ -332,8 +332,8 @@ class TFBVariant(LoraVariant):
 
     def restore_types(self, module: Any, posterior: LayerPosterior) -> None:
         """Make the buffers anew where the model was converted (``model.to(dtype)``), which rounded them or left the base another type."""
-        mean, weight = module._buffers[self.mean_buffer], module.get_base_layer().weight
-        if not mean.is_meta and (mean.dtype != torch.float32 or weight.dtype != self.base_dtype):
+        mean = module._buffers[self.mean_buffer]
+        if not mean.is_meta and (mean.dtype != torch.float32 or base_dtype(module) != self.base_dtype):
             self.attach(module, posterior)
 
     def detach(self, module: Any) -> None:
@@ -572,6 +572,12 @@ def find_groups(model: Any, layers: Sequence[tuple[TFBVariant, Any]]) -> list[tu
     return [tuple(group) for group in groups if len(group) > 1]
 
 
+def base_dtype(module: Any) -> torch.dtype:
+    """Type of a layer's base weight; torch's dynamically quantised layers have none, and compute in float32."""
+    dtype: torch.dtype = getattr(module.get_base_layer().weight, "dtype", torch.float32)
+    return dtype
+
+
 def take_over(module: Any, adapter: str) -> None:
     """Take a posterior off a layer that no Bayesian adapter holds on to: its handle was lost, or the model was copied."""
     variant = module.lora_variant.get(adapter)
@@ -613,6 +619,8 @@ def check_layer(name: str, module: Any, adapter: str, own: SamplingState | None 
     if isinstance(weight, Tensor) and weight.dtype == torch.float64:
         refuse("its weight is float64, expected float32, bfloat16 or float16", "convert the model: model.float()")
     for part in (module.lora_A[adapter], module.lora_B[adapter]):
+        if not isinstance(part.weight, Tensor):
+            refuse(f"its adapter is a {type(part).__name__} without a weight tensor", "quantise the base model alone")
         if type(part.weight).__name__ == "DTensor":
             refuse("its adapter weight is a DTensor shard", "gather the adapter's weights first")
 

@@ -121,7 +121,7 @@ class Scorer:
         may_be_empty: bool = False,
         kind: Kind = "categorical",
     ) -> None:
-        adapter.check_attached()
+        adapter.check_ready()
         self.adapter = adapter
         self.model = adapter.anatomy.model
         self.device = next(self.model.parameters()).device
