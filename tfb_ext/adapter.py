@@ -243,7 +243,8 @@ class BayesianAdapter:
         self.check_ready()
         with self.fanned_at(self._first if depth is None else self.first_random_block(depth), view):
             yield view
-        self.check_attached()  # its weights may not change meanwhile: what the context does not draw would follow them
+        # Its weights may not change meanwhile: what the context does not draw would follow them.
+        self._attachment.check(converted=True)
 
     @contextmanager
     def fanned_at(self, first: int, view: Predictive) -> Iterator[Predictive]:
@@ -343,14 +344,18 @@ class BayesianAdapter:
 
     @contextmanager
     def sampling(self, samples: int | Sequence[int] = 10, sigma: float | None = None) -> Iterator[SampleBatch]:
-        """Inside, the caller lays out S * B rows, sample-major (row ``s * B + b``), and gets S * B rows of raw outputs."""
+        """Inside, the caller lays out S * B rows, sample-major (row ``s * B + b``), and gets S * B rows of raw outputs.
+
+        In mode ``"token"`` every call has the noise of its first tokens: a step from a cache needs a seed of its own, in a context
+        of its own, which :meth:`predictive` sees to by itself.
+        """
         batch = self.batch(samples, sigma)
         self.check_ready()
         # One sample has all rows for itself, however they lie.
         layout = self._layout(self._first, fanned=False) if len(batch) > 1 else None
         with self.laid_out(self._first, batch, layout):
             yield batch
-        self.check_attached()
+        self._attachment.check(converted=True)
 
     @contextmanager
     def laid_out(self, first: int, batch: SampleBatch, layout: Layout | None) -> Iterator[None]:
@@ -383,7 +388,8 @@ class BayesianAdapter:
                 "once for every sample, sample-major (inputs.repeat(samples, 1))"
             )
         state.each = rows // len(batch)
-        state.batch, state.shared = batch_after(batch, kwargs), None
+        batch_after(batch, kwargs)  # refuses what a step from a cache cannot be
+        state.shared = None
 
     def _after_laid_out(self, caches: CacheWatch, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling():

@@ -27,16 +27,23 @@ class Attachment:
     def __init__(self, model: nn.Module, name: str, modules: Mapping[str, Any], holds: Mapping[str, object]) -> None:
         self.model, self.name, self.modules, self.holds = model, name, modules, holds
         parents = {child: (part, own) for part in model.modules() for own, child in part.named_children()}
-        self._places = [(name, module, *parents[module], holds[name]) for name, module in modules.items()]
+        # Where each layer hangs and what is in its slots, as the dictionaries that change with them: a call looks at them.
+        self._places = [
+            (name, m, parents[m][0]._modules, parents[m][1], m.lora_variant, holds[name]) for name, m in modules.items()
+        ]
         self._weights: dict[tuple[int, torch.device], Tensor] = {}
-        self._noted = self._sums()
+        self.note()
 
     def note(self) -> None:
         """Take the weights as they are now for those that the posterior is of."""
         self._noted = self._sums()
+        self._types = [t.dtype for module in self.modules.values() for t in adapter_tensors(module, self.name)]
 
-    def check(self) -> None:
+    def check(self, converted: bool = False) -> None:
         """Raise unless the model still has these layers, with this posterior and the weights that it was made from.
+
+        Args:
+            converted: let weights of another type pass, which are rounded: those of a model that was converted inside a context.
 
         Raises:
             SamplingError: the message names the first layer that differs and what to call.
@@ -62,7 +69,8 @@ class Attachment:
                     f"layer {name!r} holds no posterior of this object any more (loaded or Bayesianised anew?), expected its own. "
                     f"Fix: {again}"
                 )
-        changed = self._first_changed()
+        types = [t.dtype for module in self.modules.values() for t in adapter_tensors(module, self.name)]
+        changed = None if converted and types != self._types else self._first_changed()
         if changed is not None:
             raise SamplingError(
                 f"the weights of adapter {self.name!r} are not those that its posterior was made from (first difference in layer "
@@ -73,9 +81,9 @@ class Attachment:
         """Raise unless every layer would use this adapter in a call now (or none would, with adapters switched off)."""
         wanted = [self.name]
         off = 0
-        for name, module, parent, own, held in self._places:
+        for name, module, beside, own, slots, held in self._places:
             state = module.__dict__  # at every call: nn.Module's attribute access would cost several times as much
-            if parent.__dict__["_modules"].get(own) is not module or state["lora_variant"].get(self.name) is not held:
+            if beside.get(own) is not module or slots.get(wanted[0]) is not held:
                 self.check()
             active = state["_active_adapter"]
             disabled = state["_disable_adapters"]

@@ -34,9 +34,12 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def rows_of_cache(state: SamplingState, batch: SampleBatch, first: int | None) -> Hashable:
-    """Names what a cache's layers hold: the samples of one posterior, from the first random block on, or in the caller's rows."""
-    noise = (batch.sigma, batch.samples, batch.seed, batch.antithetic, batch.mode, batch.family)
-    return (state.number, first, *noise)
+    """Names what a cache's layers hold: the samples of one posterior, from the first random block on, or in the caller's rows.
+
+    Where the caller lays out the rows, a step of mode ``"token"`` may have a seed of its own.
+    """
+    seed = None if first is None and batch.mode == "token" else batch.seed
+    return (state.number, first, batch.sigma, batch.samples, seed, batch.antithetic, batch.mode, batch.family)
 
 
 class CacheWatch:

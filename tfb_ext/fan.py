@@ -261,7 +261,7 @@ class Fan:
         self.view = view
         self.check = check
         self.layout = layout
-        self.batch = view.batch  # of the forward in progress
+        self.batch = self.opened = view.batch  # of the forward in progress, and of the context
         self.rows = 0
         self.kind: Kind = anatomy.kind
         self.repeated: list[tuple[Tensor, Tensor]] = []
@@ -332,7 +332,7 @@ class Fan:
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self.state.begin_call(self.view.batch)
+            self.state.begin_call(self.opened)
         self.check()
         check_packing(model, kwargs)
         self.check_arguments(kwargs)
