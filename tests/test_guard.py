@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -364,6 +363,8 @@ def test_the_guard_leaves_nothing_on_the_model() -> None:
     given = {"input_ids": torch.randint(3, 97, (2, 160)), "attention_mask": torch.ones(2, 160, dtype=torch.int64)}
     adapter = bayesian(model, "SEQ_CLS", ["query", "value"])
     sparse = plain(adapter, given)
+    assert "argument 'band_mask'" in right_or_refused(adapter, given, 4)  # which short texts do not have
+    adapter.compare(**given)
     assert not right_or_refused(adapter, given, 4)
     assert torch.equal(plain(adapter, given), sparse)
     model.bert.set_attention_type("original_full")
@@ -433,6 +434,10 @@ def test_what_fails_between_blocks_is_refused_in_words() -> None:
     assert not right_or_refused(adapter, text | {"input_ids": text["input_ids"] % 80}, 3)
     with pytest.raises(IndexError, match="index out of range"), adapter.predictive(3):  # the caller's own fault
         adapter.model(input_ids=torch.full((1, 3), 10**6))
+    with adapter.sampling([2]):  # the way out
+        found = adapter.model(**given).logits
+    (apart,) = zoo.separate_passes(adapter, [2], SIGMA, lambda: adapter.model(**given).logits)
+    assert torch.allclose(found, apart, atol=1e-4)
 
 
 def test_outputs_beside_logits_are_compared() -> None:
@@ -544,59 +549,24 @@ def test_served_models_are_right_at_any_sizes(name: str) -> None:
     run()
 
 
-def vision() -> tuple[Any, dict[str, Tensor]]:
-    """A model whose images go past its embeddings into its blocks, and a call with two of them."""
-    config = tf.Qwen3VLConfig(
-        text_config={
-            "vocab_size": 110, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 1e4},
-        },
-        vision_config={
-            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2,
-            "temporal_patch_size": 2, "out_hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
-        },
-        image_token_id=100, video_token_id=101, vision_start_token_id=102, vision_end_token_id=103,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = tf.Qwen3VLForConditionalGeneration(config)
-    adapter = bayesian(model, "CAUSAL_LM", r".*language_model.*(q_proj|v_proj)")
-    ids = torch.randint(3, 97, (2, 12))
-    ids[:, 2:8] = torch.tensor([102, 100, 100, 100, 100, 103])
-    images = {"pixel_values": torch.randn(32, 96), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
-    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-        images["mm_token_type_ids"] = (ids == 100).long()
-    return adapter, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
-
-
-def test_arguments_that_were_not_compared_are_refused() -> None:
-    adapter, given = vision()
-    text = {n: v for n, v in given.items() if n in ("input_ids", "attention_mask")}
-    text["input_ids"] = text["input_ids"].clamp(max=97)
-    assert not right_or_refused(adapter, text, 3)
-    assert "got image_grid_thw" in right_or_refused(adapter, given, 3)
-    with pytest.raises(TFBError, match="Fix: one sample a call"):  # whose images miss the samples' rows
-        adapter.compare(**given)
-    with adapter.sampling([2]):
-        found = adapter.model(**given).logits
-    (apart,) = zoo.separate_passes(adapter, [2], SIGMA, lambda: adapter.model(**given).logits)
-    assert torch.allclose(found, apart, atol=1e-4)
-
-
 class Coloured(tf.LlamaForCausalLM):
-    """A model with an argument of its own, added to its embeddings."""
+    """A model with an argument of its own, a number for each row and feature, which its blocks get."""
 
-    def forward(self, input_ids: Tensor, colour: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        embeds = self.model.embed_tokens(input_ids)
-        kwargs.pop("inputs_embeds", None)
-        return super().forward(inputs_embeds=embeds if colour is None else embeds + colour[:, None], **kwargs)
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for block in self.model.layers:
+            own = block.forward
+            block.forward = lambda hidden, *a, colour=None, own=own, **k: own(
+                hidden if colour is None else hidden + colour[:, None], *a, **k
+            )
 
 
-def test_a_comparison_on_an_example_allows_its_arguments() -> None:
+def test_an_argument_of_blocks_that_was_not_compared_is_refused_until_it_is() -> None:
     torch.manual_seed(0)
     adapter = bayesian(Coloured(tf.LlamaConfig(**zoo._COMMON)), "CAUSAL_LM", ["q_proj", "v_proj"])
     given = {**batch(2, 6, True), "colour": torch.randn(2, 32)}
-    assert "got colour" in right_or_refused(adapter, given, 4)
+    assert not right_or_refused(adapter, batch(2, 6, True), 4)
+    assert "argument 'colour' of shape (2, 32), which it did not have" in right_or_refused(adapter, given, 4)
     adapter.compare(**given)
     assert not right_or_refused(adapter, given, 4)
     assert not right_or_refused(adapter, {**batch(3, 7, False), "colour": torch.randn(3, 32)}, 2)

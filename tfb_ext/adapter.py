@@ -295,8 +295,8 @@ class BayesianAdapter:
     def compare(self, **inputs: Any) -> None:
         """Compare three samples in one call with separate passes on these arguments of the model, at the present depth.
 
-        What the first context does by itself on a tiny text. Calls in later contexts may then bring tensors of these names, such
-        as images.
+        What the first context does by itself on a tiny text. Calls in later contexts may then bring what only such calls bring to the
+        blocks.
 
         Raises:
             GuardError: they differ.
@@ -308,8 +308,7 @@ class BayesianAdapter:
             return
         blocks = {*found.arguments, *text.arguments}
         arguments = {b: {**found.arguments.get(b, {}), **text.arguments.get(b, {})} for b in blocks}
-        both = Layout({**found.layers, **text.layers}, arguments, found.compared | text.compared)
-        self._guarded[self._guard_key(self._first, True)] = both
+        self._guarded[self._guard_key(self._first, True)] = Layout({**found.layers, **text.layers}, arguments)
 
     def _guard_key(self, first: int, fanned: bool) -> Hashable:
         model = self.anatomy.model

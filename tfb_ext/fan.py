@@ -31,11 +31,6 @@ FOLD_BYTES = 256 * 2**20
 
 CLASSIFIER_HEADS = ("score", "classifier")
 
-# What every text model may be called with.
-TEXT_ARGUMENTS = frozenset(
-    "input_ids attention_mask position_ids token_type_ids inputs_embeds labels cache_position logits_to_keep".split()
-)
-
 # The way out for a model that cannot be attached to.
 BY_HAND = (
     "draw samples by hand: tfb_ext.posterior.layer_posterior gives a layer's U and M, tfb_ext.ops.noise its E_k, and the sample's "
@@ -226,12 +221,10 @@ class Layout:
         layers: by layer name, how its input has its rows.
         arguments: by block and the path of a tensor among its arguments, what its leading size counts: ``"rows"`` of the batch (or
             some number for each), ``"tokens"`` of a row, or an integer where it was that whatever the batch.
-        compared: names of the tensors, beside those of every text, that calls may bring.
     """
 
     layers: Mapping[str, RowLayout]
     arguments: Mapping[int, Mapping[str, str | int]]
-    compared: frozenset[str] = frozenset()
 
 
 class Fan:
@@ -335,7 +328,6 @@ class Fan:
             self.state.begin_call(self.opened)
         self.check()
         check_packing(model, kwargs)
-        self.check_arguments(kwargs)
         if kwargs.get("output_router_logits") and len(self.view.batch) > 1:
             raise SamplingError(
                 "output_router_logits is on, expected off: experts are chosen for each sample's tokens, and the auxiliary loss counts "
@@ -359,18 +351,6 @@ class Fan:
         if not torch.compiler.is_compiling():
             self.caches.enter(cache_of(kwargs))
             self.bypass_blocks()
-
-    def check_arguments(self, kwargs: dict[str, Any]) -> None:
-        """Refuse tensors with which the model was not compared: images, say, whose way through a model is their own."""
-        if self.layout is None or len(self.view.batch) == 1:
-            return
-        known = TEXT_ARGUMENTS | self.layout.compared
-        new = sorted(name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in known)
-        if new:
-            raise SamplingError(
-                f"{type(self.anatomy.model).__name__} got {', '.join(new)}, with which its samples were not compared with separate "
-                f"passes, expected a text's arguments. Fix: adapter.compare(**inputs) once, outside the context; or {ONE_SAMPLE}"
-            )
 
     def end_turn(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After every call, one that raised too."""
@@ -512,6 +492,11 @@ class Fan:
         if self.arguments is None:
             return value.dim() > 1 and lead == self.rows
         known = self.arguments.get(path)
+        if known is None and lead != 1:
+            raise SamplingError(
+                f"a block got an argument {path!r} of shape {tuple(value.shape)}, which it did not have when the model was compared with "
+                f"separate passes. Fix: adapter.compare(**inputs) once, outside the context; or {ONE_SAMPLE}"
+            )
         if known == "rows":
             if lead % max(self.rows, 1) == 0:
                 return True
@@ -519,9 +504,6 @@ class Fan:
                 return False
         elif lead != self.rows or lead == 1:
             return False
-        elif known is None:  # an argument that the compared calls did not have
-            if value.dim() == 1 or lead != tokens:
-                return value.dim() > 1
         elif lead == (tokens if known == "tokens" else known) or (
             known == "tokens" and self.continues and lead > tokens
         ):

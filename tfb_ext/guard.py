@@ -72,7 +72,7 @@ def _learn(trial: _Trial) -> tuple[Layout, bool]:
     for attempt in range(ATTEMPTS):
         layers, problem = trial.compare(arguments, attempt)
         if not problem:
-            return Layout(layers, arguments, frozenset(trial.example or ())), trial.finite
+            return Layout(layers, arguments), trial.finite
         if not trial.rounds:
             break
     name = type(adapter.anatomy.model).__name__
@@ -319,7 +319,7 @@ class _Trial:
                 self.first,
                 Predictive(batch),
                 self.adapter.check_call,
-                Layout({}, arguments, frozenset(self.example or ())),
+                Layout({}, arguments),
             )
             context = self.adapter.opened(self.first, fan)
         with context:
