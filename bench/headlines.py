@@ -10,7 +10,8 @@ import tfb_ext
 from tfb_ext.adapter import BayesianAdapter
 from tfb_ext.loading import DEMO, Loaded, load_adapter
 
-ADAPTERS = (DEMO, "bench/adapters/seed1", "bench/adapters/seed2")
+# The second and third are trained by bench/run_gpu.sh.
+ADAPTERS = (DEMO, "build/adapters/seed1", "build/adapters/seed2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
-"""The README's table of speed and the plots, out of ``bench/results/*.json``.
+"""The tables of the README and of docs/performance.md and the plots, out of ``bench/results/*.json``.
 
-python -m bench.report            writes both (needs matplotlib)
-python -m bench.report --check    says whether the README's table is that of the results; writes nothing
+python -m bench.report            writes all of them (needs matplotlib)
+python -m bench.report --check    says whether the tables are those of the results; writes nothing
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from .record import ROOT
 from .test_kernels import IN_FEATURES, OUT_FEATURES, RANKS, TOKENS
 
-START, END = "<!-- results:speed -->", "<!-- /results:speed -->"
+PERFORMANCE = "docs/performance.md"
 
 Rows = dict[str, dict[str, Any]]
 
@@ -33,6 +33,19 @@ FORWARDS = (
     ("**ten samples, upper eighth of the blocks random**", "prefill_eighth"),
     ("decoding a token, ten samples, all blocks, in a graph", "decode_all"),
     ("decoding a token, ten samples, upper quarter, in a graph", "decode_quarter"),
+)
+# The README's table: label, case, what it is of.
+HEADLINES = (
+    ("ten samples of a batch, all blocks", "prefill_all_linear_bf16", "the base model on as many rows"),
+    (
+        "the same, the base model's head given a contiguous input too",
+        "prefill_all_linear_equal_heads",
+        "the base model on as many rows",
+    ),
+    ("ten samples, upper eighth of the blocks random", "prefill_eighth", "one base forward of the batch"),
+    ("decoding a token with ten samples, in a graph", "decode_all", "the base model's decoding of as many rows"),
+    ("PEFT's deterministic LoRA, as it saves adapters", "peft_all_linear_fp32", "the base model on as many rows"),
+    ("64 samples, peak memory", "memory_s64", "the base model on as many rows"),
 )
 SEQUENTIAL = (
     ("8 rows x 128 tokens, bfloat16 adapter, flipout", "sequential_prefill_bf16"),
@@ -129,11 +142,11 @@ def search_table(search: Rows) -> list[str]:
     ]
     lines += [
         "",
-        f"The authors' search, in plain torch ([`bench/official.py`](bench/official.py)): a baseline pass and {first['steps']} "
+        f"The authors' search, in plain torch ([`bench/official.py`](../bench/official.py)): a baseline pass and {first['steps']} "
         f"steps of {first['samples']} sequential passes, always through all blocks; {first['steps_timed']} of its equal steps are "
         f"timed, on {first['anchors_timed']} of the anchors, and the rest is counted"
         + (f". Stopping early found sigma = {' and '.join(sigmas)}" if sigmas else "")
-        + " ([`search.json`](bench/results/search.json)).",
+        + " ([`search.json`](../bench/results/search.json)).",
     ]
     return lines
 
@@ -163,9 +176,9 @@ def generate_table(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"| {label}, {prompts} | {value} | {of} | {base} | {ratio(row)} |")
     text = (
         "With samples in the upper quarter alone a prompt still costs them a prefill each there, which is what the ratio of many "
-        "prompts is made of ([`generate.json`](bench/results/generate.json), transformers "
+        "prompts is made of ([`generate.json`](../bench/results/generate.json), transformers "
         f"{first['transformers']}; on 5.17 eight prompts take up to twice as long, ours and the base model's, see "
-        "[the notes](bench/NOTES.md))."
+        "[the notes](../bench/NOTES.md))."
     )
     return [*lines, "", text]
 
@@ -173,14 +186,14 @@ def generate_table(rows: list[dict[str, Any]]) -> list[str]:
 def section(
     models: Rows, kernels: list[dict[str, Any]], summary: Rows, search: Rows, generate: list[dict[str, Any]]
 ) -> str:
-    """The README's text between the markers."""
+    """The tables of docs/performance.md."""
     all_linear = models["prefill_all_linear_bf16"]
     memory = models["memory_s64"]
     lines = [
         f"Llama-3.1-8B shape with random weights, bfloat16, r = 8 on all seven linear layers, 8 rows x 128 tokens, ten samples: "
         f"80 rows; one {all_linear['device']}, torch {all_linear['torch'].split('+')[0]}. Each ratio is the median of rounds that "
         "alternate with their own baseline, with the least and the greatest round "
-        "([`bench/results/summary.json`](bench/results/summary.json), [`models.json`](bench/results/models.json)).",
+        "([`bench/results/summary.json`](../bench/results/summary.json), [`models.json`](../bench/results/models.json)).",
         "",
         "| | time | against | its time | ratio |",
         "|---|---|---|---|---|",
@@ -211,10 +224,10 @@ def section(
         f"{summary['cpu_materialised']['ratio']:.1f} times faster than drawing the weights in torch (S = 10, n = 4096, T = 320) and "
         f"takes {summary['cpu_noise']['ratio']:.2f} times as long as the same product without noise.",
         "",
-        "![cost against samples, depth, rank and tokens, memory against samples](bench/results/speed.svg)",
+        "![cost against samples, depth, rank and tokens, memory against samples](../bench/results/speed.svg)",
         "",
         "The kernels alone, as a share of a copy of as many bytes "
-        "([`kernels.json`](bench/results/kernels.json); the worst of "
+        "([`kernels.json`](../bench/results/kernels.json); the worst of "
         f"n = {', '.join(map(str, IN_FEATURES))} and of m = {', '.join(map(str, OUT_FEATURES))}):",
         "",
         "| | " + " | ".join(f"r = {r}" for r in RANKS) + " |",
@@ -231,16 +244,79 @@ def section(
             lines.append(f"| {label}, T = {given} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Expand is near a copy's speed up to rank 16; the rest is not there yet. [`bench/NOTES.md`](bench/NOTES.md) says what "
+        "Expand is near a copy's speed up to rank 16; the rest is not there yet. [`bench/NOTES.md`](../bench/NOTES.md) says what "
         "binds each kernel, version by version.",
     ]
     return "\n".join(lines)
 
 
-def replace_section(readme: str, text: str) -> str:
-    before, rest = readme.split(START)
-    after = rest.split(END)[1]
-    return f"{before}{START}\n{text}\n{END}{after}"
+def headline(models: Rows) -> str:
+    """The README's table of speed."""
+    row = models[HEADLINES[0][1]]
+    lines = [
+        f"Llama-3.1-8B shape, bfloat16, r = 8 on seven linear layers, 8 rows x 128 tokens, one {row['device']} "
+        "([all measurements](docs/performance.md)):",
+        "",
+        "| | of | ratio |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {label} | {of} | {ratio(models[case])} |" for label, case, of in HEADLINES]
+    faster = models["sequential_prefill_fp32"]
+    return "\n".join(
+        [
+            *lines,
+            f"| ten sampled passes one after the other, in plain torch | ours | {faster['ratio']:.1f} times ours |",
+        ]
+    )
+
+
+def demo_table(runs: list[dict[str, Any]]) -> str:
+    """The README's table of the demonstration: means and ranges over adapters and noise seeds."""
+    first = runs[0]
+    depths = list(dict.fromkeys(run["depth"] for run in runs))
+    each = len(runs) // len(depths)
+    lines = [
+        f"`make demo`, run {each} times ({len({r['adapter'] for r in runs})} adapters, {len({r['seed'] for r in runs})} noise seeds) on "
+        f"{first['test_items']:,} headlines that the search never saw, one {first['device']} "
+        "([`demo.json`](bench/results/demo.json)); means, and the range of the runs:",
+        "",
+        "| | accuracy | ECE | NLL |",
+        "|---|---|---|---|",
+    ]
+
+    def line(label: str, measured: list[dict[str, float]], spread: bool) -> str:
+        cells = []
+        for name, factor, form in (("accuracy", 100, ".1f"), ("ece", 100, ".1f"), ("nll", 1, ".3f")):
+            values = [factor * m[name] for m in measured]
+            unit = " %" if factor == 100 else ""
+            bounds = f" ({min(values):{form}} to {max(values):{form}})" if spread else ""
+            cells.append(f"{sum(values) / len(values):{form}}{unit}{bounds}")
+        return f"| {label} | {' | '.join(cells)} |"
+
+    lines.append(line("the adapter as it is", [r["mean"] for r in runs if r["depth"] == depths[0]], False))
+    for depth in depths:
+        named = "all blocks random" if depth == "all" else f"upper {depth} blocks random"
+        lines.append(line(f"TFB, {named}", [r["tfb"] for r in runs if r["depth"] == depth], True))
+    return "\n".join(lines)
+
+
+def replace_section(page: str, name: str, text: str) -> str:
+    start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+    before, rest = page.split(start)
+    return f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}"
+
+
+def pages(results: Path) -> dict[Path, str]:
+    """The README and docs/performance.md with the tables of these results."""
+    models = by_case(load(results / "models.json"))
+    summary = json.loads((results / "summary.json").read_text())
+    tables = section(models, load(results / "kernels.json"), summary, load_search(results), load_generate(results))
+    readme = replace_section((ROOT / "README.md").read_text(), "speed", headline(models))
+    readme = replace_section(readme, "demo", demo_table(json.loads((results / "demo.json").read_text())))
+    return {
+        ROOT / "README.md": readme,
+        ROOT / PERFORMANCE: replace_section((ROOT / PERFORMANCE).read_text(), "speed", tables),
+    }
 
 
 # Plots --------------------------------------------------------------------------------------------------------------
@@ -310,22 +386,18 @@ def draw(models: Rows, rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    kernels = load(options.results / "kernels.json")
-    models = by_case(load(options.results / "models.json"))
-    summary = json.loads((options.results / "summary.json").read_text())
-    before = options.readme.read_text()
-    after = replace_section(
-        before, section(models, kernels, summary, load_search(options.results), load_generate(options.results))
-    )
+    made = pages(options.results)
     if options.check:
-        if before != after:
-            print(f"{options.readme}: its table is not that of {options.results}; run python -m bench.report")
-        return int(before != after)
-    draw(models, kernels, options.results / "speed.svg")
-    options.readme.write_text(after)
+        stale = [page for page, text in made.items() if page.read_text() != text]
+        for page in stale:
+            print(f"{page}: its tables are not those of {options.results}; run python -m bench.report")
+        return int(bool(stale))
+    models = by_case(load(options.results / "models.json"))
+    draw(models, load(options.results / "kernels.json"), options.results / "speed.svg")
+    for page, text in made.items():
+        page.write_text(text)
     return 0
 
 

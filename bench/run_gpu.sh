@@ -32,6 +32,11 @@ suite() { # suite NAME LIMIT FILE OPTIONS...
         >"$out/$name.log" 2>&1 || failed=1
     grep -E ' of |passed|failed' "$out/$name.log" || tail -n 20 "$out/$name.log"
 }
+train() { # the demonstration's adapter from two other training seeds, a minute each
+    for seed in 1 2; do
+        [ -d "build/adapters/seed$seed" ] || python -m tfb_ext.demo.train --seed "$seed" --out "build/adapters/seed$seed"
+    done
+}
 if [ "$search" = 1 ]; then
     suite search 570 bench/test_search.py
     python -m bench.summary "$out/search.json" --out "$out/summary.json" || failed=1
@@ -40,7 +45,7 @@ fi
 if [ "$generate" = 1 ]; then
     suite generate 560 bench/test_generate.py
     python -m bench.summary "$out/generate.json" --out "$out/summary.json" || failed=1
-    python -m bench.adaptive --sigma 0.04 --out "$out/adaptive.json" || failed=1
+    train && python -m bench.adaptive --sigma 0.04 --out "$out/adaptive.json" || failed=1
     python -m bench.summary "$out/adaptive.json" --out "$out/summary.json" || failed=1
     exit "$failed"
 fi
@@ -49,7 +54,7 @@ suite kernels 120 bench/test_kernels.py -k cuda
 python -m bench.summary "$out"/models.json "$out"/kernels.json --out "$out/summary.json" || failed=1
 if [ "$demo" = 1 ]; then
     # Three adapters, five noise seeds, two depths.
-    python -m tfb_ext demo --adapter demo --adapter bench/adapters/seed1 --adapter bench/adapters/seed2 \
+    train && python -m tfb_ext demo --adapter demo --adapter build/adapters/seed1 --adapter build/adapters/seed2 \
         --seed 0 --seed 1 --seed 2 --seed 3 --seed 4 --no-report --save "$out/demo.json" || failed=1
 fi
 exit "$failed"

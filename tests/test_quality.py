@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import csv
+import gzip
 import json
 import math
 import shutil
@@ -554,12 +556,13 @@ class TestReport:
     def test_report_writes_everything(self, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / report.WORDS).write_text("# What we found\n\nIn plain words.\n")
         assert report.main(["--work", str(work), "--out", str(tmp_path)]) == 0
-        summary = json.loads((tmp_path / "summary.json").read_text())
-        assert all(set(results.FIELDS) <= set(row) for row in summary)
-        assert {row["method"] for row in summary} >= {"mean", "mean+temperature", "dropout", "blob", "ensemble", "tfb"}
+        with gzip.open(tmp_path / "rows.csv.gz", "rt", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(results.load(work).rows) and set(results.FIELDS) <= set(rows[0])
+        assert {row["method"] for row in rows} >= {"mean", "mean+temperature", "dropout", "blob", "ensemble", "tfb"}
         text = (tmp_path / "RESULTS.md").read_text()
         assert text.startswith("# What we found\n\nIn plain words.\n\n## The bars")
-        assert "| TFB on MLE |" in text and "qv-early-mle" in text
+        assert "| TFB on MLE |" in text and "| qv-early |" in text
         pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
         assert pictures == [
             "cost_ece.png", "cost_nll.png", "reliability_headlines.png", "risk_coverage.png", "samples.png", "sigma.png",

@@ -15,18 +15,9 @@ FILES = [file for file in FILES if file.exists() or file.stem != "generate"]  # 
 ADAPTIVE = RESULTS / "adaptive.json"
 
 
-def test_readme_shows_the_results() -> None:
-    kernels = report.load(RESULTS / "kernels.json")
-    models = report.by_case(report.load(RESULTS / "models.json"))
-    text = report.section(
-        models,
-        kernels,
-        json.loads((RESULTS / "summary.json").read_text()),
-        report.load_search(RESULTS),
-        report.load_generate(RESULTS),
-    )
-    readme = (ROOT / "README.md").read_text()
-    assert report.replace_section(readme, text) == readme, "run python -m bench.report"
+def test_pages_show_the_results() -> None:
+    for page, text in report.pages(RESULTS).items():
+        assert page.read_text() == text, "run python -m bench.report"
 
 
 def test_summary_is_that_of_the_results() -> None:

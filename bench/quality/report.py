@@ -1,6 +1,6 @@
-"""Measure what ``bench.quality.run`` predicted: summary, tables, pictures and the bars.
+"""Measure what ``bench.quality.run`` predicted: every row, tables, pictures and the bars.
 
-    python -m bench.quality.report --work FOLDER --out bench/quality      writes summary.json, RESULTS.md and plots/
+    python -m bench.quality.report --work FOLDER --out bench/quality      writes rows.csv.gz, RESULTS.md and plots/
     python -m bench.quality.report --work FOLDER --check                  prints the bars; exit status 1 if one is not cleared
 
 ``RESULTS.md`` is ``WORDS.md``, written by hand, and behind it everything that is computed.
@@ -9,14 +9,16 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import gzip
+import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from ..record import ROOT, write_json
-from .check import MAIN, Bar, bars, base_rows, cheap_settings, variance_reduction
+from ..record import ROOT
+from .check import MAIN, Bar, bars, base_rows, variance_reduction
 from .data import TASKS
 from .measures import Difference, compare, spread
 from .plots import compared, draw_all
@@ -33,7 +35,7 @@ COLUMNS = (
     ("aurc", "AURC", 1, 3),
 )
 DEPTHS = {"all": "all", "head": "head", 0.5: "1/2", 0.25: "1/4", 0.125: "1/8"}
-WORDS = "WORDS.md"
+WORDS, ROWS = "WORDS.md", "rows.csv.gz"
 
 
 def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -62,22 +64,9 @@ def _with_spread(values: list[float], digits: int) -> str:
 MEASURES = [title for _, title, _, _ in COLUMNS] + ["seeds", "forwards", "s per 1000"]
 
 
-def methods_table(results: Results, dataset: str, adapter: str) -> str:
-    found = compared(results, dataset, adapter)
+def methods_table(results: Results, dataset: str) -> str:
+    found = compared(results, dataset)
     return markdown(["method", *MEASURES], ([name, *cells(rows)] for name, rows in found.items()))
-
-
-def settings_table(results: Results, dataset: str, adapter: str) -> str:
-    """Every setting of TFB that was run on ``adapter``."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in results.pick(dataset=dataset, adapter=adapter, method="tfb"):
-        groups.setdefault((row.recipe, row.mode, row.depth, row.antithetic, row.samples), []).append(row)
-    lines = []
-    for (recipe, mode, depth, antithetic, samples), rows in groups.items():
-        sigmas = [row.sigma for row in rows if row.sigma is not None]
-        setting = [recipe, mode, DEPTHS.get(depth, str(depth)), "yes" if antithetic else "no", str(samples)]
-        lines.append([*setting, f"{sum(sigmas) / len(sigmas):.3g}", *cells(rows)])
-    return markdown(["recipe", "noise", "depth", "antithetic", "N", "sigma", *MEASURES], lines)
 
 
 def differences_table(results: Results, dataset: str) -> str:
@@ -97,35 +86,17 @@ def _difference(difference: Difference, measure: str) -> str:
     return f"{factor * difference.value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
-def cheap_table(results: Results, dataset: str) -> str:
+def others_table(results: Results) -> str | None:
+    """Adapters on other layers and stopped early, every data set's, before and after TFB."""
     lines = []
-    for (depth, samples, antithetic), found in cheap_settings(results, dataset).items():
-        rows = base_rows(results, dataset, depth=depth, samples=samples, antithetic=antithetic)
-        setting = [
-            DEPTHS.get(depth, str(depth)),
-            str(samples),
-            "yes" if antithetic else "no",
-            f"{rows[0].forwards:.2f}",
-        ]
-        errors = [f"{100 * found['ece'].error:.1f}", f"{found['nll'].error:.3f}"]
-        changes = [_difference(found["ece"], "ece"), _difference(found["nll"], "nll")]
-        lines.append([*setting, changes[0], errors[0], changes[1], errors[1]])
-    columns = ["depth", "N", "antithetic", "forwards", "ECE, points", "its error", "NLL", "its error"]
-    return markdown(columns, lines)
-
-
-def scores_table(results: Results, dataset: str) -> str:
-    """The three scores of uncertainty beside each other."""
-    lines = []
-    for name, rows in compared(results, dataset).items():
-        line = [name]
-        for target in ("error", "ood"):
-            for score in ("confidence", "entropy", "information"):
-                values = [row.measures[f"auroc_{target}_{score}"] for row in rows]
-                line.append(_with_spread([v for v in values if v is not None], 3) if None not in values else "")
-        lines.append(line)
-    heads = [f"{t}, {s}" for t in ("errors", "strangers") for s in ("confidence", "entropy", "mutual information")]
-    return markdown(["method", *heads], lines)
+    for dataset in results.datasets:
+        adapters = dict.fromkeys(row.adapter for row in results.pick(dataset=dataset, method="tfb"))
+        for adapter in (a.removesuffix("-mle") for a in adapters if a.endswith("-mle") and not a.startswith(MAIN)):
+            found = compared(results, dataset, adapter)
+            for name in ("MLE", "TFB on MLE"):
+                if name in found:
+                    lines.append([TASKS[dataset].title, adapter, name, *cells(found[name])])
+    return markdown(["set", "adapter", "method", *MEASURES], lines) if lines else None
 
 
 def bars_table(found: list[Bar]) -> str:
@@ -136,40 +107,24 @@ def bars_table(found: list[Bar]) -> str:
 def document(results: Results, found: list[Bar], words: str, pictures: Sequence[str]) -> str:
     """``RESULTS.md``."""
     parts = [words.strip(), "## The bars", bars_table(found)] if words.strip() else ["## The bars", bars_table(found)]
+    parts += [
+        f"Below, for each set: over-fitted adapters on the query and value projections ({MAIN}), and TFB's base setting minus each other "
+        "method (95 % interval, paired bootstrap of the test items). Every run and measure: `rows.csv.gz`."
+    ]
     for dataset in results.datasets:
-        task = TASKS[dataset]
-        parts += [f"## {task.title}", f"Over-fitted adapters on the query and value projections ({MAIN})."]
-        parts += [methods_table(results, dataset, MAIN)]
-        parts += [
-            "TFB's base setting against the others: difference (95 % interval, paired bootstrap of the test items)."
-        ]
-        parts += [differences_table(results, dataset)]
-        parts += ["Which score of uncertainty knows errors and strangers (AUROC):", scores_table(results, dataset)]
-        parts += [
-            "Settings of at most 2.1 forwards, as a difference from ten independent samples of all blocks, with the "
-            "bootstrap's standard error:",
-            cheap_table(results, dataset),
-        ]
-        for adapter in _adapters(results, dataset):
-            parts += [f"### {task.title}: {adapter}"]
-            if not adapter.startswith(MAIN) and adapter.endswith("-mle"):
-                parts += [methods_table(results, dataset, adapter.removesuffix("-mle"))]
-            parts += [settings_table(results, dataset, adapter)]
+        parts += [f"## {TASKS[dataset].title}", methods_table(results, dataset), differences_table(results, dataset)]
+    others = others_table(results)
+    if others:
+        parts += ["## Other adapters", "The adapter as it is, and TFB's base setting on it.", others]
     ratios = variance_reduction(results)
     if ratios:
         lines = [[TASKS[name].title, _with_spread(values, 2)] for name, values in ratios.items()]
         parts += ["## Monte-Carlo variance, independent over antithetic, N = 10", markdown(["set", "times"], lines)]
-    parts += ["## Pictures", *(f"![{Path(name).stem.replace('_', ' ')}](plots/{name})" for name in pictures)]
+    parts += ["## Pictures", "\n".join(f"![{Path(name).stem.replace('_', ' ')}](plots/{name})" for name in pictures)]
     parts += ["## Where this came from", _origin(results)]
     if results.unusable:
         parts += ["Left out, for they gave NaN: " + "; ".join(results.unusable) + "."]
     return "\n\n".join(parts) + "\n"
-
-
-def _adapters(results: Results, dataset: str) -> list[str]:
-    """Those that TFB was run on, the main ones first."""
-    found = dict.fromkeys(row.adapter for row in results.pick(dataset=dataset, method="tfb"))
-    return sorted(found, key=lambda adapter: (not adapter.startswith(MAIN), adapter))
 
 
 def _origin(results: Results) -> str:
@@ -184,12 +139,23 @@ def _origin(results: Results) -> str:
 def write(results: Results, out: Path) -> list[Bar]:
     """Write everything below ``out``; returns the bars."""
     found = bars(results)
-    write_json(out / "summary.json", [row.to_dict() for row in results.rows])
+    write_rows(out / ROWS, results)
     pictures = [path.name for path in draw_all(results, out / "plots")]
     words = out / WORDS
     text = document(results, found, words.read_text() if words.is_file() else "", pictures)
     (out / "RESULTS.md").write_text(text)
     return found
+
+
+def write_rows(path: Path, results: Results) -> None:
+    """Every run of the study as a line of a compressed CSV file, the same bytes for the same rows."""
+    lines = [row.to_dict() for row in results.rows]
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+        text = io.TextIOWrapper(packed, encoding="utf-8", newline="")
+        table = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(lines)
+        text.flush()
 
 
 def main(arguments: list[str] | None = None) -> int:

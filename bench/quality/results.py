@@ -59,7 +59,7 @@ class Row:
         return measure(self.predicted)
 
     def to_dict(self) -> dict[str, Any]:
-        """A line of ``summary.json``."""
+        """A line of ``rows.csv.gz``."""
         whole = {**{name: getattr(self, name) for name in self.__dataclass_fields__}, **self.measures}
         del whole["predicted"], whole["outside"]
         return finite({name: whole[name] for name in (*FIELDS, *sorted(set(whole) - set(FIELDS)))})
