@@ -332,7 +332,7 @@ class BayesianAdapter:
         for variant, posterior in zip(self._variants, self.posteriors, strict=True):
             variant.restore_types(self._modules[variant.name], posterior)
         model = self.anatomy.model
-        if model.training:  # which a call says
+        if model.training or not any(part.training for part in _parts(model)):  # a call says it of the whole model
             return
         for name, part in model.named_modules():
             if part.training and _drops(part, name, self.model.active_adapters):
@@ -476,13 +476,17 @@ class BayesianAdapter:
 
     def check_call(self) -> None:
         """Raise a :class:`~tfb_ext.errors.SamplingError` if a model call now would not sample: what every call begins with."""
+        self.check_modes()
+        self._attachment.check_switches()
+
+    def check_modes(self) -> None:
+        """The part of it that a replayed graph needs, whose layers are those it was captured with."""
         if torch.is_grad_enabled():
             raise SamplingError(
                 "gradients are on inside a sampling context; samples are not differentiable, drop torch.enable_grad()"
             )
         if self.anatomy.model.training:
             raise SamplingError("the model is in training mode, so dropout would add its own noise; call model.eval()")
-        self._attachment.check_switches()
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
@@ -855,6 +859,16 @@ def _refuse_adapter_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[
             "adapter_names= mixes adapters row by row, which a sampling context cannot; call once for each adapter, "
             "with model.set_adapter(name)"
         )
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules, some perhaps twice; a fraction of the time that ``modules()`` takes."""
+    left: list[nn.Module | None] = [model]
+    while left:
+        part = left.pop()
+        if part is not None:
+            yield part
+            left += part._modules.values()
 
 
 def _drops(part: nn.Module, name: str, active: Sequence[str]) -> bool:

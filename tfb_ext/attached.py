@@ -26,11 +26,16 @@ class Attachment:
 
     def __init__(self, model: nn.Module, name: str, modules: Mapping[str, Any], holds: Mapping[str, object]) -> None:
         self.model, self.name, self.modules, self.holds = model, name, modules, holds
-        parents = {child: (part, own) for part in model.modules() for own, child in part.named_children()}
+        paths = {module: path for path, module in model.named_modules()}
         # Where each layer hangs and what is in its slots, as the dictionaries that change with them: a call looks at them.
-        self._places = [
-            (name, m, parents[m][0]._modules, parents[m][1], m.lora_variant, holds[name]) for name, m in modules.items()
-        ]
+        self._places, edges = [], {}
+        for name, module in modules.items():
+            part: Any = model
+            for own in paths[module].split("."):
+                beside, part = part._modules, part._modules[own]
+                edges[id(beside), own] = (beside, own, part)
+            self._places.append((name, module, beside, own, module.lora_variant, holds[name]))
+        self._edges = list(edges.values())  # all that lies between the model and its layers
         self._weights: dict[tuple[int, torch.device], Tensor] = {}
         self.note()
 
@@ -48,6 +53,24 @@ class Attachment:
         Raises:
             SamplingError: the message names the first layer that differs and what to call.
         """
+        whole = all(beside.get(own) is part for beside, own, part in self._edges)
+        if not whole or not all(
+            self.name in m.lora_A and slots.get(self.name) is h for _, m, _, _, slots, h in self._places
+        ):
+            self._check_layers()
+        weights = [t for module in self.modules.values() for t in adapter_tensors(module, self.name)]
+        if not all(isinstance(t, Tensor) for t in weights):
+            self._check_layers()
+        types = [t.dtype for t in weights]
+        changed = None if converted and types != self._types else self._first_changed()
+        if changed is not None:
+            raise SamplingError(
+                f"the weights of adapter {self.name!r} are not those that its posterior was made from (first difference in layer "
+                f"{changed!r}). Fix: adapter.refresh(), then search sigma again"
+            )
+
+    def _check_layers(self) -> None:
+        """Raise for the first layer that is not as it was."""
         again = "call tfb_ext.bayesianize(model) again"
         module: Any  # a LoRA layer, whose attributes carry no types
         present = {canonical_name(n): m for n, m in self.model.named_modules()}
@@ -69,13 +92,6 @@ class Attachment:
                     f"layer {name!r} holds no posterior of this object any more (loaded or Bayesianised anew?), expected its own. "
                     f"Fix: {again}"
                 )
-        types = [t.dtype for module in self.modules.values() for t in adapter_tensors(module, self.name)]
-        changed = None if converted and types != self._types else self._first_changed()
-        if changed is not None:
-            raise SamplingError(
-                f"the weights of adapter {self.name!r} are not those that its posterior was made from (first difference in layer "
-                f"{changed!r}). Fix: adapter.refresh(), then search sigma again"
-            )
 
     def check_switches(self) -> None:
         """Raise unless every layer would use this adapter in a call now (or none would, with adapters switched off)."""
@@ -154,5 +170,8 @@ class Attachment:
 
 def adapter_tensors(module: Any, name: str) -> list[Tensor]:
     """A, B and, where it has one (``lora_bias``), the bias of a layer's adapter."""
-    a, b = module.lora_A._modules[name], module.lora_B._modules[name]
-    return [a.weight, b.weight, *([] if b.bias is None else [b.bias])]
+    a, b = module._modules["lora_A"]._modules[name], module._modules["lora_B"]._modules[name]
+    found = [a._parameters.get("weight"), b._parameters.get("weight"), b._parameters.get("bias")]
+    if found[0] is None or found[1] is None:  # computed, as parametrisations do
+        found = [a.weight, b.weight, b.bias]
+    return [t for t in found if t is not None]

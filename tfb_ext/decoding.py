@@ -134,6 +134,8 @@ class CapturedDecoding:
         """What ``generate`` decodes with: stands in for ``get_compiled_call`` of the model."""
         if compile_config is not None:
             return self._original(compile_config)
+        if self._context() is not None and self.adapter is not None:
+            self.adapter.check_call()
         state = self._model_state()
         # By its number: a state names every weight, which no step should have to compare.
         self._state = None if state is None else self._states.setdefault(state, len(self._states))
@@ -144,7 +146,7 @@ class CapturedDecoding:
         context = self._context()
         view = None if context is None else context[1]
         if self.adapter is not None and view is not None:
-            self.adapter.check_call()
+            self.adapter.check_modes()
         kind = self._kind(inputs, context)
         if kind is None:
             self.plain += 1

@@ -412,8 +412,11 @@ class TFBVariant(LoraVariant):
         together = [(self, module)]
         together += [(v, m) for v, m in self.group if v is not self and v.is_direct(m, x)]
         if batch is not MEAN:
+            layout = self.state.layout if self.state.seen is None else None
+            usual = layout is not None and x.shape[0] == len(batch.samples) * self.state.each
             for variant, _ in together:
-                self.state.check_rows(variant.name, x)
+                if not usual or variant.name not in layout:  # type: ignore[operator]
+                    self.state.check_rows(variant.name, x)
         rows = x.reshape(-1, x.shape[-1])
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
