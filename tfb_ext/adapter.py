@@ -9,7 +9,7 @@ import struct
 import threading
 import warnings
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -531,12 +531,7 @@ class BayesianAdapter:
                     f"layer {name!r} has no weights of adapter {self.name!r} any more. Fix: load it and call tfb_ext.bayesianize again"
                 )
             check_layer(name, module, self.name, own=self._state)
-        posteriors = [
-            layer_posterior(
-                n, m.lora_A[self.name].weight, m.lora_B[self.name].weight, m.scaling[self.name], self.family
-            )
-            for n, m in self._modules.items()
-        ]
+        posteriors = _posteriors(self._modules.items(), self.name, self.family)
         for variant, posterior in zip(self._variants, posteriors, strict=True):
             variant.detach(self._modules[variant.name])
             variant.rank = posterior.rank
@@ -761,10 +756,7 @@ def bayesianize(
     anatomy = find_anatomy(base, [name for name, _ in found])
     for name, _ in found:
         _block_of(anatomy, name)
-    posteriors = [
-        layer_posterior(name, m.lora_A[adapter].weight, m.lora_B[adapter].weight, m.scaling[adapter], family)
-        for name, m in found
-    ]
+    posteriors = _posteriors(found, adapter, family)
     bayesian = BayesianAdapter(
         model,
         adapter,
@@ -878,6 +870,14 @@ def _drops(part: nn.Module, name: str, active: Sequence[str]) -> bool:
         return False
     rates = [v for n, v in vars(part).items() if n == "p" or "drop" in n]
     return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+
+
+def _posteriors(layers: Iterable[tuple[str, Any]], adapter: str, family: str) -> list[LayerPosterior]:
+    """Each layer's posterior of the weights that ``adapter`` has in it now."""
+    return [
+        layer_posterior(name, m.lora_A[adapter].weight, m.lora_B[adapter].weight, m.scaling[adapter], family)
+        for name, m in layers
+    ]
 
 
 def _adapters(module: Any) -> set[str]:

@@ -328,11 +328,7 @@ class Fan:
             self.state.begin_call(self.opened)
         self.check()
         check_packing(model, kwargs)
-        if kwargs.get("output_router_logits") and len(self.view.batch) > 1:
-            raise SamplingError(
-                "output_router_logits is on, expected off: experts are chosen for each sample's tokens, and the auxiliary loss counts "
-                f"the batch's. Fix: pass output_router_logits=False; or {ONE_SAMPLE}"
-            )
+        self.check_outputs(kwargs)
         self.batch = batch_after(self.view.batch, kwargs)
         self.rows, self.state.tokens = batch_shape(args, kwargs)
         self.state.each = self.rows
@@ -342,7 +338,6 @@ class Fan:
         self.broken = False
         self.continues = cache_of(kwargs) is not None
         self.one_position = self.asks_for_one_position(kwargs)
-        self.check_outputs(kwargs)
         self.state.fanned = False
         # A forward that raised and was caught may have left a piece of the batch, missed layers or bypassed blocks.
         self.state.batch, self.state.shared = self.batch, None
@@ -362,8 +357,8 @@ class Fan:
         """Refuse what the model would compute of the samples' rows as if they were the batch's."""
         if len(self.view.batch) > 1 and asks_for(self.anatomy.model, kwargs, "output_router_logits"):
             raise SamplingError(
-                "output_router_logits is on, of which the model makes one loss for all samples' rows. Fix: pass "
-                "output_router_logits=False, or set it in model.config"
+                "output_router_logits is on, expected off: experts are chosen for each sample's tokens, and the auxiliary loss counts "
+                f"the batch's. Fix: pass output_router_logits=False, or set it in model.config; or {ONE_SAMPLE}"
             )
 
     def asks_for_one_position(self, kwargs: dict[str, Any]) -> bool:
