@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 import tfb_ext
-from tfb_ext import Prediction, metrics
-from tfb_ext.cli import parse_depth
+from tfb_ext import metrics
+from tfb_ext.app.cli import parse_depth
+from tfb_ext.app.demo.headlines import load_split
 from tfb_ext.data import encode
-from tfb_ext.demo.headlines import load_split
+from tfb_ext.prediction import Prediction
 
 from .headlines import adapters, add_arguments
 from .record import environment, write_json

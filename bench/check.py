@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import tfb_ext
-from tfb_ext.adapter import BayesianAdapter
+from tfb_ext.adapters.adapter import BayesianAdapter
 
 from .llama import RANK, Shape, activate, add_adapters, bare, build, lora_layers, token_ids
 from .sequential import SequentialSampler

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import tfb_ext
-from tfb_ext.caches import cache_argument
+from tfb_ext.forward.caches import cache_argument
 
 from .llama import LLAMA_8B, add_adapters, build
 from .record import write_json

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext import ops, reference, search_sigma
-from tfb_ext.adapter import BayesianAdapter
+from tfb_ext import ops, search_sigma
+from tfb_ext.adapters.adapter import BayesianAdapter
+from tfb_ext.adapters.loading import DEMO, load_adapter
+from tfb_ext.app.demo.headlines import load_split
 from tfb_ext.data import Encoded, encode
-from tfb_ext.demo.headlines import load_split
-from tfb_ext.loading import DEMO, load_adapter
 from tfb_ext.metrics import evaluate
+from tfb_ext.ops import reference
 
 from .llama import lora_layers
 from .official import HIGH, SAMPLES, Noise, OfficialAdapter, official_adapter, official_search

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from tfb_ext import SigmaSearch, search_sigma
+from tfb_ext import search_sigma
+from tfb_ext.app.demo.headlines import load_split
 from tfb_ext.data import encode
-from tfb_ext.demo.headlines import load_split
+from tfb_ext.search import SigmaSearch
 
 from .headlines import adapters, add_arguments
 from .record import environment, write_json

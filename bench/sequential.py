@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from tfb_ext.posterior import LayerPosterior
+from tfb_ext.posterior.canonical import LayerPosterior
 
 from .llama import lora_layers
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext.caches import cache_argument
-from tfb_ext.decoding import CapturedDecoding, decoding_with
+from tfb_ext.forward.caches import cache_argument
+from tfb_ext.generation.decoding import CapturedDecoding, decoding_with
 
 from .llama import token_ids
 from .test_models import DEVICE, QUARTER, TOY, Setting, activate, pytestmark, release  # noqa: F401
@@ -76,7 +76,7 @@ class Generator:
         out: Tensor = self.model.generate(**self.prompts, **self.options, cache_implementation="static")
         return out
 
-    def scored(self) -> tfb_ext.Generation:
+    def scored(self) -> tfb_ext.generation.Generation:
         with decoding_with(self.decoding):
             return tfb_ext.generate(
                 self.adapter, self.prompts, samples=self.samples, **self.options, cache_implementation="static"

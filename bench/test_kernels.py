@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfb_ext import ops, reference
+from tfb_ext import ops
+from tfb_ext.ops import reference
 
 from . import oracle
 from .llama import LLAMA_1B, LLAMA_8B, QWEN3_8B

@@ -24,7 +24,7 @@ from transformers import StaticCache
 
 import tfb_ext
 from tfb_ext import ops
-from tfb_ext.caches import cache_argument
+from tfb_ext.forward.caches import cache_argument
 
 from .check import check_fused
 from .llama import LLAMA_8B, TINY, Shape, activate, add_adapters, bare, build, token_ids

@@ -26,8 +26,9 @@ import pytest
 import torch
 
 import tfb_ext
-from tfb_ext import SigmaSearch, search_sigma
+from tfb_ext import search_sigma
 from tfb_ext.data import Encoded
+from tfb_ext.search import SigmaSearch
 
 from .check import check_fused
 from .llama import LLAMA_8B, TINY, Shape, activate, add_adapters, build, lora_layers

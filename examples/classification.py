@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 
 import tfb_ext
-from tfb_ext.loading import load_adapter
+from tfb_ext.adapters.loading import load_adapter
 
 
-def main(adapter: str, anchors: str, questions: str) -> tfb_ext.Prediction:
+def main(adapter: str, anchors: str, questions: str) -> tfb_ext.prediction.Prediction:
     loaded = load_adapter(adapter)
     bayesian = tfb_ext.bayesianize(loaded.model)
     print(tfb_ext.search_sigma(bayesian, tfb_ext.encode(tfb_ext.read_jsonl(anchors), loaded.tokenizer)))

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 
 import tfb_ext
-from tfb_ext.loading import load_adapter
+from tfb_ext.adapters.loading import load_adapter
 
 
-def main(adapter: str, sigma: float, *prompts: str) -> tfb_ext.Generation:
+def main(adapter: str, sigma: float, *prompts: str) -> tfb_ext.generation.Generation:
     loaded = load_adapter(adapter)
     bayesian = tfb_ext.bayesianize(loaded.model, sigma=sigma)
     found = tfb_ext.generate(bayesian, list(prompts), loaded.tokenizer, samples=10, max_new_tokens=32, do_sample=False)

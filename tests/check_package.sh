@@ -30,7 +30,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import tfb_ext
-from tfb_ext import ops, reference
+from tfb_ext import ops
+from tfb_ext.ops import reference
 
 folder = files(tfb_ext)
 assert Path(str(folder)).is_relative_to(Path(sys.argv[1]).resolve()), folder

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfb_ext.demo import assets
+from tfb_ext.app.demo import assets
 
 WIDTH, HEADS, INNER, BLOCKS = 32, 2, 48, 2
 

@@ -11,7 +11,7 @@ import demo_fakes
 import pytest
 
 from bench.quality import data
-from tfb_ext.demo import assets
+from tfb_ext.app.demo import assets
 
 HEADER = "Category\tText\nd\tstring\nclass\t\n"
 

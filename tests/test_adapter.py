@@ -14,8 +14,8 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import tfb_ext
+from tfb_ext.adapters.layers import TFBVariant
 from tfb_ext.errors import ConfigError, SamplingError, UnsupportedModelError
-from tfb_ext.layers import TFBVariant
 
 
 def snapshot(model: PeftModel) -> dict[str, Any]:

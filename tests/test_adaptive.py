@@ -12,9 +12,10 @@ import zoo
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext import Prediction, predict
+from tfb_ext import predict
 from tfb_ext.adaptive import FIRST_LOOK, StoppingRule, draw_size, student_quantile
-from tfb_ext.scoring import Scorer
+from tfb_ext.forward.scoring import Scorer
+from tfb_ext.prediction import Prediction
 
 SIGMA, MOST = 0.05, 30
 

@@ -16,15 +16,15 @@ import torch
 from small_folders import Folders
 
 import tfb_ext
+from tfb_ext.adapters.loading import load_adapter
 from tfb_ext.data import encode, read_jsonl
-from tfb_ext.loading import load_adapter
 
 pytest.importorskip("typer", reason="the command line needs typer and rich")
 
 from click.testing import Result  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from tfb_ext import cli  # noqa: E402
+from tfb_ext.app import cli  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ("--device", "cpu", "--dtype", "float32")
@@ -106,7 +106,9 @@ def test_no_command_shows_the_help() -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, tfb_ext.cli; print(sorted({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)))"
+    code = (
+        "import sys, tfb_ext.app.cli; print(sorted({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
     )
@@ -202,12 +204,14 @@ def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
     own, other = (encode(read_jsonl(f), model.tokenizer) for f in (llama.test, strange))
     for name, samples in (("mean", 0), ("tfb", 4)):
         p, q = (tfb_ext.predict(adapter, data, samples) for data in (own, other))
-        wrong, ours, theirs = p.labels != own.labels_tensor(), *map(tfb_ext.uncertainty_scores, (p, q))
+        wrong, ours, theirs = p.labels != own.labels_tensor(), *map(tfb_ext.uncertainty.uncertainty_scores, (p, q))
         scores = ["confidence", "total", "aleatoric", *(["epistemic"] if samples else [])]
         assert list(found["selective"][name]) == list(found["ood"][name]) == scores
         for score in scores:
-            assert found["selective"][name][score]["aurc"] == pytest.approx(tfb_ext.selective(ours[score], wrong).aurc)
-            expected = tfb_ext.detection(ours[score], theirs[score]).to_dict()
+            assert found["selective"][name][score]["aurc"] == pytest.approx(
+                tfb_ext.uncertainty.selective(ours[score], wrong).aurc
+            )
+            expected = tfb_ext.uncertainty.detection(ours[score], theirs[score]).to_dict()
             assert found["ood"][name][score] == pytest.approx(expected, abs=1e-6)
     page = Path(found["report"]).read_text()
     assert page.count("data:image/png;base64,") == 3 and "risk at 90%" in page and "FPR at 95 % TPR" in page
@@ -377,9 +381,7 @@ def test_info_as_a_module() -> None:
 
 
 def test_missing_extension_is_one_sentence() -> None:
-    code = (
-        "import sys; sys.modules['tfb_ext._C'] = None; sys.argv = ['tfb', 'info']\nfrom tfb_ext.cli import main; main()"
-    )
+    code = "import sys; sys.modules['tfb_ext._C'] = None; sys.argv = ['tfb', 'info']\nfrom tfb_ext.app.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
     assert "pip install --no-build-isolation -e ." in plain(done.stderr)
@@ -451,7 +453,7 @@ def test_wrong_usage_names_the_option(llama: Folders, fails: Any) -> None:
 
 
 def test_out_of_memory_is_one_sentence_too(llama: Folders, monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
-    from tfb_ext.scoring import Scorer
+    from tfb_ext.forward.scoring import Scorer
 
     def full(*_: object) -> bool:
         return False

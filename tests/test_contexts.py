@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 import tfb_ext
-from tfb_ext.caches import cache_argument
 from tfb_ext.errors import SamplingError, TFBError
+from tfb_ext.forward.caches import cache_argument
 
 SIGMA, SAMPLES = 0.3, 3
 

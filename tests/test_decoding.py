@@ -19,8 +19,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import StaticCache
 
 import tfb_ext
-from tfb_ext import CapturedDecoding, captured_decoding, decoding
-from tfb_ext.caches import cache_argument
+from tfb_ext import captured_decoding
+from tfb_ext.forward.caches import cache_argument
+from tfb_ext.generation import decoding
+from tfb_ext.generation.decoding import CapturedDecoding
 
 SAMPLES, SIGMA, NEW = 3, 0.3, 6
 STATIC = {"cache_implementation": "static"}
@@ -163,7 +165,7 @@ def test_one_graph_serves_every_sample_sigma_and_seed(device: str, mode: str) ->
 def test_generate_keeps_its_cache(device: str) -> None:
     adapter = bayesian(device)
 
-    def generate(batch: dict[str, Tensor], **options: Any) -> tfb_ext.Generation:
+    def generate(batch: dict[str, Tensor], **options: Any) -> tfb_ext.generation.Generation:
         return tfb_ext.generate(adapter, batch, samples=SAMPLES, **{**OPTIONS, **options})
 
     batches = [
@@ -250,7 +252,7 @@ def test_what_a_graph_cannot_hold_runs_as_usual(device: str, case: str) -> None:
 def test_observers_run_at_every_step(device: str) -> None:
     adapter, batch = bayesian(device), zoo.prompt(device=device)
     seen: list[Tensor] = []
-    view = tfb_ext.fan.Predictive(adapter.batch(SAMPLES), observe=seen.append)
+    view = tfb_ext.forward.fan.Predictive(adapter.batch(SAMPLES), observe=seen.append)
     with captured_decoding(adapter) as steps, adapter.fanned(view):
         adapter.model.generate(**batch, **OPTIONS, **STATIC)
     assert len(seen) >= NEW and steps.captured == 0
@@ -287,7 +289,7 @@ def test_a_replayed_step_checks_what_any_call_does(device: str, spoil: Callable[
 
         def end(self) -> None: ...
 
-    with captured_decoding(adapter), pytest.raises(tfb_ext.SamplingError):
+    with captured_decoding(adapter), pytest.raises(tfb_ext.errors.SamplingError):
         run(adapter, {k: v[:1] for k, v in batch.items()}, streamer=Spoiler(), **STATIC)
 
 

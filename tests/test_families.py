@@ -16,11 +16,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfb_ext
-from tfb_ext import families, layers, ops, reference
+from tfb_ext import ops
+from tfb_ext.adapters import layers
 from tfb_ext.errors import ConfigError, SamplingError
-from tfb_ext.families import add_full_rank_noise_
-from tfb_ext.files import FAMILIES, TFBConfig
-from tfb_ext.posterior import layer_posterior
+from tfb_ext.ops import reference
+from tfb_ext.posterior.canonical import layer_posterior
+from tfb_ext.posterior.config import FAMILIES, TFBConfig
+from tfb_ext.research import families
+from tfb_ext.research.families import add_full_rank_noise_
 
 SIGMA, SAMPLES = 0.3, 4
 IN_WEIGHTS = ["low-rank", "constant"]  # whose samples are weight matrices

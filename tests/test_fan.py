@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import tfb_ext
-from tfb_ext import fan
 from tfb_ext.errors import SamplingError, UnsupportedModelError
-from tfb_ext.fan import Predictive
+from tfb_ext.forward import fan
+from tfb_ext.forward.fan import Predictive
 
 SAMPLES, SIGMA = 4, 0.3
 DEPTHS = [(name, depth) for name in zoo.MODELS for depth in ("all", 2)] + [("llama-head", "head")]

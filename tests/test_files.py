@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tfb_ext.errors import ConfigError
-from tfb_ext.files import CONFIG_NAME, FORMAT_VERSION, TFBConfig, write_atomically
+from tfb_ext.files import write_atomically
+from tfb_ext.posterior.config import CONFIG_NAME, FORMAT_VERSION, TFBConfig
 
 GOOD = TFBConfig(
     sigma=0.04, seed=2**64 - 1, mode="weight", antithetic=True, depth=15, layers=("model.layers.0.q_proj", "lm_head"),

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 import tfb_ext
-from tfb_ext import Generation
-from tfb_ext.caches import cache_argument
+from tfb_ext.forward.caches import cache_argument
+from tfb_ext.generation import Generation
 
 SAMPLES, SIGMA, NEW, PROMPT = 3, 0.3, 6, 6
 

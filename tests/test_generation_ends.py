@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 import tfb_ext
-from tfb_ext import Generation
+from tfb_ext.generation import Generation
 
 TINY = 1e-7  # a posterior that is its mean
 WORDS = tokenizer()

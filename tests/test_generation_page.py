@@ -14,9 +14,9 @@ import small_folders
 import torch
 from typer.testing import CliRunner
 
-from tfb_ext import Generation
-from tfb_ext.cli import app
-from tfb_ext.report import generation_page
+from tfb_ext.app.cli import app
+from tfb_ext.app.report import generation_page
+from tfb_ext.generation import Generation
 
 pytest.importorskip("jinja2", reason="the page needs jinja2")
 

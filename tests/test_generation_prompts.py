@@ -89,7 +89,7 @@ def test_a_rendered_conversation_begins_once(adapter: Any) -> None:
 )
 def test_special_tokens_come_once(parts: list[str], last: bool, space: str) -> None:
     """A text with what the tokenizer puts first is tokenised without the tokenizer's own, any other with them."""
-    from tfb_ext.prompts import _text_tokens
+    from tfb_ext.generation.prompts import _text_tokens
 
     words = with_bos()
     if last:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from demo_fakes import headline_lines, open_shop, write_wheel
 
+from tfb_ext.app.demo import assets, headlines
+from tfb_ext.app.demo.headlines import BUCKETS, CHOICES, load_split, split_of
 from tfb_ext.data import encode
-from tfb_ext.demo import assets, headlines
-from tfb_ext.demo.headlines import BUCKETS, CHOICES, load_split, split_of
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import tfb_ext
-from tfb_ext import layers, ops, reference
+from tfb_ext import ops
+from tfb_ext.adapters import layers
+from tfb_ext.ops import reference
 
 SAMPLES, SIGMA = 4, 0.3
 

@@ -28,7 +28,7 @@ from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tfb_ext.lm_eval import TFBLM
+from tfb_ext.integrations.lm_eval import TFBLM
 
 SAMPLES, SIGMA = 4, 0.3
 PAIRS = [
@@ -257,7 +257,7 @@ def test_command_line(folders: Folders, tmp_path: Path) -> None:
         *("--output_path", str(tmp_path / "out"), "--batch_size", "4"),
     ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tfb_ext.lm_eval", *arguments]
+    command = [sys.executable, "-m", "tfb_ext.integrations.lm_eval", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "|tiny_choice|" in run.stdout
@@ -340,7 +340,9 @@ def test_refuses_continuations_beyond_the_model() -> None:
         lm.loglikelihood(asked("loglikelihood", [("area", " man wins senate votes")]))
 
 
-@pytest.mark.parametrize("arguments", [["-m", "tfb_ext.lm_eval"], ["-c", "import tfb_ext.lm_eval"]])
+@pytest.mark.parametrize(
+    "arguments", [["-m", "tfb_ext.integrations.lm_eval"], ["-c", "import tfb_ext.integrations.lm_eval"]]
+)
 def test_says_what_to_install(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "lm_eval").mkdir()
     (tmp_path / "lm_eval" / "__init__.py").write_text("raise ImportError('No module named lm_eval')")

@@ -16,8 +16,8 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import tfb_ext
 from tfb_ext import loading
+from tfb_ext.adapters.loading import device_name, load_adapter, pick_device, pick_dtype, versions
 from tfb_ext.errors import UnsupportedModelError
-from tfb_ext.loading import device_name, load_adapter, pick_device, pick_dtype, versions
 
 
 def changed(folders: Folders, target: Path, **config: Any) -> str:

@@ -17,8 +17,8 @@ from small_folders import Folders
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tfb_ext
+from tfb_ext.adapters.loading import load_adapter
 from tfb_ext.errors import UnsupportedModelError
-from tfb_ext.loading import load_adapter
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 HERE = ("cpu", "float32")

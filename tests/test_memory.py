@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfb_ext
-from tfb_ext import layers, reference
+from tfb_ext.adapters import layers
+from tfb_ext.ops import reference
 
 SAMPLES, RANK, WIDTH, TOKENS = 8, 32, 256, 2
 
@@ -123,7 +124,8 @@ def test_peak_of_the_gpu_is_the_plain_adapters() -> None:
 _PEAK = """
 import json, re, sys, torch
 from pathlib import Path
-from tfb_ext import ops, reference
+from tfb_ext import ops
+from tfb_ext.ops import reference
 torch.set_num_threads(1)
 
 def peak():  # ru_maxrss would start at the parent's own peak

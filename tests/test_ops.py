@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfb_ext import ops, reference
+from tfb_ext import ops
+from tfb_ext.ops import reference
 
 LAYER = 0xC0FFEE11
 SEED = 2**64 - 12345
@@ -766,7 +767,8 @@ def test_noise_errors(arguments: tuple[int, ...], sentence: str) -> None:
 
 _INSTRUCTION_SET = """
 import torch
-from tfb_ext import ops, reference
+from tfb_ext import ops
+from tfb_ext.ops import reference
 assert ops.build_info()["cpu_capability"] == "{name}", ops.build_info()
 assert (ops.noise(13, 1031, 5, 6, 7).double() - reference.noise_float64(13, 1031, 5, 6, 7)).abs().max() <= 1e-5
 torch.manual_seed(0)

@@ -60,10 +60,12 @@ def test_missing_extension_names_the_command() -> None:
 
 
 def test_errors_are_the_builtin_kinds_too() -> None:
-    assert issubclass(tfb_ext.UnsupportedModelError, tfb_ext.TFBError) and issubclass(tfb_ext.TFBError, Exception)
-    assert issubclass(tfb_ext.UnsupportedModelError, ValueError)
-    assert issubclass(tfb_ext.SamplingError, RuntimeError)
-    assert issubclass(tfb_ext.ConfigError, ValueError)
+    assert issubclass(tfb_ext.errors.UnsupportedModelError, tfb_ext.TFBError) and issubclass(
+        tfb_ext.TFBError, Exception
+    )
+    assert issubclass(tfb_ext.errors.UnsupportedModelError, ValueError)
+    assert issubclass(tfb_ext.errors.SamplingError, RuntimeError)
+    assert issubclass(tfb_ext.errors.ConfigError, ValueError)
 
 
 def test_no_pickle_and_no_global_generator() -> None:

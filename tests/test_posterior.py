@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfb_ext import ops
 from tfb_ext.errors import UnsupportedModelError
-from tfb_ext.posterior import (
+from tfb_ext.posterior.canonical import (
     LayerPosterior,
     canonical_name,
     layer_id,

@@ -13,8 +13,9 @@ import zoo
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext import Prediction, predict, prediction
-from tfb_ext.scoring import Scorer
+from tfb_ext import predict, prediction
+from tfb_ext.forward.scoring import Scorer
+from tfb_ext.prediction import Prediction
 
 SIGMA = 0.3
 

@@ -25,8 +25,8 @@ import tfb_ext
 from bench.quality import bank as banks
 from bench.quality import check, data, laplace, measures, methods, report, results, run, study, train
 from bench.quality.bank import KINDS, TARGETS, Bank, Member, Recipe, members
+from tfb_ext.app.demo.assets import DemoAssetError
 from tfb_ext.data import Encoded
-from tfb_ext.demo.assets import DemoAssetError
 
 RECIPE = Recipe(rank=4, alpha=8, epochs=3, batch_size=4, lr=2e-2)
 CHOICES = (5, 9, 11)

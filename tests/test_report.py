@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tfb_ext.metrics import evaluate
-from tfb_ext.report import (
+from tfb_ext.app.report import (
     Table,
     html_report,
     reliability,
@@ -20,6 +19,7 @@ from tfb_ext.report import (
     score_histograms,
     search_trace,
 )
+from tfb_ext.metrics import evaluate
 from tfb_ext.search import DepthResult, Evaluation, SigmaSearch
 from tfb_ext.uncertainty import selective
 

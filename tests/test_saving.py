@@ -19,7 +19,8 @@ import torch
 import zoo
 
 import tfb_ext
-from tfb_ext import ConfigError, files
+from tfb_ext import files
+from tfb_ext.errors import ConfigError
 from tfb_ext.files import check_target, remove_leftovers, write_atomically
 
 # What a save calls on its way; each call is a place to be killed at.
@@ -233,7 +234,9 @@ def test_truncated_weights_are_refused(part: float, tmp_path: Path) -> None:
     path = adapter.save_pretrained(tmp_path) / "adapter_model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * part)])
-    with pytest.raises(tfb_ext.UnsupportedModelError, match="adapter_model.safetensors is no whole safetensors file"):
+    with pytest.raises(
+        tfb_ext.errors.UnsupportedModelError, match="adapter_model.safetensors is no whole safetensors file"
+    ):
         tfb_ext.load(zoo.peft_model("llama").unload(), tmp_path)
 
 
@@ -250,10 +253,10 @@ def test_foreign_weights_are_refused(tmp_path: Path) -> None:
         ({}, "lacks"),
     ):
         save_file(tensors, path, {"format": "pt"})
-        with pytest.raises(tfb_ext.UnsupportedModelError, match=words):
+        with pytest.raises(tfb_ext.errors.UnsupportedModelError, match=words):
             tfb_ext.load(zoo.peft_model("llama").unload(), tmp_path)
     path.unlink()
-    with pytest.raises(tfb_ext.UnsupportedModelError, match="holds no adapter_model.safetensors"):
+    with pytest.raises(tfb_ext.errors.UnsupportedModelError, match="holds no adapter_model.safetensors"):
         tfb_ext.load(zoo.peft_model("llama").unload(), tmp_path)
 
 

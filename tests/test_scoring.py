@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfb_ext
+from tfb_ext.adapters.layers import MEAN
 from tfb_ext.data import Encoded
 from tfb_ext.errors import SamplingError
-from tfb_ext.layers import MEAN
-from tfb_ext.scoring import IGNORED, Scorer, item_labels, original_order
+from tfb_ext.forward.scoring import IGNORED, Scorer, item_labels, original_order
 
 SIGMA, SAMPLES = 0.3, 5
 

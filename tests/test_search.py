@@ -17,10 +17,10 @@ import zoo
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext import SigmaSearch, search_sigma
+from tfb_ext import search_sigma
 from tfb_ext.data import Encoded
-from tfb_ext.scoring import IGNORED
-from tfb_ext.search import LARGEST, SMALLEST, _AtDepth
+from tfb_ext.forward.scoring import IGNORED
+from tfb_ext.search import LARGEST, SMALLEST, SigmaSearch, _AtDepth
 from tfb_ext.search import anchors as engine
 from tfb_ext.search.methods import Found, find
 from tfb_ext.search.plan import Options, Plan, make_plan

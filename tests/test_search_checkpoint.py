@@ -12,7 +12,9 @@ import torch
 import zoo
 
 import tfb_ext
-from tfb_ext import ConfigError, SigmaSearch, search_sigma
+from tfb_ext import search_sigma
+from tfb_ext.errors import ConfigError
+from tfb_ext.search import SigmaSearch
 
 OPTIONS: dict[str, Any] = {"samples": 4, "progress": False, "batch_size": 10, "recipe": "paper", "tolerance": 0.02}
 

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tfb_ext
-from tfb_ext import ConfigError, SigmaSearch, search_sigma
-from tfb_ext.errors import SamplingError
+from tfb_ext import search_sigma
+from tfb_ext.errors import ConfigError, SamplingError
+from tfb_ext.search import SigmaSearch
 
 OPTIONS: dict[str, Any] = {"samples": 2, "progress": False, "batch_size": 10, "recipe": "paper", "apply": False}
 

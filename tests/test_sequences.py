@@ -15,9 +15,12 @@ import zoo
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext import ConfigError, Example, SigmaSearch, encode, fan, predict, search_sigma
+from tfb_ext import Example, encode, predict, search_sigma
 from tfb_ext.adaptive import StoppingRule
 from tfb_ext.data import Encoded
+from tfb_ext.errors import ConfigError
+from tfb_ext.forward import fan
+from tfb_ext.search import SigmaSearch
 
 SIGMA, SAMPLES = 0.3, 4
 CHOICES = small_sets.CHOICE_TOKENS
@@ -132,7 +135,7 @@ def test_refuses_what_does_not_serve_sequences() -> None:
     with pytest.raises(
         ValueError, match="data's score is 'sequence'.*no one Gaussian logit; expected choices of one token"
     ):
-        tfb_ext.head_gaussian(bayesian("llama-head", depth="head"), small_sets.sequences())
+        tfb_ext.research.head.head_gaussian(bayesian("llama-head", depth="head"), small_sets.sequences())
     with pytest.raises(ValueError, match="classification head"):
         predict(bayesian("llama-cls"), small_sets.sequences(), 2)
 

@@ -10,9 +10,9 @@ import zoo
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext import fan
 from tfb_ext.errors import SamplingError
-from tfb_ext.fan import Predictive
+from tfb_ext.forward import fan
+from tfb_ext.forward.fan import Predictive
 
 SAMPLES, SIGMA = 4, 0.3
 

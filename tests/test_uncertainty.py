@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfb_ext import Prediction, detection, selective, uncertainty_scores
+from tfb_ext.prediction import Prediction
+from tfb_ext.uncertainty import detection, selective, uncertainty_scores
 
 pytest.importorskip("torchmetrics", reason="areas under curves are torchmetrics'")
 

@@ -1,6 +1,6 @@
 """``python -m tfb_ext``: the same as the command ``tfb``."""
 
-from .cli import main
+from .app.cli import main
 
 if __name__ == "__main__":
     main()

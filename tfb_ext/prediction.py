@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapter import BayesianAdapter
+from .adapters.adapter import BayesianAdapter
+from .adapters.layers import SampleBatch
 from .adaptive import StoppingRule, draw_size, is_paired
 from .checks import check_samples, is_integer
-from .fan import Kind
-from .layers import SampleBatch
-from .scoring import MANY_CLASSES, Batch, Data, Scorer, head_outputs, original_order
+from .forward.fan import Kind
+from .forward.scoring import MANY_CLASSES, Batch, Data, Scorer, head_outputs, original_order
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tfb_ext.app.demo import headlines
+from tfb_ext.app.demo.assets import HEADLINES, Asset, unpacked_file
 from tfb_ext.data import Encoded, Example, encode
-from tfb_ext.demo import headlines
-from tfb_ext.demo.assets import HEADLINES, Asset, unpacked_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

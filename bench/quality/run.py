@@ -31,8 +31,8 @@ import torch.multiprocessing
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext.adapter import BayesianAdapter
-from tfb_ext.demo.assets import base_model_dir
+from tfb_ext.adapters.adapter import BayesianAdapter
+from tfb_ext.app.demo.assets import base_model_dir
 
 from ..record import environment, write_json
 from . import methods, train

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfb_ext import ops, reference
+from tfb_ext import ops
+from tfb_ext.ops import reference
 
 LAYER = 77
 CUDA = torch.device("cuda")

@@ -14,9 +14,9 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from ..adapter import BayesianAdapter, Depth
+from ..adapters.adapter import BayesianAdapter, Depth
 from ..checks import check_samples
-from ..scoring import Data, Scorer
+from ..forward.scoring import Data, Scorer
 from .anchors import Anchors
 from .methods import Found, find
 from .plan import (

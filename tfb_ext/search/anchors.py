@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapter import BayesianAdapter
+from ..adapters.adapter import BayesianAdapter
+from ..adapters.layers import MEAN, SampleBatch
 from ..data import Encoded
 from ..errors import SamplingError
-from ..layers import MEAN, SampleBatch
-from ..scoring import IGNORED, MANY_CLASSES, Batch, Scorer, item_labels
+from ..forward.scoring import IGNORED, MANY_CLASSES, Batch, Scorer, item_labels
 from .model_key import content, model_key
 from .ranks import Ranks
 from .records import FIELDS, Records, read_records

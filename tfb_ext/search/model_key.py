@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..adapter import BayesianAdapter
+from ..adapters.adapter import BayesianAdapter
 
 # Of each tensor: this many values, evenly spaced, beside a sum over the bits of all of them.
 SAMPLED = 1024

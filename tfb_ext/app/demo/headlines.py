@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from ..data import Example
+from ...data import Example
 from .assets import headlines_file
 
 PROMPT = "Headline: {headline}\nSarcastic:"

@@ -1,6 +1,6 @@
 """A TFB posterior in lm-evaluation-harness: its model ``tfb``, and its command line with that model in it.
 
-``python -m tfb_ext.lm_eval --model tfb --model_args pretrained=BASE,peft=ADAPTER,n_samples=10 --tasks TASK`` takes what
+``python -m tfb_ext.integrations.lm_eval --model tfb --model_args pretrained=BASE,peft=ADAPTER,n_samples=10 --tasks TASK`` takes what
 ``lm-eval`` takes. Reading, ordering, batching and caching of requests are the harness's own; only the scores of a batch are
 made here, of all samples in one fused forward, from which each sample's log probabilities of the asked tokens are kept.
 """
@@ -16,11 +16,11 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapter import BayesianAdapter, Depth, bayesianize, load
-from .checks import check_sigma
-from .errors import UnsupportedModelError
-from .fan import last_positions
-from .files import CONFIG_NAME, TFBConfig
+from ..adapters.adapter import BayesianAdapter, Depth, bayesianize, load
+from ..checks import check_sigma
+from ..errors import UnsupportedModelError
+from ..forward.fan import last_positions
+from ..posterior.config import CONFIG_NAME, TFBConfig
 
 try:
     from lm_eval.api.model import CacheHook

@@ -23,8 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
-from .files import FAMILIES
+from .. import ops
+from ..posterior.config import FAMILIES
 
 # Normals under one key of the generator: 64 MiB of float32, the most that full-rank noise takes beside the output. A part
 # of the noise's definition: another number would make other samples.

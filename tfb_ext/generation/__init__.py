@@ -1,6 +1,6 @@
 """Text from the posterior predictive, with the samples' uncertainty about every token.
 
-Generation is transformers' own ``generate`` inside :meth:`~tfb_ext.adapter.BayesianAdapter.predictive`: at every step the
+Generation is transformers' own ``generate`` inside :meth:`~tfb_ext.adapters.adapter.BayesianAdapter.predictive`: at every step the
 samples' probabilities are averaged and all emit the same token. What comes out is then scored by one forward of the whole
 sequences, which sees every sample's opinion of every token at once and works the same for whatever way the text was found.
 """
@@ -25,14 +25,14 @@ from torch import Tensor
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from .adapter import BayesianAdapter
-from .caches import cache_argument
-from .checks import check_count
+from ..adapters.adapter import BayesianAdapter
+from ..adapters.layers import SampleBatch
+from ..checks import check_count
+from ..errors import SamplingError
+from ..forward.caches import cache_argument
+from ..forward.fan import Predictive, last_positions
+from ..forward.inputs import most_positions
 from .decoding import capturable, captured_decoding, open_decoding
-from .errors import SamplingError
-from .fan import Predictive, last_positions
-from .inputs import most_positions
-from .layers import SampleBatch
 from .prompts import Prompts, encode_prompts, vocabulary
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def generate(
             (``assistant_model="mean"`` is the mean adapter itself, on the same weights). What rescales logits by their sign or
             size (``repetition_penalty``, ``exponential_decay_length_penalty``) gets log probabilities, as it does in
             transformers' beam search. On a GPU
-            ``cache_implementation="static"`` decodes in CUDA graphs, see :func:`~tfb_ext.decoding.captured_decoding`. A
+            ``cache_implementation="static"`` decodes in CUDA graphs, see :func:`~tfb_ext.generation.decoding.captured_decoding`. A
             quantised cache quantises the samples' rows together: with groups within a row (quanto's axis 0) as each sample's
             own would, else about as exactly; the scores, of a forward without a cache, know nothing of it. An offloaded cache
             needs a GPU, and its steps are not compiled.
@@ -181,7 +181,7 @@ def generate(
         ValueError: an empty prompt, a prompt that leaves no room in the model's context, tokens that the model does not have, a
             conversation that the chat template refuses or leaves parts of out, no tokenizer where one is needed, an option that
             this cannot serve, NaN (the message names the first module that gave it).
-        SamplingError: from the sampling context, see :meth:`~tfb_ext.adapter.BayesianAdapter.predictive`.
+        SamplingError: from the sampling context, see :meth:`~tfb_ext.adapters.adapter.BayesianAdapter.predictive`.
     """
     for name, why in _OURS.items():
         if options.get(name) is not None and options[name] is not False:

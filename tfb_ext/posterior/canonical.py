@@ -9,7 +9,7 @@ because the division by ``d`` in the paper's ``Omega = sigma / d`` meets a multi
 range of ``B`` matters for the distribution. The individual samples depend on the basis of it, so the basis here is the
 one that every machine agrees on: Gram-Schmidt on the columns of ``B`` in their order, positive diagonal, float64, CPU.
 
-The other variance families (:mod:`tfb_ext.families`) differ in what is noisy: the entries of ``A`` themselves, or all
+The other variance families (:mod:`tfb_ext.research.families`) differ in what is noisy: the entries of ``A`` themselves, or all
 entries of the update.
 """
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 
 _WRAPPERS = ("base_model.model.", "_orig_mod.")
 
@@ -69,7 +69,7 @@ class LayerPosterior:
         singular_values: ``d``, float64, of ``B``, descending, those that count as zero left out: for reports and for the
             paper's ``Omega``.
         scaling: LoRA's ``s``.
-        family: variance family, see :mod:`tfb_ext.families`.
+        family: variance family, see :mod:`tfb_ext.research.families`.
     """
 
     name: str

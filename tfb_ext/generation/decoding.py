@@ -18,10 +18,10 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .adapter import BayesianAdapter
-from .caches import cache_of
-from .fan import Predictive, asks_for
-from .layers import SampleBatch
+from ..adapters.adapter import BayesianAdapter
+from ..adapters.layers import SampleBatch
+from ..forward.caches import cache_of
+from ..forward.fan import Predictive, asks_for
 
 GRAPHS = 4  # kept at a time; each holds the memory of one step
 

@@ -22,11 +22,11 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import LoraVariant
 from torch import Tensor, nn
 
-from . import ops
-from .checks import check_seed
-from .errors import SamplingError, UnsupportedModelError
-from .families import add_full_rank_noise_
-from .posterior import LayerPosterior
+from .. import ops
+from ..checks import check_seed
+from ..errors import SamplingError, UnsupportedModelError
+from ..posterior.canonical import LayerPosterior
+from ..research.families import add_full_rank_noise_
 
 # How a layer's input has its rows: S * B of them first, or S * B * T of them, the positions of a row one after the other.
 RowLayout = Literal["rows", "tokens"]
@@ -56,7 +56,7 @@ class SampleBatch:
         samples: sample number of each group (S,).
         seed: 64-bit seed of the noise.
         antithetic: sample ``2k + 1`` is minus the noise of sample ``2k``.
-        mode, family: of the noise, see :class:`~tfb_ext.adapter.BayesianAdapter`.
+        mode, family: of the noise, see :class:`~tfb_ext.adapters.adapter.BayesianAdapter`.
         tokens: how many the key-value cache holds that the pass goes on from, for mode ``"token"``; a tensor on a device is
             read by the device alone.
     """
@@ -475,7 +475,7 @@ class TFBVariant(LoraVariant):
     def sampled(self, module: Any, x: Tensor, result: Tensor, columns: Tensor | None = None) -> Tensor:
         """``result + s U (M + sigma_k E_k) x`` for rows in the state's groups; ``columns`` picks output features.
 
-        The family ``"full-rank"`` adds ``s U M x`` and then ``s sigma_k |x| e``, see :mod:`tfb_ext.families`.
+        The family ``"full-rank"`` adds ``s U M x`` and then ``s sigma_k |x| e``, see :mod:`tfb_ext.research.families`.
         """
         batch = self.state.batch
         assert batch is not None

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import BayesianAdapter, Depth
-from .checks import check_count
-from .data import Encoded
+from ..adapters.adapter import BayesianAdapter, Depth
+from ..adapters.layers import SampleBatch
+from ..checks import check_count
+from ..data import Encoded
 from .fan import CLASSIFIER_HEADS, Kind, Predictive, Trunk, at_targets, last_position_only, last_positions
 from .inputs import IGNORED as IGNORED  # here too for those who score
 from .inputs import Labels, ModelInputs
-from .layers import SampleBatch
 
 # On a CPU, rows of a batch, and rows one fused forward may hold before its samples are split: what its caches like.
 BATCH_CPU, ROWS_CPU = 8, 64

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapters.layers import ONE_SAMPLE, RowLayout, SampleBatch, SamplingState, head_columns
+from ..errors import SamplingError, TFBError, UnsupportedModelError
+from ..posterior.canonical import canonical_name
 from .caches import CacheWatch, cache_of, rows_of_cache
-from .errors import SamplingError, TFBError, UnsupportedModelError
-from .layers import ONE_SAMPLE, RowLayout, SampleBatch, SamplingState, head_columns
-from .posterior import canonical_name
 
 Kind = Literal["categorical", "multi_label", "regression"]
 
@@ -33,7 +33,7 @@ CLASSIFIER_HEADS = ("score", "classifier")
 
 # The way out for a model that cannot be attached to.
 BY_HAND = (
-    "draw samples by hand: tfb_ext.posterior.layer_posterior gives a layer's U and M, tfb_ext.ops.noise its E_k, and the sample's "
+    "draw samples by hand: tfb_ext.posterior.canonical.layer_posterior gives a layer's U and M, tfb_ext.ops.noise its E_k, and the sample's "
     "weight is W0 + s U (M + sigma E_k)"
 )
 
@@ -215,7 +215,7 @@ class Predictive:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lays out its rows below a first random block: learnt by :mod:`tfb_ext.guard`.
+    """How a model lays out its rows below a first random block: learnt by :mod:`tfb_ext.forward.guard`.
 
     Attributes:
         layers: by layer name, how its input has its rows.

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .errors import SamplingError
+from ..errors import SamplingError
 
 if TYPE_CHECKING:
-    from .layers import SampleBatch, SamplingState
+    from ..adapters.layers import SampleBatch, SamplingState
 
 _ROWS = "tfb_rows"  # the attribute that says which samples a cache's rows are of
 

@@ -7,7 +7,7 @@ position ::
 
 with the mean adapter's logits as mean and ``U_c`` the rows of U for the classes (the label tokens, or all of a classification
 head): the law that sampling draws from, at ``depth="head"``, without samples. It holds in every noise mode, whose draws for one
-row have this law; other families (:mod:`tfb_ext.families`) have ``B_c`` or the identity in place of ``U_c``. Items share E,
+row have this law; other families (:mod:`tfb_ext.research.families`) have ``B_c`` or the identity in place of ``U_c``. Items share E,
 so their logits are correlated with each other, which a distribution for each item does not say.
 """
 
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from .adapter import BayesianAdapter
-from .checks import check_count
-from .data import Encoded
-from .errors import SamplingError, UnsupportedModelError
-from .fan import CLASSIFIER_HEADS
-from .layers import head_columns
-from .scoring import MANY_CLASSES, Batch, Data, Scorer, head_outputs, original_order
+from ..adapters.adapter import BayesianAdapter
+from ..adapters.layers import head_columns
+from ..checks import check_count
+from ..data import Encoded
+from ..errors import SamplingError, UnsupportedModelError
+from ..forward.fan import CLASSIFIER_HEADS
+from ..forward.scoring import MANY_CLASSES, Batch, Data, Scorer, head_outputs, original_order
 
 # Numbers of a piece of items' logits at all points of the quadrature: 128 MiB.
 _PIECE = 2**24

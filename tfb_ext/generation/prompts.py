@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checks import is_dense
-from .data import pad_rows
+from ..checks import is_dense
+from ..data import pad_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .adapter import BayesianAdapter, Depth
-from .posterior import LayerPosterior
+from ..adapters.adapter import BayesianAdapter, Depth
+from ..posterior.canonical import LayerPosterior
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .files import write_atomically
-from .metrics import BINS, check, evaluate
+from ..files import write_atomically
+from ..metrics import BINS, check, evaluate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
-    from .generation import Generation
-    from .search import SigmaSearch
-    from .uncertainty import Selective
+    from ..generation import Generation
+    from ..search import SigmaSearch
+    from ..uncertainty import Selective
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, RED, GREEN = "#2f6db3", "#d64545", "#2d8a5f"

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter import BayesianAdapter, Depth, bayesianize
-from ..data import Encoded, encode
-from ..loading import DEMO, Loaded, device_name, load_adapter, versions
-from ..metrics import Metrics, evaluate
-from ..prediction import Prediction, predict
-from ..search import SigmaSearch, search_sigma
+from ...adapters.adapter import BayesianAdapter, Depth, bayesianize
+from ...adapters.loading import DEMO, Loaded, device_name, load_adapter, versions
+from ...data import Encoded, encode
+from ...metrics import Metrics, evaluate
+from ...prediction import Prediction, predict
+from ...search import SigmaSearch, search_sigma
 from .headlines import load_split
 
 # Chosen for two CPU cores: about 250,000 tokens through the model in all, four minutes.
@@ -36,7 +36,7 @@ class DemoOptions:
         anchors, test_items: labelled headlines for the search, and others for the judgement; ``None``: by the device.
         samples: posterior samples of the prediction.
         search_samples: posterior samples at each sigma of the search; ``None``: by the device.
-        device, dtype: see :func:`tfb_ext.loading.load_adapter`.
+        device, dtype: see :func:`tfb_ext.adapters.loading.load_adapter`.
     """
 
     adapters: tuple[str, ...] = (DEMO,)

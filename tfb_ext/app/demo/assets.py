@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import TFBError
-from ..files import new_temporary, remove_leftovers
+from ...errors import TFBError
+from ...files import new_temporary, remove_leftovers
 
 if TYPE_CHECKING:
     import torch

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..adapters.layers import ONE_SAMPLE, RowLayout, SampleBatch
+from ..errors import GuardError, SamplingError
 from .caches import cache_argument
-from .errors import GuardError, SamplingError
 from .fan import Fan, Layout, Predictive, batch_shape, check_packing
-from .layers import ONE_SAMPLE, RowLayout, SampleBatch
 
 if TYPE_CHECKING:
-    from .adapter import BayesianAdapter
+    from ..adapters.adapter import BayesianAdapter
 
 SAMPLES = (0, 2, 4)  # no two of them mirror each other
 ROWS, TOKENS = 2, 5  # rows, rows * samples and rows * samples * tokens are all different

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import ConfigError, TFBError, UnsupportedModelError
-from .files import read_json_object
+from ..errors import ConfigError, TFBError, UnsupportedModelError
+from ..files import read_json_object
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,7 +41,7 @@ class Loaded:
 
 def demo_adapter() -> Path:
     """The adapter that is shipped inside the package (SmolLM2-135M-Instruct, sarcastic headlines)."""
-    return Path(__file__).parent / "demo" / "adapter"
+    return Path(__file__).parents[1] / "app" / "demo" / "adapter"
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -99,7 +99,7 @@ def load_adapter(
     kind = pick_dtype(dtype, place)
     from transformers import AutoTokenizer
 
-    from .demo.assets import BASE_MODEL, base_model_dir
+    from ..app.demo.assets import BASE_MODEL, base_model_dir
 
     name = base or config.get("base_model_name_or_path")
     if not name:
@@ -274,7 +274,7 @@ def versions() -> dict[str, str]:
     import platform
     from importlib.metadata import version
 
-    from . import __version__
+    from .. import __version__
 
     found = {"tfb_ext": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return found | {name: version(name) for name in ("transformers", "peft", "safetensors")}
