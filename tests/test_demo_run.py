@@ -137,7 +137,7 @@ def test_command(stage: Stage, tmp_path: Path) -> None:
     pytest.importorskip("typer", reason="the command line needs typer and rich")
     from typer.testing import CliRunner
 
-    from tfb_ext import cli
+    from tfb_ext.app import cli
 
     options = ["--anchors", "16", "--test-items", "8", "-n", "4", "--search-samples", "2", "--depth", "0.5"]
     files = ["--out", str(tmp_path / "out"), "--save", str(tmp_path / "demo.json"), "--json"]

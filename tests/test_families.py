@@ -516,7 +516,7 @@ def test_info_shows_the_family(tmp_path: Path) -> None:
     pytest.importorskip("typer", reason="the command line needs typer and rich")
     from typer.testing import CliRunner
 
-    from tfb_ext import cli
+    from tfb_ext.app import cli
 
     bayesian(family="constant").save_pretrained(tmp_path)
     said = CliRunner().invoke(cli.app, ["info", str(tmp_path)], env={"COLUMNS": "200", "NO_COLOR": "1"})

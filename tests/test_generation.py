@@ -169,7 +169,7 @@ def test_scoring_is_cut_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_per_sample_logits_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """With little room for the fold, scores come from several pieces of samples and are the same."""
-    from tfb_ext import fan
+    from tfb_ext.forward import fan
 
     adapter, batch = bayesian(), zoo.prompt(3)
     whole = generate(adapter, batch)

@@ -15,7 +15,7 @@ from torch import Tensor
 import tfb_ext
 from tfb_ext.errors import SamplingError, UnsupportedModelError
 from tfb_ext.posterior.config import FAMILIES
-from tfb_ext.research.head import HeadGaussian
+from tfb_ext.research import HeadGaussian
 
 SIGMA = 0.3
 HEADS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def made(mean: Tensor, factor: Tensor, scale: Tensor | None = None) -> HeadGauss
 def test_equals_float64_by_hand(name: str, family: str, batch_size: int | None) -> None:
     adapter, data = bayesian(name, family=family), data_for(name)
     x, logits = alone(adapter, data)
-    found = tfb_ext.research.head.head_gaussian(adapter, data, batch_size=batch_size)
+    found = tfb_ext.research.head_gaussian(adapter, data, batch_size=batch_size)
     assert torch.allclose(found.mean, logits, atol=2e-5)
     module = adapter._modules[adapter.anatomy.head_name]
     b = module.lora_B["default"].weight.detach().double()
@@ -98,8 +98,8 @@ def test_equals_float64_by_hand(name: str, family: str, batch_size: int | None) 
 @pytest.mark.parametrize("name", list(HEADS))
 def test_a_gpu_gives_the_same(name: str) -> None:
     data = data_for(name)
-    found = tfb_ext.research.head.head_gaussian(bayesian(name, device="cuda"), data)
-    expected = tfb_ext.research.head.head_gaussian(bayesian(name), data)
+    found = tfb_ext.research.head_gaussian(bayesian(name, device="cuda"), data)
+    expected = tfb_ext.research.head_gaussian(bayesian(name), data)
     assert torch.allclose(found.mean, expected.mean, atol=1e-4)
     assert torch.allclose(found.covariance, expected.covariance, rtol=1e-4)
 
@@ -108,8 +108,8 @@ def test_sigma_scales_and_nothing_is_left_behind() -> None:
     adapter, data = bayesian(), data_for("llama-head")
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in adapter.model.modules()]
     first, second = (
-        tfb_ext.research.head.head_gaussian(adapter, data),
-        tfb_ext.research.head.head_gaussian(adapter, data, sigma=2 * SIGMA),
+        tfb_ext.research.head_gaussian(adapter, data),
+        tfb_ext.research.head_gaussian(adapter, data, sigma=2 * SIGMA),
     )
     assert torch.allclose(second.scale, 2 * first.scale) and torch.equal(second.mean, first.mean)
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in adapter.model.modules()] == hooks
@@ -119,7 +119,7 @@ def test_sigma_scales_and_nothing_is_left_behind() -> None:
 def test_batches_of_arguments() -> None:
     adapter = bayesian("llama-cls")
     batches = [zoo.batch_for("llama-cls", rows) for rows in (3, 2)]
-    found = tfb_ext.research.head.head_gaussian(adapter, batches)
+    found = tfb_ext.research.head_gaussian(adapter, batches)
     with torch.no_grad():
         own = torch.cat([adapter.model(**b).logits for b in batches]).double()
     assert torch.allclose(found.mean, own, atol=1e-6) and found.choices == ()
@@ -130,7 +130,7 @@ def test_token_labels_pick_their_positions() -> None:
     adapter = bayesian()
     batch = zoo.inputs(2)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) < 3, -100)
-    found = tfb_ext.research.head.head_gaussian(adapter, [{**batch, "labels": labels}])
+    found = tfb_ext.research.head_gaussian(adapter, [{**batch, "labels": labels}])
     with torch.no_grad():
         own = adapter.model(**batch).logits[:, :-1][labels[:, 1:] != -100].double()
     assert torch.allclose(found.mean, own, atol=1e-5) and found.mean.shape[1] == zoo.VOCAB
@@ -139,11 +139,11 @@ def test_token_labels_pick_their_positions() -> None:
 
 def test_bfloat16_is_within_its_own_rounding() -> None:
     data = data_for("llama-head")
-    low = tfb_ext.research.head.head_gaussian(bayesian(dtype=torch.bfloat16), data)
+    low = tfb_ext.research.head_gaussian(bayesian(dtype=torch.bfloat16), data)
     adapter = bayesian(dtype=torch.bfloat16)
     adapter.unload()
     exact = tfb_ext.bayesianize(adapter.model.float(), sigma=SIGMA, depth="head")
-    high = tfb_ext.research.head.head_gaussian(exact, data)
+    high = tfb_ext.research.head_gaussian(exact, data)
     assert torch.allclose(low.scale, high.scale, rtol=0.02)
     assert (low.mean - high.mean).abs().max() < 0.05 * high.mean.abs().max()
     assert torch.equal(low.factor, high.factor)
@@ -156,17 +156,17 @@ def test_bfloat16_is_within_its_own_rounding() -> None:
 @pytest.mark.parametrize("name", list(HEADS))
 def test_moments_of_sampled_logits(name: str, mode: str) -> None:
     adapter, data = bayesian(name, mode=mode), data_for(name, 5)
-    assert_moments(tfb_ext.research.head.head_gaussian(adapter, data), sampled_logits(adapter, data, range(4000)))
+    assert_moments(tfb_ext.research.head_gaussian(adapter, data), sampled_logits(adapter, data, range(4000)))
 
 
 @pytest.mark.parametrize("family", ["constant", "full-rank"])
 def test_moments_of_other_families(family: str) -> None:
     adapter, data = bayesian(family=family), data_for("llama-head", 4)
-    assert_moments(tfb_ext.research.head.head_gaussian(adapter, data), sampled_logits(adapter, data, range(4000)))
+    assert_moments(tfb_ext.research.head_gaussian(adapter, data), sampled_logits(adapter, data, range(4000)))
 
 
 def test_moments_of_its_own_samples() -> None:
-    found = tfb_ext.research.head.head_gaussian(bayesian(), data_for("llama-head", 4))
+    found = tfb_ext.research.head_gaussian(bayesian(), data_for("llama-head", 4))
     draws = found.sample(4000, torch.Generator().manual_seed(0))
     assert draws.shape == (4000, 4, 3) and torch.equal(draws, found.sample(4000, torch.Generator().manual_seed(0)))
     assert_moments(found, draws)
@@ -187,7 +187,7 @@ def assert_moments(found: HeadGaussian, logits: Tensor) -> None:
 @pytest.mark.parametrize("name", list(HEADS))
 def test_probabilities_are_what_predict_converges_to(name: str) -> None:
     adapter, data = bayesian(name), data_for(name, 6)
-    exact = tfb_ext.research.head.head_gaussian(adapter, data).probabilities()
+    exact = tfb_ext.research.head_gaussian(adapter, data).probabilities()
     sampled = tfb_ext.predict(adapter, data, 4000)
     assert ((sampled.probabilities - exact).abs() <= 5 * sampled.standard_error + 1e-4).all()
     mean = tfb_ext.predict(adapter, data, 0).probabilities
@@ -197,7 +197,7 @@ def test_probabilities_are_what_predict_converges_to(name: str) -> None:
 def test_differences_of_predictives_log_probabilities() -> None:
     """``adapter.predictive`` keeps log probabilities; their differences are those of the logits."""
     adapter, data = bayesian(), data_for("llama-head", 1)
-    found = tfb_ext.research.head.head_gaussian(adapter, data)
+    found = tfb_ext.research.head_gaussian(adapter, data)
     columns = torch.tensor(data.choice_ids)
     with adapter.predictive(4000, keep_samples=True, columns=columns) as view:
         adapter.model(input_ids=torch.tensor([data.token_ids[0]]), logits_to_keep=1)
@@ -214,7 +214,7 @@ def test_differences_of_predictives_log_probabilities() -> None:
 def test_metrics_follow() -> None:
     adapter = bayesian()
     data = small_sets.labelled(adapter, data_for("llama-head"), wrong_every=3)
-    probabilities = tfb_ext.research.head.head_gaussian(adapter, data).probabilities()
+    probabilities = tfb_ext.research.head_gaussian(adapter, data).probabilities()
     labels = data.labels_tensor()
     found = tfb_ext.evaluate(probabilities, labels)
     assert found.nll == pytest.approx(-float(probabilities[torch.arange(len(labels)), labels].log().mean()), rel=1e-6)
@@ -310,42 +310,42 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     data = data_for("llama-head")
     plain = tfb_ext.bayesianize(zoo.peft_model("llama"), sigma=SIGMA)
     with pytest.raises(ValueError, match="'default' has no LoRA on the output head 'lm_head'; train it with"):
-        tfb_ext.research.head.head_gaussian(plain, data)
+        tfb_ext.research.head_gaussian(plain, data)
     with pytest.raises(ValueError, match="8 other layers are random .*set adapter.depth = 'head', or sample with"):
-        tfb_ext.research.head.head_gaussian(bayesian(depth="all"), data)
+        tfb_ext.research.head_gaussian(bayesian(depth="all"), data)
     with pytest.raises(ValueError, match="'default' has no sigma yet"):
-        tfb_ext.research.head.head_gaussian(bayesian(sigma=None), data)
+        tfb_ext.research.head_gaussian(bayesian(sigma=None), data)
     adapter = bayesian()
     with pytest.raises(ValueError, match="samples is 0, expected a count"):
-        tfb_ext.research.head.head_gaussian(adapter, data).sample(0, torch.Generator())
+        tfb_ext.research.head_gaussian(adapter, data).sample(0, torch.Generator())
     for points in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="points is .*, expected a count of at least 1"):
-            tfb_ext.research.head.head_gaussian(adapter, data).probabilities(points)  # type: ignore[arg-type]
+            tfb_ext.research.head_gaussian(adapter, data).probabilities(points)  # type: ignore[arg-type]
     with pytest.raises(SamplingError, match="is switched off"), adapter.model.disable_adapter():
-        tfb_ext.research.head.head_gaussian(adapter, data)
+        tfb_ext.research.head_gaussian(adapter, data)
     with pytest.raises(SamplingError, match="contexts of one model do not nest"), adapter.predictive(2):
-        tfb_ext.research.head.head_gaussian(adapter, data)
+        tfb_ext.research.head_gaussian(adapter, data)
     adapter.model.train()
     with pytest.raises(SamplingError, match="training mode"):
-        tfb_ext.research.head.head_gaussian(adapter, data)
+        tfb_ext.research.head_gaussian(adapter, data)
     adapter.model.eval()
     monkeypatch.setattr("tfb_ext.research.head.MANY_CLASSES", 50)
     batch = zoo.inputs(2)
     with pytest.raises(
         ValueError, match="head has 97 outputs, expected at most 50 classes; encode the data with label"
     ):
-        tfb_ext.research.head.head_gaussian(adapter, [{**batch, "labels": batch["input_ids"]}])
-    assert len(tfb_ext.research.head.head_gaussian(adapter, data).mean) == len(data)
+        tfb_ext.research.head_gaussian(adapter, [{**batch, "labels": batch["input_ids"]}])
+    assert len(tfb_ext.research.head_gaussian(adapter, data).mean) == len(data)
     adapter.unload()
     with pytest.raises(SamplingError, match="was unloaded"):
-        tfb_ext.research.head.head_gaussian(adapter, data)
+        tfb_ext.research.head_gaussian(adapter, data)
 
 
 def test_another_layer_above_the_blocks_is_refused() -> None:
     model = zoo.peft_model("bert", target_modules=["pooler.dense", "classifier"], task_type=None)
     adapter = tfb_ext.bayesianize(model, sigma=SIGMA, depth="head")
     with pytest.raises(ValueError, match="1 other layers are random .first: 'bert.pooler.dense'."):
-        tfb_ext.research.head.head_gaussian(adapter, data_for("bert"))
+        tfb_ext.research.head_gaussian(adapter, data_for("bert"))
 
 
 def test_soft_capped_logits_are_refused() -> None:
@@ -353,7 +353,7 @@ def test_soft_capped_logits_are_refused() -> None:
         zoo.peft_model("gemma2", target_modules=["q_proj", "lm_head"]), sigma=SIGMA, depth="head"
     )
     with pytest.raises(UnsupportedModelError, match=r"caps its logits \(final_logit_softcapping = 3.0\)"):
-        tfb_ext.research.head.head_gaussian(adapter, data_for("llama-head"))
+        tfb_ext.research.head_gaussian(adapter, data_for("llama-head"))
 
 
 def test_a_model_that_changes_its_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,11 +369,11 @@ def test_a_model_that_changes_its_logits_is_refused(monkeypatch: pytest.MonkeyPa
     scaled.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     monkeypatch.setattr(type(model), "forward", scaled)
     with pytest.raises(UnsupportedModelError, match="changes its logits after its head"):
-        tfb_ext.research.head.head_gaussian(adapter, data)
+        tfb_ext.research.head_gaussian(adapter, data)
 
 
 def test_regression_heads_are_refused() -> None:
     adapter = bayesian("llama-cls")
     adapter.anatomy.model.config.problem_type = "regression"
     with pytest.raises(ValueError, match="head is regression, whose outputs are no class probabilities"):
-        tfb_ext.research.head.head_gaussian(adapter, data_for("llama-cls"))
+        tfb_ext.research.head_gaussian(adapter, data_for("llama-cls"))

@@ -118,7 +118,7 @@ def test_batches_of_a_classifier(adapters: dict[str, Any], name: str, change: st
 def test_labels_of_a_language_model(adapters: dict[str, Any], labels: Tensor, message: str) -> None:
     refused(adapters["llama"], [{**plain("llama"), "labels": labels}], message)
     with pytest.raises(ValueError, match=message):
-        tfb_ext.research.head.head_gaussian(adapters["head"], [{**plain("llama"), "labels": labels}])
+        tfb_ext.research.head_gaussian(adapters["head"], [{**plain("llama"), "labels": labels}])
 
 
 def test_what_is_right_in_another_type_gives_the_same(adapters: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def test_refuses_what_does_not_serve_sequences() -> None:
     with pytest.raises(
         ValueError, match="data's score is 'sequence'.*no one Gaussian logit; expected choices of one token"
     ):
-        tfb_ext.research.head.head_gaussian(bayesian("llama-head", depth="head"), small_sets.sequences())
+        tfb_ext.research.head_gaussian(bayesian("llama-head", depth="head"), small_sets.sequences())
     with pytest.raises(ValueError, match="classification head"):
         predict(bayesian("llama-cls"), small_sets.sequences(), 2)
 

@@ -50,7 +50,7 @@ def around(mean: Tensor, sigma: float) -> Independent:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kl_equals_torchs(family: str, sigma: float, name: str) -> None:
     adapter = bayesian(name, family=family)
-    found = tfb_ext.research.theory.kl_divergence(adapter, PRIOR, sigma)
+    found = tfb_ext.research.kl_divergence(adapter, PRIOR, sigma)
     assert list(found.layers) == list(adapter.layers)
     dimensions = 0
     for layer, value in found.layers.items():
@@ -67,7 +67,7 @@ def test_kl_equals_torchs(family: str, sigma: float, name: str) -> None:
 @pytest.mark.parametrize("family", ["low-rank", "constant"])
 def test_kl_is_the_average_log_ratio_of_samples(family: str) -> None:
     adapter = bayesian(depth=1, family=family, antithetic=False)
-    found = tfb_ext.research.theory.kl_divergence(adapter, PRIOR)
+    found = tfb_ext.research.kl_divergence(adapter, PRIOR)
     for layer in adapter.random_layers[:2]:
         posterior = adapter.posterior(layer)
         draws = torch.stack([adapter.sample_weights(layer, k)[1] for k in range(3000)]).double()
@@ -82,23 +82,23 @@ def test_scaling_cancels() -> None:
     """Densities of ``s (M + sigma E)`` with their Jacobian: the same KL at every LoRA scaling."""
     adapter = bayesian(depth=1)
     layer = adapter.random_layers[0]
-    value = tfb_ext.research.theory.kl_divergence(adapter, PRIOR).layers[layer]
+    value = tfb_ext.research.kl_divergence(adapter, PRIOR).layers[layer]
     mean, scaling = mean_of(adapter, layer), adapter.posterior(layer).scaling
     assert scaling == 2.0
     scaled = torch_kl(around(scaling * mean, scaling * SIGMA), around(torch.zeros_like(mean), scaling * PRIOR))
     assert value == pytest.approx(float(scaled), rel=1e-6)
     other = tfb_ext.bayesianize(zoo.peft_model("llama-head", lora_alpha=40), sigma=SIGMA, depth=1)
     assert other.posterior(layer).scaling == 10.0
-    assert tfb_ext.research.theory.kl_divergence(other, PRIOR).layers[layer] == value
+    assert tfb_ext.research.kl_divergence(other, PRIOR).layers[layer] == value
 
 
 def test_only_random_layers_count() -> None:
     adapter = bayesian()
-    everything = tfb_ext.research.theory.kl_divergence(adapter, PRIOR)
+    everything = tfb_ext.research.kl_divergence(adapter, PRIOR)
     for depth in (1, 2, "head"):
-        found = tfb_ext.research.theory.kl_divergence(adapter, PRIOR, depth=depth)
+        found = tfb_ext.research.kl_divergence(adapter, PRIOR, depth=depth)
         other = bayesian(depth=depth)
-        assert tfb_ext.research.theory.kl_divergence(other, PRIOR) == found
+        assert tfb_ext.research.kl_divergence(other, PRIOR) == found
         assert tuple(found.layers) == other.random_layers == adapter.random_layers_at(depth)
         assert found.layers.items() < everything.layers.items()
         assert found.dimensions == sum(other.posterior(n).mean.numel() for n in other.random_layers)
@@ -108,14 +108,14 @@ def test_only_random_layers_count() -> None:
 def test_kl_refuses_bad_scales() -> None:
     adapter = bayesian(sigma=None)
     with pytest.raises(ValueError, match="'default' has no sigma yet"):
-        tfb_ext.research.theory.kl_divergence(adapter, PRIOR)
+        tfb_ext.research.kl_divergence(adapter, PRIOR)
     for bad in (0, -1.0, math.nan, math.inf, True, "wide", [0.1, 0.2]):
         with pytest.raises(ValueError, match="prior_sigma is .*, expected a finite number above 0"):
-            tfb_ext.research.theory.kl_divergence(adapter, bad, 0.1)
+            tfb_ext.research.kl_divergence(adapter, bad, 0.1)
         with pytest.raises(ValueError, match="sigma is .*, expected a finite number above 0"):
-            tfb_ext.research.theory.kl_divergence(adapter, PRIOR, bad)
+            tfb_ext.research.kl_divergence(adapter, PRIOR, bad)
     with pytest.raises(ValueError, match="depth is 9"):
-        tfb_ext.research.theory.kl_divergence(adapter, PRIOR, 0.1, depth=9)
+        tfb_ext.research.kl_divergence(adapter, PRIOR, 0.1, depth=9)
 
 
 # Implied weight -----------------------------------------------------------------------------------------------------------
@@ -128,10 +128,10 @@ def searched(loss: Callable[[float], float], sigma: float, tried: list[float]) -
 
 def test_weight_of_a_parabola_is_exact() -> None:
     adapter, c = bayesian(depth=2), 3.7
-    found = tfb_ext.research.theory.implied_weight(
+    found = tfb_ext.research.implied_weight(
         searched(lambda s: 0.4 + c * s**2, 0.05, [0.1, 0.01, 0.05, 0.02]), adapter, PRIOR
     )
-    dimensions = tfb_ext.research.theory.kl_divergence(adapter, PRIOR).dimensions
+    dimensions = tfb_ext.research.kl_divergence(adapter, PRIOR).dimensions
     assert found.slope == pytest.approx(2 * c * 0.05, rel=1e-9) and found.curvature == pytest.approx(2 * c, rel=1e-9)
     assert found.value == pytest.approx(2 * c * 0.05 / (dimensions * (1 / 0.05 - 0.05 / PRIOR**2)), rel=1e-9)
     assert (found.dimensions, found.sigma, found.prior_sigma, found.reason) == (dimensions, 0.05, PRIOR, "")
@@ -151,13 +151,13 @@ def test_weight_of_a_parabola_is_exact() -> None:
 def test_the_found_sigma_minimises_with_the_implied_weight(family: str, loss: Callable[[float], float]) -> None:
     adapter, sigma = bayesian(depth=1, family=family), 0.06
     tried = [0.015, 0.03, 0.0585, 0.06, 0.0615, 0.12]
-    found = tfb_ext.research.theory.implied_weight(searched(loss, sigma, tried), adapter, PRIOR)
+    found = tfb_ext.research.implied_weight(searched(loss, sigma, tried), adapter, PRIOR)
     assert found.reason == "" and found.value > 0
     grid = [sigma * 1.005**k for k in range(-300, 200)]
-    objective = [loss(s) + found.value * tfb_ext.research.theory.kl_divergence(adapter, PRIOR, s).total for s in grid]
+    objective = [loss(s) + found.value * tfb_ext.research.kl_divergence(adapter, PRIOR, s).total for s in grid]
     assert grid[min(range(len(grid)), key=objective.__getitem__)] == pytest.approx(sigma, rel=0.0051)
     # Another weight has its minimum elsewhere.
-    other = [loss(s) + 3 * found.value * tfb_ext.research.theory.kl_divergence(adapter, PRIOR, s).total for s in grid]
+    other = [loss(s) + 3 * found.value * tfb_ext.research.kl_divergence(adapter, PRIOR, s).total for s in grid]
     assert grid[min(range(len(grid)), key=other.__getitem__)] > 1.05 * sigma
 
 
@@ -167,16 +167,16 @@ def test_the_slope_is_the_neighbours_and_the_baseline_is_one() -> None:
     def parabola(s: float) -> float:
         return s**2 if s < 0.2 else 99.0
 
-    found = tfb_ext.research.theory.implied_weight(searched(parabola, 0.1, [0.3, 0.1, 0.15]), adapter, 1.0)
+    found = tfb_ext.research.implied_weight(searched(parabola, 0.1, [0.3, 0.1, 0.15]), adapter, 1.0)
     assert found.slope == pytest.approx(0.2)  # from 0, 0.1 and 0.15
-    between = tfb_ext.research.theory.implied_weight(searched(parabola, 0.11, [0.05, 0.1, 0.15, 0.3]), adapter, 1.0)
+    between = tfb_ext.research.implied_weight(searched(parabola, 0.11, [0.05, 0.1, 0.15, 0.3]), adapter, 1.0)
     assert between.slope == pytest.approx(0.22)  # sigma itself was not tried: 0.05, 0.1 and 0.15
 
 
 def test_weight_counts_the_searchs_depth() -> None:
     adapter = bayesian()
     search = searched(lambda s: s**2, 0.05, [0.02, 0.05, 0.1])
-    lower, upper = (tfb_ext.research.theory.implied_weight(search, adapter, PRIOR, depth=d) for d in ("all", "head"))
+    lower, upper = (tfb_ext.research.implied_weight(search, adapter, PRIOR, depth=d) for d in ("all", "head"))
     assert upper.dimensions == adapter.posterior("lm_head").dimensions < lower.dimensions
     assert upper.value * upper.dimensions == pytest.approx(lower.value * lower.dimensions)
 
@@ -197,7 +197,7 @@ def test_weight_counts_the_searchs_depth() -> None:
 def test_no_weight_has_a_reason(
     loss: Callable[[float], float], sigma: float, tried: list[float], prior: float, reason: str
 ) -> None:
-    found = tfb_ext.research.theory.implied_weight(searched(loss, sigma, tried), bayesian(), prior)
+    found = tfb_ext.research.implied_weight(searched(loss, sigma, tried), bayesian(), prior)
     assert math.isnan(found.value)
     assert re.search(reason, found.reason), found.reason
 
@@ -206,7 +206,7 @@ def test_weight_of_a_real_search() -> None:
     adapter = bayesian("llama", sigma=None)
     data = small_sets.labelled(adapter, small_sets.encoded(24))
     found = tfb_ext.search_sigma(adapter, data, samples=4)
-    weight = tfb_ext.research.theory.implied_weight(found, adapter, 10.0, depth=found.depth)
+    weight = tfb_ext.research.implied_weight(found, adapter, 10.0, depth=found.depth)
     assert weight.sigma == found.sigma
     assert (weight.value > 0) if not weight.reason else math.isnan(weight.value)
 
@@ -224,7 +224,7 @@ def test_paper_form_is_the_svd(name: str) -> None:
     adapter = bayesian(name)
     for layer in adapter.layers:
         a, b = matrices(adapter, layer)
-        form, posterior = tfb_ext.research.theory.paper_form(adapter, layer), adapter.posterior(layer)
+        form, posterior = tfb_ext.research.paper_form(adapter, layer), adapter.posterior(layer)
         exact = b @ a
         assert (form.b @ form.a - exact).abs().max() <= 64 * torch.finfo(torch.float64).eps * b.norm() * a.norm()
         gram = form.b.T @ form.b
@@ -245,7 +245,7 @@ def test_paper_form_has_our_distribution(rank_deficient: bool, family: str) -> N
         b = model.get_base_model().lm_head.lora_B["default"].weight.data
         b[:, 1] = 2 * b[:, 0]
     adapter = tfb_ext.bayesianize(model, sigma=SIGMA, family=family, antithetic=False)
-    form = tfb_ext.research.theory.paper_form(adapter, "lm_head")
+    form = tfb_ext.research.paper_form(adapter, "lm_head")
     a, b = matrices(adapter, "lm_head")
     assert form.a.shape[0] == (3 if rank_deficient else 4)
     assert (form.b @ form.a - b @ a).abs().max() <= 1e-6 * b.norm() * a.norm()
@@ -273,19 +273,19 @@ def test_paper_form_by_sigma_and_refusals() -> None:
     adapter = bayesian()
     layer = adapter.layers[0]
     assert torch.allclose(
-        tfb_ext.research.theory.paper_form(adapter, layer, 2 * SIGMA).omega,
-        2 * tfb_ext.research.theory.paper_form(adapter, layer).omega,
+        tfb_ext.research.paper_form(adapter, layer, 2 * SIGMA).omega,
+        2 * tfb_ext.research.paper_form(adapter, layer).omega,
     )
     assert torch.equal(
-        tfb_ext.research.theory.paper_form(adapter, "base_model.model." + layer).b,
-        tfb_ext.research.theory.paper_form(adapter, layer).b,
+        tfb_ext.research.paper_form(adapter, "base_model.model." + layer).b,
+        tfb_ext.research.paper_form(adapter, layer).b,
     )
     with pytest.raises(ValueError, match="no Bayesian layer 'nowhere' in adapter 'default'; see adapter.layers"):
-        tfb_ext.research.theory.paper_form(adapter, "nowhere")
+        tfb_ext.research.paper_form(adapter, "nowhere")
     with pytest.raises(ValueError, match="'default' has no sigma yet"):
-        tfb_ext.research.theory.paper_form(bayesian(sigma=None), layer)
+        tfb_ext.research.paper_form(bayesian(sigma=None), layer)
     with pytest.raises(ValueError, match="a full-rank posterior has no Omega"):
-        tfb_ext.research.theory.paper_form(bayesian(family="full-rank"), layer)
+        tfb_ext.research.paper_form(bayesian(family="full-rank"), layer)
 
 
 def test_noise_is_the_adapters() -> None:

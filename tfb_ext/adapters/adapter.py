@@ -29,8 +29,7 @@ from ..forward import guard
 from ..forward.caches import CacheWatch, cache_of, rows_of_cache
 from ..forward.fan import Anatomy, Fan, Layout, Predictive, Trunk, batch_after, batch_shape, check_packing, find_anatomy
 from ..posterior.canonical import LayerPosterior, canonical_name, layer_posterior, unique_layer_ids
-from ..posterior.config import CONFIG_NAME, FORMAT_VERSION, MODES, TFBConfig
-from ..research.families import check_family
+from ..posterior.config import CONFIG_NAME, FORMAT_VERSION, MODES, TFBConfig, check_family
 from .attachment import Attachment, adapter_tensors
 from .layers import (
     SampleBatch,

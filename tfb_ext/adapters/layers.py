@@ -26,7 +26,6 @@ from .. import ops
 from ..checks import check_seed
 from ..errors import SamplingError, UnsupportedModelError
 from ..posterior.canonical import LayerPosterior
-from ..research.families import add_full_rank_noise_
 
 # How a layer's input has its rows: S * B of them first, or S * B * T of them, the positions of a row one after the other.
 RowLayout = Literal["rows", "tokens"]
@@ -497,6 +496,8 @@ class TFBVariant(LoraVariant):
         y = result.reshape(-1, result.shape[-1])
         ops.expand_(y, z, basis, scaling)
         if self.full_rank:
+            from ..research.families import add_full_rank_noise_
+
             add_full_rank_noise_(
                 y, rows, features, scaling, sigma, samples, seed, self.layer, batch.antithetic, columns
             )

@@ -21,6 +21,12 @@ MODES = ("weight", "flipout", "token")
 FAMILIES = ("low-rank", "constant", "full-rank")
 
 
+def check_family(value: str) -> str:
+    if value not in FAMILIES:
+        raise ValueError(f"family is {value!r}, expected one of {', '.join(map(repr, FAMILIES))}")
+    return value
+
+
 @dataclass(frozen=True)
 class TFBConfig:
     """A saved posterior, without the adapter's weights.

@@ -24,17 +24,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..posterior.config import FAMILIES
 
 # Normals under one key of the generator: 64 MiB of float32, the most that full-rank noise takes beside the output. A part
 # of the noise's definition: another number would make other samples.
 NOISE_ELEMENTS = 2**24
-
-
-def check_family(value: str) -> str:
-    if value not in FAMILIES:
-        raise ValueError(f"family is {value!r}, expected one of {', '.join(map(repr, FAMILIES))}")
-    return value
 
 
 def add_full_rank_noise_(
