@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext.adapters.layers import TFBVariant
+from tfb_ext.adapters.layer import SampledLayer
 from tfb_ext.errors import ConfigError, SamplingError, UnsupportedModelError
 
 
@@ -26,7 +27,7 @@ def snapshot(model: PeftModel) -> dict[str, Any]:
         "buffers": sorted(name for name, _ in model.named_buffers()),
         "attributes": {name: sorted(module.__dict__) for name, module in named},
         "unsaved": {name: sorted(module._non_persistent_buffers_set) for name, module in named},
-        "slots": {name: dict(module.lora_variant) for name, module in named if hasattr(module, "lora_variant")},
+        "classes": {name: type(module) for name, module in named},
         "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in named},
         "casts": {name: getattr(module, "cast_input_dtype_enabled", None) for name, module in named},
         "training": {name: module.training for name, module in named},
@@ -317,26 +318,27 @@ def test_twice_on_one_adapter() -> None:
     tfb_ext.bayesianize(model)
 
 
-def test_a_layer_that_ignores_the_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = zoo.peft_model("llama")
-    clean = snapshot(model)
-    layer_class = type(model.base_model.model.model.layers[0].self_attn.q_proj)
-    monkeypatch.setattr(layer_class, "forward", lambda self, x: self.base_layer(x))
-    with pytest.raises(UnsupportedModelError, match="PEFT did not call the posterior's slot.*version of PEFT"):
-        tfb_ext.bayesianize(model)
-    monkeypatch.undo()
-    assert_same(clean, snapshot(model))
-
-
-def test_peft_still_has_the_slot() -> None:
-    """What the package relies on in PEFT; one of these failing names what a new release has changed."""
+def test_a_forward_that_was_replaced_before_is_refused() -> None:
     model = zoo.peft_model("llama")
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    assert layer.lora_variant == {}
-    assert layer.cast_input_dtype_enabled is True
+    original = layer.forward
+    layer.forward = lambda x: original(x)
+    refused(model, "its forward was replaced, and would not sample; call tfb_ext.bayesianize before replacing it")
+
+
+def test_a_layer_with_a_posterior_is_pefts_with_a_forward_of_its_own() -> None:
+    model = zoo.peft_model("llama")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    plain = type(layer)
     adapter = tfb_ext.bayesianize(model)
-    assert isinstance(layer.lora_variant["default"], TFBVariant)
-    assert layer.lora_variant["default"].name == adapter.layers[0]
+    assert isinstance(layer, SampledLayer) and isinstance(layer, plain) and "SampledLinear" in repr(layer)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(copied) is plain and sorted(vars(copied)) == sorted(
+            vars(zoo.peft_model("llama").base_model.model.model.layers[0].self_attn.q_proj)
+        )
+        assert not any(name.startswith("tfb_") for name, _ in copied.named_buffers())
+    adapter.unload()
+    assert type(layer) is plain
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -377,13 +379,13 @@ def test_retrained_weights_do_not_take_the_old_sigma(tmp_path: Path) -> None:
     zoo.randomise(other, 0.3)
     with pytest.raises(ConfigError, match="sigma was chosen for other weights than those of adapter 'default'"):
         tfb_ext.load(other, tmp_path)
-    assert not any(isinstance(v, TFBVariant) for m in other.modules() for v in getattr(m, "lora_variant", {}).values())
+    assert not any(isinstance(m, SampledLayer) for m in other.modules())
     config = tmp_path / "tfb_config.json"
     config.write_text(config.read_text().replace(f'"{adapter.fingerprint()}"', "null"))
     assert tfb_ext.load(other, tmp_path).sigma == 0.1
 
 
-def test_probe_reaches_an_inactive_adapter() -> None:
+def test_an_inactive_adapter_stays_inactive() -> None:
     model = zoo.peft_model("llama")
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     zoo.randomise(model)
@@ -446,7 +448,7 @@ def test_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.Mo
     adapter = tfb_ext.bayesianize(zoo.peft_model("llama-head"), sigma=0.2)
     adapter.save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    adapter._modules["lm_head"].lora_A["default"].weight.data.zero_()
+    adapter.attached.modules["lm_head"].lora_A["default"].weight.data.zero_()
     adapter.refresh()
     adapter.sigma = 0.5
 

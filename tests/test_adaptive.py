@@ -14,7 +14,7 @@ from torch import Tensor
 import tfb_ext
 from tfb_ext import predict
 from tfb_ext.adaptive import FIRST_LOOK, StoppingRule, draw_size, student_quantile
-from tfb_ext.forward.scoring import Scorer
+from tfb_ext.forward.engine import Scorer
 from tfb_ext.prediction import Prediction
 
 SIGMA, MOST = 0.05, 30
@@ -266,7 +266,7 @@ def test_out_of_memory_keeps_the_trunk_in_halves(most: int) -> None:
     for item in scorer.select(torch.arange(12), 4):  # by now from halves where the batches did not fit
         assert torch.allclose(scorer.samples(item, adapter.batch(4)), plenty[:, item.index], atol=1e-5)
     assert below == [] and scorer._trunk is not None
-    assert {key for _, key in scorer._trunk.hidden} == {h.key for b in scorer.batches for h in scorer._leaves(b)}
+    assert {key for _, key in scorer._trunk.hidden} == {h.key for b in scorer.batches for h in scorer.memory.parts(b)}
 
 
 def test_items_beyond_the_trunks_limit_run_again() -> None:

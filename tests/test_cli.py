@@ -453,12 +453,10 @@ def test_wrong_usage_names_the_option(llama: Folders, fails: Any) -> None:
 
 
 def test_out_of_memory_is_one_sentence_too(llama: Folders, monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
-    from tfb_ext.forward.scoring import Scorer
+    def full(*_: object) -> Any:
+        raise torch.OutOfMemoryError
 
-    def full(*_: object) -> bool:
-        return False
-
-    monkeypatch.setattr(Scorer, "_fits", full)
+    monkeypatch.setattr("tfb_ext.forward.engine.run", full)
     common = ("predict", "-a", llama.adapter, *HERE, "-d", llama.test, "--sigma", 0.1)
     status, said = fails(*common)
     assert status == 1 and "does not fit into memory; free some, shorten the rows" in plain(said)

@@ -66,7 +66,7 @@ def one_layer(adapter: Any, folder: Path) -> None:
 
 
 def slot(adapter: Any, folder: Path) -> None:
-    adapter.anatomy.blocks[3].self_attn.v_proj.lora_variant.pop("default")
+    adapter.anatomy.blocks[3].self_attn.v_proj.tfb_updates.pop("default")
 
 
 @pytest.mark.parametrize("context", ["predictive", "sampling"])

@@ -252,7 +252,7 @@ def test_what_a_graph_cannot_hold_runs_as_usual(device: str, case: str) -> None:
 def test_observers_run_at_every_step(device: str) -> None:
     adapter, batch = bayesian(device), zoo.prompt(device=device)
     seen: list[Tensor] = []
-    view = tfb_ext.forward.fan.Predictive(adapter.batch(SAMPLES), observe=seen.append)
+    view = tfb_ext.forward.fold.Predictive(adapter.batch(SAMPLES), observe=seen.append)
     with captured_decoding(adapter) as steps, adapter.fanned(view):
         adapter.model.generate(**batch, **OPTIONS, **STATIC)
     assert len(seen) >= NEW and steps.captured == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfb_ext
 from tfb_ext import ops
-from tfb_ext.adapters import layers
 from tfb_ext.errors import ConfigError, SamplingError
 from tfb_ext.ops import reference
 from tfb_ext.posterior.canonical import layer_posterior
@@ -62,7 +60,7 @@ def head_input(adapter: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def adapter_weights(adapter: Any, name: str) -> tuple[Tensor, Tensor, float]:
     """``A``, ``B`` in float64 and ``s`` of one layer."""
-    module = adapter._modules[name]
+    module = adapter.attached.modules[name]
     a, b = module.lora_A[adapter.name].weight, module.lora_B[adapter.name].weight
     return a.detach().double(), b.detach().double(), module.scaling[adapter.name]
 
@@ -238,7 +236,7 @@ def test_half_types_are_within_their_own_rounding(family: str, dtype: torch.dtyp
     adapter = tfb_ext.bayesianize(model, depth="head", family=family, sigma=SIGMA)
     with adapter.sampling(3):  # whose guard runs once
         pass
-    module = adapter._modules["lm_head"]
+    module = adapter.attached.modules["lm_head"]
     assert module.tfb_basis_default.dtype == dtype
     assert module.tfb_mean_default.dtype == torch.float32
     batch = zoo.inputs(2, padded=False)
@@ -420,20 +418,9 @@ def test_the_model_equals_the_definitions_in_plain_torch(
     keep = zoo.real_positions(name, batch)
     found = predict(adapter, batch)[:, keep]
     assert found.std(0).max() > 0.01
-    monkeypatch.setattr(layers, "ops", reference)
+    monkeypatch.setattr("tfb_ext.adapters.layer.ops", reference)
     monkeypatch.setattr(families, "ops", reference)
     assert torch.allclose(found, predict(adapter, batch)[:, keep], atol=1e-4)
-
-
-def test_random_layers_take_the_slot_and_layers_below_the_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = zoo.compared(bayesian("llama", family="full-rank", depth=1))
-    calls: list[str] = []
-    for name in ("linear", "expand_"):
-        real: Callable[..., Any] = getattr(ops, name)
-        monkeypatch.setattr(layers.ops, name, lambda *a, f=real, n=name: (calls.append(n), f(*a))[1])
-    predict(adapter, zoo.batch_for("llama"))
-    random = len(adapter.random_layers)
-    assert calls.count("expand_") == random and calls.count("linear") == len(adapter.layers) - random
 
 
 def test_samples_in_pieces_are_the_same_samples() -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import tfb_ext
 from tfb_ext.errors import SamplingError, UnsupportedModelError
-from tfb_ext.forward import fan
-from tfb_ext.forward.fan import Predictive
+from tfb_ext.forward import anatomy, fold
+from tfb_ext.forward.fold import Predictive
 
 SAMPLES, SIGMA = 4, 0.3
 DEPTHS = [(name, depth) for name in zoo.MODELS for depth in ("all", 2)] + [("llama-head", "head")]
@@ -39,13 +39,13 @@ def pooled(name: str, outputs: Tensor) -> Tensor:
 
 def footprint(adapter: Any) -> dict[str, Any]:
     """Everything a context changes and must put back."""
-    model, state = adapter.model, adapter._state
+    model, state = adapter.model, adapter.attached.state
     return {
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
         "own": sorted(name for name, m in model.named_modules() if "forward" in m.__dict__),
-        "casts": sorted(name for name, m in model.named_modules() if getattr(m, "cast_input_dtype_enabled", True)),
+        "open": sorted(name for name, m in model.named_modules() if getattr(m, "tfb_open", None) is not None),
         "cap": getattr(adapter.anatomy.model.config, "final_logit_softcapping", None),
-        "state": (state.batch, state.fanned, list(state.missed), state.probed),
+        "state": (state.batch, state.fanned, list(state.missed)),
         "grad": torch.is_grad_enabled(),
     }
 
@@ -178,27 +178,9 @@ def test_columns_of_a_head_with_two_adapters() -> None:
     assert torch.allclose(some[keep], expected[keep], atol=2e-5)
 
 
-@pytest.mark.parametrize("depth", ["all", "head"])
-def test_groups_are_separate_contexts(depth: str) -> None:
-    adapter = bayesian("llama-head", depth=depth)
-    batch = zoo.batch_for("llama-head")
-    keep = batch["attention_mask"].bool()
-    sigmas = (0.1, 0.4)
-    view = Predictive(adapter.batch(3, sigmas), groups=2)
-    with adapter.fanned(view):
-        logits = adapter.model(**batch).logits
-    assert view.folded is not None and view.folded.shape == (2, *logits.shape)
-    for group, sigma in enumerate(sigmas):
-        with adapter.predictive(3, sigma=sigma):
-            alone = adapter.model(**batch).logits
-        assert torch.allclose(view.folded[group][keep], alone[keep], atol=2e-5)
-    assert (view.folded[0] - view.folded[1])[keep].abs().max() > 0.01
-    assert torch.equal(logits, view.folded[0])
-
-
 @pytest.mark.parametrize("name", ["llama-head", "gemma2", "bert"])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_head_in_pieces_equals_whole(name: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sigmas", [1, 2])
+def test_head_in_pieces_equals_whole(name: str, sigmas: int, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = bayesian(name)
     batch = zoo.batch_for(name)
     keep = zoo.real_positions(name, batch)
@@ -206,9 +188,9 @@ def test_head_in_pieces_equals_whole(name: str, groups: int, monkeypatch: pytest
     head_forward = adapter.anatomy.head.forward
 
     def passed(limit: int) -> Predictive:
-        monkeypatch.setattr(fan, "FOLD_BYTES", limit)
+        monkeypatch.setattr(fold, "FOLD_BYTES", limit)
         seen.clear()
-        view = Predictive(adapter.batch(3, [0.1, 0.4][:groups]), groups=groups, keep_samples=True)
+        view = Predictive(adapter.batch(3, [0.1, 0.4][:sigmas]), keep_samples=True)
         with adapter.fanned(view):
             adapter.model(**batch)
         return view
@@ -221,13 +203,13 @@ def test_head_in_pieces_equals_whole(name: str, groups: int, monkeypatch: pytest
     assert len(seen) == 1
     outputs = adapter.anatomy.model.config.num_labels if name == "bert" else zoo.VOCAB
     per_sample = 4 * 3 * (outputs if name == "bert" else outputs * 9)
-    for limit, pieces in ((1, 3 * groups), (2 * per_sample, -(-3 * groups // 2))):
+    for limit, pieces in ((1, 3 * sigmas), (2 * per_sample, -(-3 * sigmas // 2))):
         parts = passed(limit)
         if name != "bert":  # whose wrapped head has no out_features, so its pieces are counted by the vocabulary
             assert len(seen) == pieces
-        assert sum(seen) == 3 * 3 * groups
+        assert sum(seen) == 3 * 3 * sigmas
         assert whole.folded is not None and parts.folded is not None
-        assert torch.allclose(whole.folded[:, keep], parts.folded[:, keep], atol=2e-5)
+        assert torch.allclose(whole.folded[keep], parts.folded[keep], atol=2e-5)
         assert whole.sample_outputs is not None and parts.sample_outputs is not None
         assert torch.allclose(whole.sample_outputs[:, keep], parts.sample_outputs[:, keep], atol=2e-5)
 
@@ -237,7 +219,7 @@ def test_head_in_pieces_equals_whole(name: str, groups: int, monkeypatch: pytest
 def test_trunk_recorded_and_replayed_equals_none(name: str, depth: int) -> None:
     adapter = bayesian(name, depth=depth)
     batches = {key: zoo.batch_for(name, rows) for key, rows in ((7, 3), (8, 1))}
-    trunk = adapter.trunk()
+    trunk = zoo.trunk(adapter)
     calls: list[int] = []
     lowest = adapter.anatomy.blocks[0]
     attention = next(m for n, m in lowest.named_modules() if n.endswith(("q_proj", "c_attn", "query")))
@@ -273,7 +255,7 @@ def test_one_trunk_serves_several_depths() -> None:
             return adapter.model(**batch).logits[keep]
 
     alone = {first: call(first, None) for first in (1, 2, 3, 4)}
-    trunk = adapter.trunk(3, 2, 1, "head")
+    trunk = zoo.trunk(adapter, 3, 2, 1, "head")
     assert trunk.firsts == (1, 2, 3, 4)
     assert torch.equal(call(2, trunk), alone[2]) and [b for b, _ in trunk.hidden] == [1, 2]
     assert [len(rows) for rows in ran] == [1, 1, 1, 1]
@@ -289,7 +271,7 @@ def test_one_trunk_serves_several_depths() -> None:
 
 def test_a_trunk_keeps_within_its_limit() -> None:
     adapter = bayesian("llama", depth=1)
-    trunk = adapter.trunk(limit=1.0)
+    trunk = zoo.trunk(adapter, limit=1.0)
     batch = zoo.inputs()
     for _ in range(2):
         with adapter.fanned(Predictive(adapter.batch(SAMPLES, 0.3), trunk=trunk, key=0)):
@@ -444,7 +426,7 @@ def test_weights_offloaded_by_accelerate() -> None:
     keep = batch["attention_mask"].bool()
 
     def outputs() -> list[Tensor]:
-        trunk, results = adapter.trunk(), []
+        trunk, results = zoo.trunk(adapter), []
         views = [
             Predictive(adapter.batch(SAMPLES)),
             Predictive(adapter.batch(SAMPLES), columns=torch.tensor([3, 9])),
@@ -529,7 +511,7 @@ def test_rescaled_adapter_is_rescaled_in_samples_too() -> None:
     adapter = bayesian("qwen2")
     batch = zoo.batch_for("qwen2")
     keep = batch["attention_mask"].bool()
-    for module in adapter._modules.values():
+    for module in adapter.attached.modules.values():
         module.set_scale("default", 0.5)
     low = zoo.average(zoo.separate_passes(adapter, range(SAMPLES), SIGMA, log_probabilities(adapter, batch)))
     with adapter.predictive(SAMPLES):
@@ -726,7 +708,7 @@ def test_an_exception_leaves_nothing_behind(name: str, place: str, monkeypatch: 
     adapter = bayesian(name, depth=2)
     batch = zoo.batch_for(name)
     keep = batch["attention_mask"].bool()
-    monkeypatch.setattr(fan, "FOLD_BYTES", 1)  # several pieces, so that the head fails with a part of the samples
+    monkeypatch.setattr(fold, "FOLD_BYTES", 1)  # several pieces, so that the head fails with a part of the samples
     with adapter.predictive(SAMPLES):
         expected = adapter.model(**batch).logits
     clean = footprint(adapter)
@@ -752,7 +734,7 @@ def test_an_exception_leaves_nothing_behind(name: str, place: str, monkeypatch: 
     assert torch.equal(call()[keep], expected[keep])
 
     # Caught inside the context, as a caller that halves its batch does: the next call in it is right.
-    trunk = adapter.trunk()
+    trunk = zoo.trunk(adapter)
     recorded = Predictive(adapter.batch(SAMPLES), trunk=trunk, key=0)
     with adapter.fanned(recorded):
         module.forward, calls["left"] = forward, 0
@@ -778,14 +760,14 @@ def test_an_exception_leaves_nothing_behind(name: str, place: str, monkeypatch: 
 def test_anatomy_of_unknown_models() -> None:
     plain = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(UnsupportedModelError, match="Sequential has no transformers config"):
-        fan.find_anatomy(plain, [])
+        anatomy.find_anatomy(plain, [])
     headless = tf.LlamaModel(tf.LlamaConfig(**zoo._COMMON))
     with pytest.raises(UnsupportedModelError, match="LlamaModel has no output head"):
-        fan.find_anatomy(headless, ["layers.0.self_attn.q_proj"])
+        anatomy.find_anatomy(headless, ["layers.0.self_attn.q_proj"])
     shortened = tf.LlamaForCausalLM(tf.LlamaConfig(**zoo._COMMON))
     del shortened.model.layers[3]
     with pytest.raises(UnsupportedModelError, match="expected one list of 4 transformer blocks.*found none"):
-        fan.find_anatomy(shortened, ["model.layers.0.self_attn.q_proj"])
+        anatomy.find_anatomy(shortened, ["model.layers.0.self_attn.q_proj"])
 
 
 def test_blocks_of_layers() -> None:

@@ -169,11 +169,11 @@ def test_scoring_is_cut_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_per_sample_logits_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """With little room for the fold, scores come from several pieces of samples and are the same."""
-    from tfb_ext.forward import fan
+    from tfb_ext.forward import fold
 
     adapter, batch = bayesian(), zoo.prompt(3)
     whole = generate(adapter, batch)
-    monkeypatch.setattr(fan, "FOLD_BYTES", 1)
+    monkeypatch.setattr(fold, "FOLD_BYTES", 1)
     pieces = generate(adapter, batch)
     assert close(pieces.sample_log_probabilities, whole.sample_log_probabilities)
     assert close(pieces.aleatoric, whole.aleatoric)

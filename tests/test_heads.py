@@ -62,7 +62,7 @@ class TestRegression:
             assert torch.allclose(found.sample_outputs, alone, atol=1e-4)
             assert torch.allclose(found.mean, alone.mean(0), atol=1e-4)
         assert (found.samples, found.sigma) == (tuple(SAMPLES), SIGMA) and found.seconds > 0
-        monkeypatch.setattr("tfb_ext.forward.scoring.ROWS_CPU", 3)  # one sample a forward, the blocks below run once
+        monkeypatch.setattr("tfb_ext.forward.batches.ROWS_CPU", 3)  # one sample a forward, the blocks below run once
         lowest = adapter.anatomy.blocks[0]
         seen = small_sets.rows_through(lowest.self_attn.q_proj if family == "Llama" else lowest.attention.self.query)
         chunked = predict_regression(adapter, data, SAMPLES)

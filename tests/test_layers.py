@@ -73,7 +73,7 @@ def test_grouped_layers_equal_ungrouped_ones(name: str, mode: str) -> None:
     batch = zoo.batch_for(name)
     with counted() as calls:
         together = predict(adapter, batch)
-    for variant in adapter._variants:
+    for variant in adapter.attached.updates:
         variant.group = ()
     with counted() as alone_calls:
         alone = predict(adapter, batch)
@@ -94,7 +94,7 @@ def test_an_input_that_was_changed_in_between_is_read_again() -> None:
 
     hook = attention.v_proj.register_forward_pre_hook(double)
     changed = predict(adapter, batch)
-    for variant in adapter._variants:
+    for variant in adapter.attached.updates:
         variant.group = ()
     assert torch.equal(changed, predict(adapter, batch))
     hook.remove()
@@ -168,7 +168,9 @@ def test_float32_adapters_do_not_widen_the_activations() -> None:
         seen.append(x.dtype)
         return real(x, *rest)
 
-    hooks = [m.register_forward_hook(lambda _, args, out: seen.append(out.dtype)) for m in adapter._modules.values()]
+    hooks = [
+        m.register_forward_hook(lambda _, args, out: seen.append(out.dtype)) for m in adapter.attached.modules.values()
+    ]
     layers.ops.shrink_group = note  # type: ignore[assignment]
     try:
         predict(adapter, zoo.batch_for("llama"))
@@ -216,7 +218,7 @@ def test_what_must_see_the_base_layer_sees_it(case: str) -> None:
 def test_hooks_on_the_layer_itself_run() -> None:
     adapter = bayesian("llama")
     batch, seen = zoo.batch_for("llama"), []
-    layer = adapter._modules[adapter.layers[0]]
+    layer = adapter.attached.modules[adapter.layers[0]]
     hook = layer.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
     predict(adapter, batch)
     hook.remove()
@@ -244,7 +246,7 @@ class Int8Like(nn.Linear):
 
 def test_only_plain_linear_bases_are_replaced() -> None:
     adapter = bayesian("llama")
-    for module in adapter._modules.values():
+    for module in adapter.attached.modules.values():
         module.base_layer.__class__ = Int8Like
     with counted() as calls:
         predict(adapter, zoo.batch_for("llama"))
@@ -278,12 +280,12 @@ def test_forwards_are_put_back() -> None:
     with pytest.raises(RuntimeError, match="planned"), adapter.predictive(SAMPLES):
         raise RuntimeError("planned")
     assert not any("forward" in m.__dict__ for m in adapter.model.modules())
-    assert adapter._state.shared is None
+    assert adapter.attached.state.shared is None
 
 
 def test_a_forward_of_someone_elses_stays() -> None:
     adapter = bayesian("llama")
-    layer = adapter._modules[adapter.layers[0]]
+    layer = adapter.attached.modules[adapter.layers[0]]
     original = layer.forward
     layer.forward = lambda *args, **kwargs: original(*args, **kwargs)
     mine = layer.forward
@@ -304,7 +306,7 @@ def test_modes_reach_the_layers(mode: str, monkeypatch: pytest.MonkeyPatch) -> N
     batch = zoo.batch_for("llama")
     keep = batch["attention_mask"].bool()
     found = predict(adapter, batch)[:, keep]
-    monkeypatch.setattr(layers, "ops", reference)
+    monkeypatch.setattr("tfb_ext.adapters.layer.ops", reference)
     assert torch.allclose(found, predict(adapter, batch)[:, keep], atol=1e-4)
     adapter.mode = "weight"
     assert (found - predict(adapter, batch)[:, keep]).abs().max() > 0.1

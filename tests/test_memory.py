@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfb_ext
-from tfb_ext.adapters import layers
+from tfb_ext.adapters import layer
 from tfb_ext.ops import reference
 
 SAMPLES, RANK, WIDTH, TOKENS = 8, 32, 256, 2
@@ -72,12 +72,12 @@ def largest_of_a_forward(adapter: Any, device: str) -> int:
 @contextmanager
 def materialising() -> Iterator[None]:
     """The layers with the reference in the operator's place, which draws a sample's noise as a tensor."""
-    real = layers.ops
-    layers.ops = reference  # type: ignore[assignment]
+    real = layer.ops
+    layer.ops = reference  # type: ignore[assignment]
     try:
         yield
     finally:
-        layers.ops = real
+        layer.ops = real
 
 
 @pytest.mark.parametrize("device", zoo.DEVICES)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tfb_ext
 from tfb_ext import predict, prediction
-from tfb_ext.forward.scoring import Scorer
+from tfb_ext.forward.engine import Scorer
 from tfb_ext.prediction import Prediction
 
 SIGMA = 0.3

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfb_ext
-from tfb_ext.adapters.layers import MEAN
+from tfb_ext.adapters.samples import MEAN
 from tfb_ext.data import Encoded
 from tfb_ext.errors import SamplingError
-from tfb_ext.forward.scoring import IGNORED, Scorer, item_labels, original_order
+from tfb_ext.forward.batches import IGNORED, item_labels, original_order
+from tfb_ext.forward.engine import Scorer
 
 SIGMA, SAMPLES = 0.3, 5
 
@@ -73,7 +74,7 @@ def test_equals_separate_passes_however_it_is_cut(depth: int | str) -> None:
         for rows in (1, 8, 1000):
             for keep in (False, True):
                 scorer = Scorer(adapter, data, batch_size=batch_size, keep_trunk=keep)
-                scorer.rows = rows
+                scorer.memory.rows = rows
                 for _ in range(1 + keep):  # the second time from the kept trunk
                     assert torch.allclose(sampled(scorer), alone, atol=1e-5), (batch_size, rows, keep)
         means = original_order([scorer.mean(b).exp() for b in scorer.batches], scorer.batches, dim=0)
@@ -106,7 +107,7 @@ def test_other_architectures_equal_separate_passes(name: str) -> None:
     alone = zoo.separate_passes(adapter, range(SAMPLES), SIGMA, small_sets.answers(adapter, data))
     assert alone.std(0).max() > 0.01
     scorer = Scorer(adapter, data, batch_size=3)
-    scorer.rows = 6
+    scorer.memory.rows = 6
     assert torch.allclose(sampled(scorer), alone, atol=1e-5)
 
 
@@ -131,7 +132,7 @@ def test_classification_heads_equal_the_models_own_logits(name: str) -> None:
 def test_average_is_the_mean_of_the_samples(depth: int | str, rows: int) -> None:
     adapter = bayesian(depth=depth)
     scorer = Scorer(adapter, token_batches())
-    scorer.rows = rows
+    scorer.memory.rows = rows
     batch = adapter.batch(SAMPLES)
     for item in scorer.batches:
         assert torch.allclose(scorer.average(item, batch), zoo.average(scorer.samples(item, batch)), atol=1e-5)
@@ -220,7 +221,7 @@ def test_blocks_below_run_once_a_batch_however_many_chunks() -> None:
     below, above = (small_sets.rows_through(blocks[i].input_layernorm) for i in (1, 2))
     for rows, sizes in ((1000, [5]), (8, [2, 2, 1]), (1, [1] * 5)):
         below.clear(), above.clear()
-        scorer.rows = rows
+        scorer.memory.rows = rows
         sampled(scorer)
         assert below == [4, 4], rows
         assert above == [4 * s for s in sizes] * 2, rows
@@ -242,7 +243,7 @@ def test_counts_of_tokens_and_items() -> None:
     data = small_sets.encoded()
     scorer = Scorer(adapter, data, batch_size=4)
     assert scorer.size == len(data) and scorer.tokens == sum(map(len, data.token_ids))
-    scorer.rows = 4
+    scorer.memory.rows = 4
     sampled(scorer)
     assert scorer.tokens_run == SAMPLES * scorer.tokens
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import tfb_ext
 from tfb_ext import search_sigma
 from tfb_ext.data import Encoded
-from tfb_ext.forward.scoring import IGNORED
+from tfb_ext.forward.batches import IGNORED
 from tfb_ext.search import LARGEST, SMALLEST, SigmaSearch, _AtDepth
 from tfb_ext.search import anchors as engine
 from tfb_ext.search.methods import Found, find

@@ -19,7 +19,7 @@ from tfb_ext import Example, encode, predict, search_sigma
 from tfb_ext.adaptive import StoppingRule
 from tfb_ext.data import Encoded
 from tfb_ext.errors import ConfigError
-from tfb_ext.forward import fan
+from tfb_ext.forward import fold
 from tfb_ext.search import SigmaSearch
 
 SIGMA, SAMPLES = 0.3, 4
@@ -56,8 +56,8 @@ def test_equals_separate_passes(
     alone = zoo.separate_passes(adapter, range(SAMPLES), SIGMA, token_logs(adapter, data))
     assert alone.std(0).max() > 0.01
     expected = torch.softmax(alone.sum(-1), -1)  # the product for each sample, normalised among the choices
-    for piece in (fan.FOLD_BYTES, 1):  # all samples in one piece of head outputs, and one in each
-        monkeypatch.setattr(fan, "FOLD_BYTES", piece)
+    for piece in (fold.FOLD_BYTES, 1):  # all samples in one piece of head outputs, and one in each
+        monkeypatch.setattr(fold, "FOLD_BYTES", piece)
         found = predict(adapter, data, SAMPLES, batch_size=batch_size)
         assert torch.allclose(found.sample_probabilities, expected, atol=1e-5)
     assert torch.allclose(found.probabilities, expected.mean(0), atol=1e-5) and found.epistemic.max() > 1e-4

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import tfb_ext
 from tfb_ext.errors import SamplingError
-from tfb_ext.forward import fan
-from tfb_ext.forward.fan import Predictive
+from tfb_ext.forward import fold
+from tfb_ext.forward.fold import Predictive
 
 SAMPLES, SIGMA = 4, 0.3
 
@@ -72,20 +72,20 @@ def test_equal_separate_passes(name: str, depth: Any, several: int, left: bool, 
 
 
 @pytest.mark.parametrize("name", ["llama-head", "gemma2"])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_pieces_of_the_head_give_the_same(name: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sigmas", [1, 2])
+def test_pieces_of_the_head_give_the_same(name: str, sigmas: int, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, batch = bayesian(name), zoo.batch_for(name)
     targets = next_tokens(batch)
     results = []
     per_sample = 4 * 3 * 9 * zoo.VOCAB
     for limit in (2**30, 2 * per_sample, 1):
-        monkeypatch.setattr(fan, "FOLD_BYTES", limit)
-        view = Predictive(adapter.batch(3, [0.1, 0.4][:groups]), groups=groups, targets=targets)
+        monkeypatch.setattr(fold, "FOLD_BYTES", limit)
+        view = Predictive(adapter.batch(3, [0.1, 0.4][:sigmas]), targets=targets)
         with adapter.fanned(view):
             adapter.model(**batch)
         assert view.target_log_probabilities is not None
         results.append(view.target_log_probabilities)
-    assert results[0].shape == (3 * groups, 3, 9)
+    assert results[0].shape == (3 * sigmas, 3, 9)
     for other in results[1:]:
         assert torch.allclose(other, results[0], atol=2e-5)
 

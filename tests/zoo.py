@@ -13,6 +13,8 @@ import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from tfb_ext.forward.trunk import Trunk
+
 torch.set_num_threads(1)  # threads only get in each other's way in models this small
 
 BLOCKS = 4
@@ -133,7 +135,7 @@ def sampled_copy(adapter: Any, sample: int, sigma: float, random: tuple[str, ...
     """Write sample ``k``'s weights into the random layers' base weights (float32 models); returns what to restore."""
     saved: dict[str, nn.Parameter] = {}
     for name in random:
-        module = adapter._modules[name]
+        module = adapter.attached.modules[name]
         basis, mean = adapter.sample_weights(name, sample, sigma)
         delta = module.scaling[adapter.name] * (basis.double() @ mean.double())
         base = module.get_base_layer()
@@ -158,7 +160,7 @@ def separate_passes(
                 outputs.append(call())
         finally:
             for name, weight in saved.items():
-                adapter._modules[name].get_base_layer().weight = weight
+                adapter.attached.modules[name].get_base_layer().weight = weight
     return torch.stack(outputs)
 
 
@@ -217,3 +219,9 @@ def batch_for(name: str, rows: int = 3, device: str = "cpu") -> dict[str, Tensor
 def real_positions(name: str, batch: dict[str, Tensor]) -> Any:
     """Index of the outputs that count: padding positions of a language model hold nothing."""
     return batch["attention_mask"].bool() if name in CAUSAL else slice(None)
+
+
+def trunk(adapter: Any, *depths: Any, limit: float = math.inf) -> Any:
+    """An empty store for the hidden states at the first random block of each depth; of the adapter's own without any."""
+    firsts = {adapter.first_random_block(d) for d in depths or (adapter.depth,)}
+    return Trunk(tuple(sorted(firsts - {0})), limit=limit)

@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 # Imported on first use, so that `tfb --help` and the training script need neither transformers nor the extension.
 _PUBLIC = {
     "BayesianAdapter": "adapters.adapter",
-    "bayesianize": "adapters.adapter",
-    "load": "adapters.adapter",
+    "bayesianize": "adapters.attach",
+    "load": "adapters.attach",
     "search_sigma": "search",
     "predict": "prediction",
     "predict_multi_label": "prediction",
@@ -36,11 +36,12 @@ _PUBLIC = {
 __all__ = sorted([*_PUBLIC, "__version__"])
 
 if TYPE_CHECKING:
-    from .adapters.adapter import BayesianAdapter, bayesianize, load
+    from .adapters.adapter import BayesianAdapter
+    from .adapters.attach import bayesianize, load
     from .data import Example, encode, read_dataset, read_jsonl
     from .errors import TFBError
-    from .generation import generate
     from .generation.decoding import captured_decoding
+    from .generation.generate import generate
     from .metrics import evaluate
     from .prediction import predict, predict_multi_label, predict_regression
     from .search import search_sigma

@@ -814,7 +814,7 @@ def _load(
     examples: list[Example] | None,
 ) -> tuple[Loaded, BayesianAdapter]:
     """The model with its posterior: the saved one where the folder has it, and what the options say instead."""
-    from ..adapters.adapter import bayesianize, load
+    from ..adapters.attach import bayesianize, load
     from ..adapters.loading import load_adapter
     from ..posterior.config import CONFIG_NAME
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..errors import SamplingError
 
 if TYPE_CHECKING:
-    from ..adapters.layers import SampleBatch, SamplingState
+    from ..adapters.samples import SampleBatch
+    from ..adapters.state import SamplingState
 
 _ROWS = "tfb_rows"  # the attribute that says which samples a cache's rows are of
 

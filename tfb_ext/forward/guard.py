@@ -11,24 +11,27 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.layers import ONE_SAMPLE, RowLayout, SampleBatch
+from ..adapters.attached import Attached
+from ..adapters.samples import SampleBatch
+from ..adapters.state import ONE_SAMPLE, RowLayout
 from ..errors import GuardError, SamplingError
 from .caches import cache_argument
-from .fan import Fan, Layout, Predictive, batch_shape, check_packing
-
-if TYPE_CHECKING:
-    from ..adapters.adapter import BayesianAdapter
+from .contexts import check_free, fanned, laid_out
+from .fold import Folding, Predictive
+from .rows import Layout, batch_shape, check_packing
+from .tiny import TOKENS, leading_sizes, repeated, tiny_inputs, undisturbed
 
 SAMPLES = (0, 2, 4)  # no two of them mirror each other
-ROWS, TOKENS = 2, 5  # rows, rows * samples and rows * samples * tokens are all different
+ROWS = 2
 SIGMAS = tuple(0.05 * 4.0**i for i in range(6))
 # By whether numbers have 24 bits or more. The samples should differ by this much (root mean square, of log probabilities in
 # nats), and a call may differ from separate passes by this share of it; or, up to the largest share, by a few times what rounding
@@ -43,41 +46,89 @@ Outputs = list[Tensor]  # of each call, (rows, ..., V)
 Arguments = dict[int, dict[str, str | int]]  # what a block's arguments count, see Layout
 
 
-def learn(
-    adapter: BayesianAdapter, first: int, fanned: bool = True, example: Mapping[str, Any] | None = None
-) -> tuple[Layout, bool]:
-    """How the model lays out its rows at a first random block, once its samples are known to equal separate passes.
-
-    And whether they are: of a model that gives NaN nothing is known but where its rows lie.
+class Guard:
+    """What is known of how a model lays out its rows, learnt where a context first needs it.
 
     Args:
-        adapter: attached, with no context open.
-        first: the first random block.
-        fanned: compare the fan; otherwise calls for which the caller lays out the rows.
-        example: arguments of a forward to compare on, instead of the tiny inputs.
-
-    Raises:
-        GuardError: the model cannot run on a tiny input, or several samples in one call are not what separate passes
-            give. The message names what differs.
+        attached: the adapter's posteriors in the model.
+        enabled: compare at all; otherwise every context says that nothing was compared.
     """
-    check_packing(adapter.anatomy.model, {})
-    with adapter.in_order(), _plain_text(adapter.anatomy.model):
-        return _learn(_Trial(adapter, first, fanned, example))
+
+    def __init__(self, attached: Attached, enabled: bool) -> None:
+        self.attached, self.enabled = attached, enabled
+        self._found: dict[Hashable, Layout | GuardError] = {}
+
+    def layout(self, first: int, batch: SampleBatch, by_fan: bool = True) -> Layout | None:
+        """The model's layout of rows at a first random block.
+
+        Args:
+            batch: any samples of the posterior, for its seed and mode.
+            by_fan: for the fan; otherwise for calls whose rows the caller lays out.
+
+        Raises:
+            GuardError: samples in one call differ from separate passes.
+        """
+        check_free(self.attached)
+        if not self.enabled:
+            warnings.warn(
+                f"adapter {self.attached.name!r}: samples in one call were not compared with separate passes on this model (guard=False)",
+                stacklevel=5,
+            )
+            return None
+        if not any(u.block >= first for u in self.attached.updates):
+            return Layout({}, {})
+        key = self._key(first, batch, by_fan)
+        if key not in self._found:
+            try:
+                layout, compared = _learn(self.attached, first, batch, by_fan, None)
+                if not compared:
+                    return layout
+                self._found[key] = layout
+            except GuardError as error:
+                self._found[key] = error
+        found = self._found[key]
+        if isinstance(found, GuardError):
+            raise GuardError(str(found))
+        return found
+
+    def compare(self, first: int, batch: SampleBatch, example: Mapping[str, Any]) -> None:
+        """The same on these arguments of the model, whose blocks' arguments calls may then bring too."""
+        text = self.layout(first, batch)
+        found, _ = _learn(self.attached, first, batch, True, example)
+        if text is not None:
+            blocks = {*found.arguments, *text.arguments}
+            arguments = {b: {**found.arguments.get(b, {}), **text.arguments.get(b, {})} for b in blocks}
+            self._found[self._key(first, batch, True)] = Layout({**found.layers, **text.layers}, arguments)
+
+    def _key(self, first: int, batch: SampleBatch, by_fan: bool) -> Hashable:
+        model = self.attached.anatomy.model
+        weight = next(model.parameters())
+        attention = getattr(model.config, "_attn_implementation", None)
+        return (first, by_fan, batch.mode, weight.dtype, weight.device, attention)
 
 
-def _learn(trial: _Trial) -> tuple[Layout, bool]:
-    adapter, first, fanned = trial.adapter, trial.first, trial.fanned
-    arguments = trial.arguments() if fanned else {}
-    problem = ""
-    for attempt in range(ATTEMPTS):
-        layers, problem = trial.compare(arguments, attempt)
-        if not problem:
-            return Layout(layers, arguments), trial.finite
-        if not trial.rounds:
-            break
-    name = type(adapter.anatomy.model).__name__
+def _learn(
+    attached: Attached, first: int, batch: SampleBatch, by_fan: bool, example: Mapping[str, Any] | None
+) -> tuple[Layout, bool]:
+    """The layout of rows, once samples in one call are known to equal separate passes; and whether they are.
+
+    Of a model that gives NaN nothing is known but where its rows lie. ``example``: arguments of a forward to compare on.
+    """
+    model = attached.anatomy.model
+    check_packing(model, {})
+    with undisturbed(attached):
+        trial = _Trial(attached, first, batch, by_fan, example)
+        arguments = trial.arguments() if by_fan else {}
+        problem = ""
+        for attempt in range(ATTEMPTS):
+            layers, problem = trial.compare(arguments, attempt)
+            if not problem:
+                return Layout(layers, arguments), trial.finite
+            if not trial.rounds:
+                break
     raise GuardError(
-        f"{name}, first random block {first}: several samples in one call {problem}, expected what separate passes give. Fix: {ONE_SAMPLE}"
+        f"{type(model).__name__}, first random block {first}: several samples in one call {problem}, expected what separate passes "
+        f"give. Fix: {ONE_SAMPLE}"
     )
 
 
@@ -85,11 +136,12 @@ class _Trial:
     """The calls on tiny inputs, or on an example, of one model."""
 
     def __init__(
-        self, adapter: BayesianAdapter, first: int, fanned: bool, example: Mapping[str, Any] | None = None
+        self, attached: Attached, first: int, batch: SampleBatch, by_fan: bool, example: Mapping[str, Any] | None
     ) -> None:
-        self.adapter, self.first, self.fanned, self.example = adapter, first, fanned, example
+        self.attached, self.first, self.by_fan, self.example = attached, first, by_fan, example
+        self.template = batch
         self.rows, self.tokens = (ROWS, TOKENS) if example is None else batch_shape((), dict(example))
-        self.model: Any = adapter.anatomy.model
+        self.model: Any = attached.anatomy.model
         self.accepts = set(inspect.signature(self.model.forward).parameters)
         weights = [p for p in self.model.parameters() if p.is_floating_point()]
         self.exact = weights[0].dtype in (torch.float32, torch.float64)
@@ -99,52 +151,23 @@ class _Trial:
         self.device = next((w.device for w in weights if not w.is_meta), torch.device("cpu"))
         self.rounds = True  # whether another attempt could end otherwise
         self.finite = True
-
-    # Inputs ---------------------------------------------------------------------------------------------------------
+        self.kind = attached.anatomy.kind
 
     def inputs(self, rows: int, padded: bool, attempt: int = 0, tokens: int = TOKENS) -> dict[str, Any]:
-        """Arguments of a forward; the last row is padded on the right."""
-        if self.example is not None:
-            return {**self.example, "use_cache": False} if "use_cache" in self.accepts else dict(self.example)
-        generator = torch.Generator().manual_seed(attempt)
-        if self.model.main_input_name != "input_ids":
-            return {self.model.main_input_name: self._other_input(rows, generator).to(self.device)}
-        ids = _ordinary_tokens(self.model)
-        chosen = ids[torch.randint(len(ids), (rows, tokens), generator=generator)]
-        mask = torch.ones_like(chosen)
-        if padded:
-            mask[-1, -1] = 0
-        given: dict[str, Any] = {"input_ids": chosen, "attention_mask": mask}
-        if padded and "position_ids" in self.accepts:
-            given["position_ids"] = torch.arange(tokens).expand(rows, tokens).contiguous()
-        open_ended = "kwargs" in self.accepts or "input_ids" not in self.accepts
-        given = {name: value.to(self.device) for name, value in given.items() if open_ended or name in self.accepts}
-        given |= {} if getattr(self.model.config, "return_dict", True) else {"return_dict": True}
-        return given | ({"use_cache": False} if "use_cache" in self.accepts else {})
-
-    def _other_input(self, rows: int, generator: torch.Generator) -> Tensor:
-        config = self.model.config
-        size = getattr(config, "image_size", None)
-        if self.model.main_input_name == "input_values":  # a fifth of a second of sound
-            return torch.randn(rows, 3200, generator=generator).to(next(self.model.parameters()).dtype)
-        if self.model.main_input_name != "pixel_values" or not isinstance(size, int):
-            raise GuardError(
-                f"{type(self.model).__name__} takes {self.model.main_input_name}, expected input_ids, input_values or pixel_values of "
-                f"one size. Fix: {ONE_SAMPLE}; or pass guard=False, if you have compared its samples with separate passes"
-            )
-        pixels = torch.randn(rows, config.num_channels, size, size, generator=generator)
-        return pixels.to(next(self.model.parameters()).dtype)
+        if self.example is None:
+            return tiny_inputs(self.model, self.accepts, self.device, rows, padded, attempt, tokens)
+        return {**self.example, "use_cache": False} if "use_cache" in self.accepts else dict(self.example)
 
     def calls(self, attempt: int) -> list[Callable[[int], Outputs]]:
         """Forwards on one row after the other, each as a function of how often its rows are repeated."""
         generates = self.model.can_generate() and self.model.main_input_name == "input_ids"
-        steps = generates and "use_cache" in self.accepts and self.adapter.mode == "weight"
+        steps = generates and "use_cache" in self.accepts and self.template.mode == "weight"
 
         def forward(times: int) -> Outputs:
-            return [self._logits(self.model(**_repeated(self.inputs(self.rows, True, attempt), times)))]
+            return [self._logits(self.model(**repeated(self.inputs(self.rows, True, attempt), times)))]
 
         def one_row(times: int) -> Outputs:
-            given = _repeated(self.inputs(1, False, attempt), times)
+            given = repeated(self.inputs(1, False, attempt), times)
             if generates and "logits_to_keep" in self.accepts:
                 given["logits_to_keep"] = 1
             if not steps:
@@ -183,7 +206,7 @@ class _Trial:
         """What the leading size of each tensor among a block's arguments counts: of two calls of different sizes."""
         sizes = []
         for more in (0, 1):
-            with self._alone(), _arguments(self.adapter.anatomy.blocks[self.first :]) as found:
+            with self._alone(), leading_sizes(self.attached.anatomy.blocks[self.first :]) as found:
                 self.model(**self.inputs(ROWS + more, padded=True, tokens=TOKENS + more))
             sizes.append(found)
         learnt: Arguments = {}
@@ -253,12 +276,12 @@ class _Trial:
         if wrong:
             self.rounds = False
             return {}, wrong
-        for shapes, usual in zip(self.others, others, strict=True) if self.fanned else ():
+        for shapes, usual in zip(self.others, others, strict=True) if self.by_fan else ():
             if shapes != usual:
                 self.rounds = False
                 return {}, f"give outputs of shapes {shapes} where one gives {usual}"
         bound = max(SHARE[self.exact] * spread, min(NOISE * noise, LARGEST_SHARE * spread))
-        categorical = self.adapter.anatomy.kind == "categorical"
+        categorical = self.kind == "categorical"
         for found, expected in zip(together, self._expected(separate), strict=True) if self.finite else ():
             if found.shape != expected.shape:
                 return {}, f"give outputs of shape {tuple(found.shape)} for {tuple(expected.shape)}"
@@ -273,12 +296,13 @@ class _Trial:
     def values(self, logits: Tensor) -> Tensor:
         """What the fold averages, in float32 or better."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.adapter.anatomy.kind == "categorical":
+        if self.kind == "categorical":
             return torch.log_softmax(logits, dim=-1).clamp(min=FLOOR)
         return logits
 
     def _batch(self, samples: tuple[int, ...], sigma: float) -> SampleBatch:
-        return self.adapter.batch(samples, sigma)
+        scales = (sigma,) * len(samples)
+        return replace(self.template, sigma=scales, samples=samples, tokens=0, _tensors={}, _parts={})
 
     def _apart(self, calls: list[Callable[[int], Outputs]], noise: float) -> tuple[float, float, list[Tensor]]:
         """A sigma at which samples differ enough, by how much, and their separate passes; 0 where none gives finite numbers."""
@@ -302,44 +326,35 @@ class _Trial:
         """(S, rows, ..., V) of each output: one pass a sample, all rows of which are that sample's."""
         found: list[list[Tensor]] = []
         for k in SAMPLES:
-            with self.adapter.laid_out(self.first, self._batch((k,), sigma), None):
+            with laid_out(self.attached, self.first, self._batch((k,), sigma), None):
                 found.append([self.values(out) for call in calls for out in call(1)])
         return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
     def _together(
         self, calls: list[Callable[[int], Outputs]], arguments: Arguments, sigma: float, seen: list[Any]
     ) -> list[Tensor]:
-        batch = self._batch(SAMPLES, sigma)
-        state = self.adapter._state
-        context: AbstractContextManager[Any] = self.adapter.laid_out(self.first, batch, None)
-        if self.fanned:
-            fan = Fan(
-                self.adapter.anatomy,
-                state,
-                self.first,
-                Predictive(batch),
-                self.adapter.check_call,
-                Layout({}, arguments),
-            )
-            context = self.adapter.opened(self.first, fan)
+        batch, state = self._batch(SAMPLES, sigma), self.attached.state
+        if self.by_fan:
+            context: Any = fanned(self.attached, self.first, Predictive(batch), Layout({}, arguments))
+        else:
+            context = laid_out(self.attached, self.first, batch, None)
         with context:
             state.seen = seen
             try:
-                outputs = [out for call in calls for out in call(1 if self.fanned else len(SAMPLES))]
+                outputs = [out for call in calls for out in call(1 if self.by_fan else len(SAMPLES))]
             finally:
                 state.seen = None
-        return outputs if self.fanned else [self.values(out).unflatten(0, (len(SAMPLES), -1)) for out in outputs]
+        return outputs if self.by_fan else [self.values(out).unflatten(0, (len(SAMPLES), -1)) for out in outputs]
 
     def _expected(self, separate: list[Tensor]) -> list[Tensor]:
-        if not self.fanned:
+        if not self.by_fan:
             return separate
-        kind = self.adapter.anatomy.kind
-        if kind == "regression":
-            return [s.mean(0) for s in separate]
-        if kind == "multi_label":
-            sure = torch.nn.functional.logsigmoid
-            return [torch.logsumexp(sure(s), 0) - torch.logsumexp(sure(-s), 0) for s in separate]
-        return [torch.logsumexp(s, 0) - math.log(len(SAMPLES)) for s in separate]
+        found = []
+        for values in separate:
+            folding = Folding(self.kind, keep=False)
+            folding.add(values.flatten(0, 1), values.shape[1], len(SAMPLES))
+            found.append(folding.result())
+        return found
 
     def _layouts(self, seen: list[tuple[str, tuple[int, ...]]]) -> tuple[dict[str, RowLayout], str]:
         """Of the shapes of the inputs that each layer had, its layout of rows, and the first input that has none."""
@@ -359,74 +374,6 @@ class _Trial:
             if layout == "tokens" or name not in found:
                 found[name] = layout
         return found, ""
-
-
-def _ordinary_tokens(model: Any) -> Tensor:
-    """Token ids that no entry of the configuration gives a meaning of its own."""
-    config = model.config.get_text_config()
-    size = int(getattr(config, "vocab_size", 0) or 2)  # a model of characters has no vocabulary
-    special: set[int] = set()
-    for settings in (model.config, config):
-        for name, value in vars(settings).items():
-            if name.endswith(("token_id", "token_index", "token_ids")):
-                special |= {v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)}
-    ids = [i for i in range(min(size, 4096)) if i not in special]
-    return torch.tensor(ids or list(range(size)))
-
-
-@contextmanager
-def _plain_text(model: Any) -> Iterator[None]:
-    """Inside, the model takes rows of text whatever it did before.
-
-    One without a padding token has one that no text holds, since classifiers want one for several rows. What a vision-language
-    model remembers of its last images (Qwen2-VL and its kin, for the positions of the steps after them) is put away.
-    """
-    with_images = [m for m in model.modules() if vars(m).get("rope_deltas") is not None]
-    for module in with_images:  # the adapter puts back what modules hold
-        module.rope_deltas = None
-    settings = [vars(c) for c in {id(c): c for c in (model.config, model.config.get_text_config())}.values()]
-    without = [s for s in settings if s.get("pad_token_id", 0) is None]
-    try:
-        for s in without:
-            s["pad_token_id"] = -1
-        yield
-    finally:
-        for s in without:
-            s["pad_token_id"] = None
-
-
-def _repeated(inputs: dict[str, Any], times: int) -> dict[str, Any]:
-    return {n: v.repeat(times, *[1] * (v.dim() - 1)) if isinstance(v, Tensor) else v for n, v in inputs.items()}
-
-
-@contextmanager
-def _arguments(blocks: Any) -> Iterator[dict[tuple[int, str], int]]:
-    """Collects the leading size of every tensor among each block's arguments, by path; hidden states left out."""
-    found: dict[tuple[int, str], int] = {}
-
-    def note(value: Any, index: int, path: str) -> None:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            found[index, path] = value.shape[0]
-        elif isinstance(value, tuple | list) and not hasattr(value, "_fields"):
-            for i, part in enumerate(value):
-                note(part, index, f"{path}.{i}")
-        elif type(value) is dict:
-            for name, part in value.items():
-                note(part, index, f"{path}.{name}")
-
-    def hook(index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for i, value in enumerate(args[1:], 1):
-            note(value, index, str(i))
-        for name, value in kwargs.items():
-            if name != "hidden_states":
-                note(value, index, name)
-
-    hooks = [b.register_forward_pre_hook(partial(hook, i), with_kwargs=True) for i, b in enumerate(blocks)]
-    try:
-        yield found
-    finally:
-        for h in hooks:
-            h.remove()
 
 
 def _rms(values: Tensor) -> float:

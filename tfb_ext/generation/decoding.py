@@ -19,9 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapters.adapter import BayesianAdapter
-from ..adapters.layers import SampleBatch
+from ..adapters.samples import SampleBatch
 from ..forward.caches import cache_of
-from ..forward.fan import Predictive, asks_for
+from ..forward.fold import Predictive
+from ..forward.rows import asks_for
 
 GRAPHS = 4  # kept at a time; each holds the memory of one step
 
@@ -135,7 +136,7 @@ class CapturedDecoding:
         if compile_config is not None:
             return self._original(compile_config)
         if self._context() is not None and self.adapter is not None:
-            self.adapter.check_call()
+            self.adapter.attached.check_call()
         state = self._model_state()
         # By its number: a state names every weight, which no step should have to compare.
         self._state = None if state is None else self._states.setdefault(state, len(self._states))
@@ -146,7 +147,7 @@ class CapturedDecoding:
         context = self._context()
         view = None if context is None else context[1]
         if self.adapter is not None and view is not None:
-            self.adapter.check_modes()
+            self.adapter.attached.check_modes()
         kind = self._kind(inputs, context)
         if kind is None:
             self.plain += 1
@@ -161,7 +162,7 @@ class CapturedDecoding:
         self.replayed += 1
         if self.adapter is None:
             return step.replay(inputs, view)
-        with self.adapter.one_call():
+        with self.adapter.attached.state.one_call():
             return step.replay(inputs, view)
 
     # What a graph is good for -----------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ class CapturedDecoding:
             if view.observe is not None or view.targets is not None or view.key is not None:
                 return None
             batch, columns = view.batch, view.columns
-            sampled = (len(batch), batch.antithetic, batch.mode, batch.family, first, view.groups)
+            sampled = (len(batch), batch.antithetic, batch.mode, batch.family, first)
             sampled += (view.keep_samples, None if columns is None else (columns.data_ptr(), tuple(columns.shape)))
         elif self.adapter is not None and self.adapter.is_sampling:
             return None
@@ -238,7 +239,7 @@ class _Step:
         own = None
         if view is not None:
             own = self.loaded = view.batch
-            self.batch = view.batch = own.twin()
+            self.batch = view.batch = own.copy()
             self.batch.tensors(inputs["input_ids"].device)
         self.graph = torch.cuda.CUDAGraph()
         _clear_workspaces()

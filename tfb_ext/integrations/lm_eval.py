@@ -16,10 +16,12 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapters.adapter import BayesianAdapter, Depth, bayesianize, load
+from ..adapters.adapter import BayesianAdapter, Depth
+from ..adapters.attach import bayesianize, load
 from ..checks import check_sigma
 from ..errors import UnsupportedModelError
-from ..forward.fan import last_positions
+from ..forward.engine import Request, run
+from ..forward.rows import last_positions
 from ..posterior.config import CONFIG_NAME, TFBConfig
 
 try:
@@ -143,13 +145,12 @@ class TFBLM(HFLM):
         """
         keep, targets = last_positions(self.adapter.anatomy.model, targets, inps.shape[1])
         kind = self.mixed_precision_dtype
-        with (
-            self.adapter.predictive(self.n_samples, targets=targets) as view,
-            torch.autocast(self.device.type, dtype=kind, enabled=kind is not None),
-        ):
-            best = self.model(input_ids=inps, **keep).logits.argmax(dim=-1)
-        assert view.target_log_probabilities is not None
-        return view.target_log_probabilities.cpu(), best.cpu()
+        request = Request({"input_ids": inps, **keep}, self.adapter.batch(self.n_samples), targets=targets)
+        self.adapter.attached.check_ready()
+        with torch.autocast(self.device.type, dtype=kind, enabled=kind is not None):
+            result = run(self.adapter, request)
+        assert result.targets is not None
+        return result.targets.cpu(), result.average.argmax(dim=-1).cpu()
 
     # Log-likelihoods ------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,17 @@ def check_family(value: str) -> str:
     return value
 
 
+def check_mode(value: str, family: str) -> str:
+    if value not in MODES:
+        raise ValueError(f"mode is {value!r}, expected one of {', '.join(map(repr, MODES))}")
+    if family == "full-rank" and value != "token":
+        raise ValueError(
+            f"mode is {value!r}, but the family 'full-rank' has noise for every token only; expected mode='token', or the family "
+            "'low-rank' or 'constant'"
+        )
+    return value
+
+
 @dataclass(frozen=True)
 class TFBConfig:
     """A saved posterior, without the adapter's weights.

@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from ..adapters.adapter import BayesianAdapter
-from ..adapters.layers import head_columns
 from ..checks import check_count
 from ..data import Encoded
 from ..errors import SamplingError, UnsupportedModelError
-from ..forward.fan import CLASSIFIER_HEADS
-from ..forward.scoring import MANY_CLASSES, Batch, Data, Scorer, head_outputs, original_order
+from ..forward.anatomy import CLASSIFIER_HEADS
+from ..forward.batches import Data, head_outputs, original_order
+from ..forward.contexts import exclusive
+from ..forward.engine import MANY_CLASSES, Scorer, logits_and_norm
 
 # Numbers of a piece of items' logits at all points of the quadrature: 128 MiB.
 _PIECE = 2**24
@@ -164,7 +165,7 @@ def head_gaussian(
     classes = head_outputs(adapter)
     parts: list[Tensor] = []
     columns: Tensor | None = None
-    with adapter._exclusive(adapter.first_random_block(adapter.depth)):
+    with exclusive(adapter.attached):
         for batch in scorer.batches:
             if batch.columns is None and classes > MANY_CLASSES:
                 raise ValueError(
@@ -172,7 +173,7 @@ def head_gaussian(
                     "label tokens (tfb_ext.encode), or use a model with a classification head"
                 )
             columns = batch.columns
-            parts.append(scorer.items(_logits_and_norm(adapter, scorer, batch), batch).double().cpu())
+            parts.append(scorer.items(logits_and_norm(adapter, batch.inputs, columns), batch).double().cpu())
     found = original_order(parts, scorer.batches, dim=0)
     if not found.isfinite().all():
         raise ValueError(
@@ -182,7 +183,7 @@ def head_gaussian(
     posterior = adapter.posterior(name)
     rows = torch.arange(classes) if columns is None else columns.cpu()
     factor = torch.eye(len(rows)) if adapter.family == "full-rank" else posterior.basis[rows]
-    scaling: float = adapter._modules[name].scaling[adapter.name]
+    scaling: float = adapter.attached.modules[name].scaling[adapter.name]
     return HeadGaussian(
         found[:, :-1],
         abs(scaling) * scale * found[:, -1],
@@ -211,42 +212,5 @@ def _check_adapter(adapter: BayesianAdapter, name: str) -> None:
             f"{type(model).__name__} caps its logits (final_logit_softcapping = {cap}), so they are not Gaussian; sample with "
             "tfb_ext.predict"
         )
-    if adapter._modules[name].disable_adapters:
+    if adapter.attached.modules[name].disable_adapters:
         raise SamplingError(f"adapter {adapter.name!r} is switched off (disable_adapter), so nothing is random")
-
-
-def _logits_and_norm(adapter: BayesianAdapter, scorer: Scorer, batch: Batch) -> Tensor:
-    """(B, C + 1) or (B, T, C + 1): the class logits as the model returns them, and the norm of the head's input as one more.
-
-    Going through the model's own pooling, the norm is that of the position whose logits the model returns.
-    """
-    head: Any = adapter.anatomy.head
-    columns = batch.columns
-    inputs: list[Tensor] = []
-    made: list[Tensor] = []
-
-    def before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        inputs.append(args[0])
-        return args if columns is None else (args[0][:0], *args[1:])
-
-    def after(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        hidden = inputs.pop()
-        logits = output if columns is None else head_columns(module, hidden, columns)
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=wide)
-        made.append(torch.cat([logits.to(wide), norm.to(logits.device)], dim=-1))
-        return made[-1]
-
-    hooks = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
-    try:
-        adapter.check_call()
-        out: Tensor = scorer.model(**batch.inputs).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if adapter.anatomy.head_name not in CLASSIFIER_HEADS and not torch.equal(out.to(made[-1].dtype), made[-1]):
-        raise UnsupportedModelError(
-            f"{type(scorer.model).__name__} changes its logits after its head, so they may not be Gaussian; use "
-            "adapter.sampling(...)"
-        )
-    return out

@@ -224,7 +224,7 @@ def paper_form(adapter: BayesianAdapter, layer: str, sigma: float | None = None)
     """
     posterior = adapter.posterior(layer)
     omega = posterior.omega(adapter.scale(sigma))
-    module = adapter._modules[posterior.name]
+    module = adapter.attached.modules[posterior.name]
     a, b = (part[adapter.name].weight.detach().to("cpu", torch.float64) for part in (module.lora_A, module.lora_B))
     # The small factor's SVD: B itself may have a vocabulary of rows.
     q, upper = torch.linalg.qr(b)

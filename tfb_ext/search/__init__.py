@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ..adapters.adapter import BayesianAdapter, Depth
 from ..checks import check_samples
-from ..forward.scoring import Data, Scorer
+from ..forward.batches import Data
+from ..forward.engine import Scorer
 from .anchors import Anchors
 from .methods import Found, find
 from .plan import (

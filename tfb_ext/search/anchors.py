@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters.adapter import BayesianAdapter
-from ..adapters.layers import MEAN, SampleBatch
+from ..adapters.samples import MEAN, SampleBatch
 from ..data import Encoded
 from ..errors import SamplingError
-from ..forward.scoring import IGNORED, MANY_CLASSES, Batch, Scorer, item_labels
+from ..forward.batches import IGNORED, Batch, item_labels
+from ..forward.engine import MANY_CLASSES, Scorer
 from .model_key import content, model_key
 from .ranks import Ranks
 from .records import FIELDS, Records, read_records
@@ -82,7 +83,7 @@ class Anchors:
             )
         self.local = sum(len(p) for p in self.positions)
         self.bar = tqdm(total=self.local, desc="search sigma", unit="anchor", disable=not progress or ranks.rank != 0)
-        if not adapter.is_on:
+        if not adapter.attached.is_on:
             raise SamplingError(
                 f"adapter {adapter.name!r} is switched off, so no sigma changes anything, expected it on. Fix: search outside "
                 "disable_adapter(), or call model.enable_adapter_layers()"

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...adapters.adapter import BayesianAdapter, Depth, bayesianize
+from ...adapters.adapter import BayesianAdapter, Depth
+from ...adapters.attach import bayesianize
 from ...adapters.loading import DEMO, Loaded, device_name, load_adapter, versions
 from ...data import Encoded, encode
 from ...metrics import Metrics, evaluate

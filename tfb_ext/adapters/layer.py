@@ -1,0 +1,342 @@
+"""A LoRA layer that samples: the class that a PEFT layer gets when a posterior is attached, and the posterior's part in it.
+
+Outside a sampling context the layer is PEFT's own, by ``super().forward``. Inside one, a layer of a random block adds
+``s U (M + sigma_k E_k) x`` for the rows of sample k. Where its base is a plain linear layer the update is written first and the
+base product accumulates onto it, and layers that share their input share one pass over it; blocks below the first random one
+go this way too, as the mean. Any other base runs as PEFT runs it, and the update is added to its output.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import cache
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import SamplingError, UnsupportedModelError
+from ..posterior.canonical import LayerPosterior
+from .base import SUPPORTED, accumulate_, accumulates, float_type, linear_columns
+from .samples import MEAN
+from .state import SamplingState, SharedInput
+
+# PEFT's layers are nn.Modules whose attributes carry no types, so functions here take them as Any.
+
+
+class SampledLayer(nn.Module):
+    """Comes before a PEFT layer's class in the class of a layer with a posterior. A copy of the layer is a plain one.
+
+    Attributes:
+        tfb_updates: by adapter, its posterior here.
+        tfb_open: the one whose sampling context is open.
+    """
+
+    tfb_updates: dict[str, SampledUpdate]
+    tfb_open: SampledUpdate | None
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        update: SampledUpdate | None = self.tfb_open
+        if update is None or not update.is_active():
+            return super().forward(x, *args, **kwargs)
+        if not args and not kwargs and update.writes_first(x):
+            return update.written_first(x)
+        if not update.is_random():
+            return super().forward(x, *args, **kwargs)
+        others = [name for name in self.active_adapters if name != update.adapter and name in self.lora_A]
+        if not others:
+            return update.added(x, self.base_layer(x, *args, **kwargs))
+        active, self._active_adapter = self._active_adapter, others
+        try:
+            result = super().forward(x, *args, **kwargs)
+        finally:
+            self._active_adapter = active
+        return update.added(x, result)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if any(update.state.batch is not None for update in self.tfb_updates.values()):
+            raise SamplingError(
+                "the model is copied or pickled inside a sampling context, whose hooks would stay on the copy. Fix: leave the with "
+                "block first"
+            )
+        made: Any = super().__reduce_ex__(protocol)
+        state = made[2]
+        plain = plain_class(self)
+        state = {name: _bound_to(plain, value) for name, value in state.items() if not name.startswith("tfb_")}
+        hidden = {name for update in self.tfb_updates.values() for name in update.buffers}
+        state["_buffers"] = {name: value for name, value in state["_buffers"].items() if name not in hidden}
+        state["_non_persistent_buffers_set"] = state["_non_persistent_buffers_set"] - hidden
+        return object.__new__, (plain,), state
+
+
+@cache
+def sampled_class(plain: Any) -> type:
+    return type(f"Sampled{plain.__name__}", (SampledLayer, plain), {})
+
+
+def plain_class(module: Any) -> Any:
+    """A layer's class without a posterior: PEFT's own."""
+    return type(module).__mro__[2] if isinstance(module, SampledLayer) else type(module)
+
+
+def _bound_to(cls: type, value: Any) -> Any:
+    """A bound ``forward`` of a sampled layer (accelerate keeps one) as that of another class; anything else as it is."""
+    ours = getattr(value, "__func__", None) in (SampledLayer.forward, *(c.forward for c in SUPPORTED))  # type: ignore[attr-defined]
+    return MethodType(cls.forward, value.__self__) if ours else value  # type: ignore[attr-defined]
+
+
+def _become(module: Any, cls: type) -> None:
+    module.__class__ = cls
+    module.__dict__.update({name: _bound_to(cls, value) for name, value in module.__dict__.items()})
+
+
+def updates_of(module: Any) -> dict[str, SampledUpdate]:
+    """By adapter, the posteriors that a LoRA layer carries."""
+    return getattr(module, "tfb_updates", {})
+
+
+class SampledUpdate:
+    """One adapter's posterior in one layer.
+
+    Attributes:
+        module: the LoRA layer.
+        name, layer, rank: as in the posterior.
+        block: index of the transformer block that holds the layer.
+        group: the updates that were seen to read one input one after the other (q, k and v; gate and up).
+        owner: gives the Bayesian adapter, or ``None`` once that is gone.
+    """
+
+    def __init__(self, module: Any, adapter: str, block: int, state: SamplingState, posterior: LayerPosterior) -> None:
+        self.module, self.adapter, self.block, self.state = module, adapter, block, state
+        self.name, self.layer = posterior.name, posterior.layer
+        self.full_rank = posterior.family == "full-rank"
+        self.buffers = (f"tfb_basis_{adapter}", f"tfb_mean_{adapter}")
+        self.group: list[SampledUpdate] = [self]
+        self.owner: Callable[[], Any] = lambda: None
+
+    def attach(self, posterior: LayerPosterior, owner: Any) -> None:
+        """Put the posterior beside the adapter's weights, in buffers that no checkpoint holds, and let the layer sample."""
+        module = self.module
+        if not isinstance(module, SampledLayer):
+            plain: Any = type(module)
+            _become(module, sampled_class(plain))
+            module.tfb_updates, module.tfb_open = {}, None
+        self.owner = weakref.ref(owner)
+        module.tfb_updates[self.adapter] = self
+        self.write(posterior)
+
+    def write(self, posterior: LayerPosterior) -> None:
+        module = self.module
+        device = module.lora_A[self.adapter].weight.device
+        # The products round the basis to the base's type, so it is kept in that. M + sigma E is rounded once, as a sum.
+        self.base_type = float_type(module)
+        half = self.base_type in (torch.bfloat16, torch.float16)
+        basis = posterior.basis.to(device, self.base_type if half else torch.float32)
+        for name, value in zip(self.buffers, (basis, posterior.mean.to(device)), strict=True):
+            module.register_buffer(name, value, persistent=False)
+
+    def restore_types(self, posterior: LayerPosterior) -> None:
+        """Make the buffers anew where the model was converted (``model.to(dtype)``), which rounded them."""
+        mean = self.module._buffers[self.buffers[1]]
+        if not mean.is_meta and (mean.dtype != torch.float32 or float_type(self.module) != self.base_type):
+            self.write(posterior)
+
+    def is_attached(self) -> bool:
+        return updates_of(self.module).get(self.adapter) is self
+
+    def detach(self) -> None:
+        module = self.module
+        if not self.is_attached():
+            return
+        for name in self.buffers:
+            delattr(module, name)
+        del module.tfb_updates[self.adapter]
+        if not module.tfb_updates:
+            del module.tfb_updates, module.tfb_open
+            _become(module, plain_class(module))
+
+    # In a context -------------------------------------------------------------------------------------------------------
+
+    def is_active(self) -> bool:
+        module = self.module
+        active = module._active_adapter
+        active = (active,) if isinstance(active, str) else active
+        return (
+            self.state.batch is not None
+            and self.adapter in active
+            and not module._disable_adapters
+            and not module.merged_adapters
+        )
+
+    def is_random(self) -> bool:
+        """Whether this layer is random now; one that comes before the fan is noted as missed and is the mean."""
+        if self.block < self.state.first:
+            return False
+        if not self.state.fanned:
+            self.state.missed.append(self.name)
+        return self.state.fanned
+
+    def writes_first(self, x: Tensor) -> bool:
+        """Whether the update is written before the base product: the adapter alone is on, and the base accumulates."""
+        state, module = self.state, self.module
+        active = module._active_adapter
+        return (
+            (self.block < state.first or (state.fanned and not self.full_rank))
+            and (active == self.adapter or active == [self.adapter])
+            and module._modules["lora_B"]._modules[self.adapter]._parameters.get("bias") is None
+            and accumulates(module._modules["base_layer"], x)
+        )
+
+    def written_first(self, x: Tensor) -> Tensor:
+        """The layer's output (..., m) of ``x`` (..., n), by the update, onto which the base product accumulates."""
+        state, version = self.state, _version(x)
+        shared = state.shared
+        if shared is None or shared.x is not x or shared.version != version or self.name not in shared.updates:
+            shared = state.shared = self._share(x, version)
+        y = shared.updates.pop(self.name)
+        if not shared.updates:
+            state.shared = None
+        accumulate_(y, shared.rows, self.module._modules["base_layer"])
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _share(self, x: Tensor, version: int) -> SharedInput:
+        """Read ``x`` once for this layer and those of its group that can follow."""
+        state = self.state
+        self._join(x, version)
+        together = [self, *(u for u in self.group if u is not self and u.is_active() and u.writes_first(x))]
+        batch = MEAN
+        if self.block >= state.first:
+            assert state.batch is not None
+            batch = state.batch
+            for update in together:
+                state.check_rows(update.name, x)
+        rows = _matrix(x)
+        sigma, samples, seed = batch.tensors(x.device)
+        updates = ops.update_group(
+            rows,
+            [u.module._buffers[u.buffers[1]] for u in together],
+            [u.module._buffers[u.buffers[0]] for u in together],
+            [u.module._modules["base_layer"]._parameters["bias"] for u in together],
+            [u.module.scaling[u.adapter] for u in together],
+            sigma,
+            samples,
+            seed,
+            [u.layer for u in together],
+            batch.mode,
+            batch.antithetic,
+        )
+        return SharedInput(x, version, rows, dict(zip((u.name for u in together), updates, strict=True)))
+
+    def _join(self, x: Tensor, version: int) -> None:
+        """Learn that this layer reads what the layer before it read, so that the next forward reads it once for both."""
+        if torch.compiler.is_compiling():
+            return
+        last = self.state.last
+        if last is not None and last[1]() is x and last[2] == version:
+            group = last[0].group
+            if last[0].block == self.block and self not in group:
+                group.append(self)
+                self.group = group
+        self.state.last = (self, weakref.ref(x), version)
+
+    def added(self, x: Tensor, result: Tensor, columns: Tensor | None = None) -> Tensor:
+        """``result + s U (M + sigma_k E_k) x`` for rows in the state's groups; ``columns`` picks output features.
+
+        The family ``"full-rank"`` adds ``s U M x`` and then ``s sigma_k |x| e``, see :mod:`tfb_ext.research.families`.
+        """
+        batch, module = self.state.batch, self.module
+        assert batch is not None
+        self.state.check_rows(self.name, x)
+        sigma, samples, seed = batch.tensors(x.device)
+        scaling = module.scaling[self.adapter]  # the layer's own: PEFT's rescaling helpers change it
+        basis, mean = (getattr(module, name) for name in self.buffers)
+        features = basis.shape[0]
+        bias = module.lora_B[self.adapter].bias
+        if columns is not None:
+            basis = basis.index_select(0, columns)
+            bias = None if bias is None else bias.index_select(0, columns)
+        rows = _matrix(x).to(result.dtype)
+        drawn = (*(MEAN if self.full_rank else batch).tensors(x.device), self.layer)
+        z = ops.shrink(rows, mean, *drawn, "weight" if self.full_rank else batch.mode, batch.antithetic)
+        y = result.reshape(-1, result.shape[-1])
+        ops.expand_(y, z, basis if basis.dtype == z.dtype else basis.float(), scaling)
+        if self.full_rank:
+            from ..research.families import add_full_rank_noise_
+
+            add_full_rank_noise_(
+                y, rows, features, scaling, sigma, samples, seed, self.layer, batch.antithetic, columns
+            )
+        if bias is not None:
+            y += (bias * scaling).to(y.dtype)
+        return y.view(result.shape)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _version(x: Tensor) -> int:
+    """Changes when ``x`` is written to. Tensors of inference mode and of a trace do not count."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def check_layer(name: str, module: Any, adapter: str, own: SamplingState | None = None) -> None:
+    """Refuse a layer that cannot carry a posterior, naming it, the reason and the way out; changes nothing.
+
+    ``own``: the state of a posterior that the layer may carry already.
+    """
+
+    def refuse(reason: str, way_out: str) -> None:
+        raise UnsupportedModelError(f"layer {name!r} ({plain_class(module).__name__}): {reason}; {way_out}")
+
+    update = updates_of(module).get(adapter)
+    if update is not None and update.state is not own and update.owner() is not None:
+        refuse(f"adapter {adapter!r} is Bayesian already", "call unload() on its BayesianAdapter first")
+    variant = module.lora_variant.get(adapter)
+    if variant is not None:
+        refuse(
+            f"adapter {adapter!r} uses PEFT's {type(variant).__name__}, whose update is not B A x",
+            "only plain LoRA (with rsLoRA, rank patterns, lora_bias, PiSSA, OLoRA, LoftQ) has a TFB posterior",
+        )
+    if plain_class(module) not in SUPPORTED:
+        refuse(
+            "this kind of LoRA layer is not supported",
+            f"supported: {', '.join(cls.__module__ + '.' + cls.__name__ for cls in SUPPORTED)}; "
+            "train the adapter without this module in target_modules",
+        )
+    # accelerate's hooks keep the bound method that they call, which becomes ours; other wrappers keep it where nobody finds it.
+    own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+    if own is not None and getattr(own, "__func__", None) not in (SampledLayer.forward, plain_class(module).forward):
+        refuse("its forward was replaced, and would not sample", "call tfb_ext.bayesianize before replacing it")
+    if module.merged:
+        refuse(f"adapters {module.merged_adapters} are merged into the weights", "call unmerge_adapter() first")
+    weight = getattr(module.get_base_layer(), "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype == torch.float64:
+        refuse("its weight is float64, expected float32, bfloat16 or float16", "convert the model: model.float()")
+    for part in (module.lora_A[adapter], module.lora_B[adapter]):
+        if not isinstance(part.weight, Tensor):
+            refuse(f"its adapter is a {type(part).__name__} without a weight tensor", "quantise the base model alone")
+        if type(part.weight).__name__ == "DTensor":
+            refuse("its adapter weight is a DTensor shard", "gather the adapter's weights first")
+
+
+def head_columns(head: Any, hidden: Tensor, columns: Tensor) -> Tensor:
+    """Rows ``columns`` of the output head applied to ``hidden`` (..., n) -> (..., len(columns)).
+
+    Only those rows of the weight are multiplied where the head is a plain linear layer, alone or under this adapter.
+    """
+    columns = columns.to(hidden.device)
+    if "forward" not in head.__dict__:  # accelerate's offloading brings the weights in for the length of a forward only
+        if type(head) is nn.Linear:
+            return linear_columns(head, hidden, columns)
+        update = head.tfb_open if isinstance(head, SampledLayer) else None
+        if update is not None and type(head.base_layer) is nn.Linear and head.active_adapters == [update.adapter]:
+            if head.disable_adapters or (update.is_active() and update.is_random()):
+                base = linear_columns(head.base_layer, hidden, columns)
+                return base if head.disable_adapters else update.added(hidden, base, columns)
+    result: Tensor = head.forward(hidden).index_select(-1, columns)
+    return result

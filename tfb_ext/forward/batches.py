@@ -1,0 +1,332 @@
+"""A data set as batches on the model's device, and which of a batch's outputs are its items'."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import BayesianAdapter
+from ..checks import check_count
+from ..data import Encoded
+from .anatomy import CLASSIFIER_HEADS, Kind
+from .inputs import IGNORED as IGNORED  # here too for those who score
+from .inputs import Labels, ModelInputs
+from .memory import BATCH_CPU, BATCH_CUDA, ROWS_CPU, room_for_tokens
+from .rows import last_positions
+
+SHUFFLED_BATCHES = 16  # at least: who wants them in random order looks at the results after each
+
+Data = Encoded | Iterable[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the model's device.
+
+    Attributes:
+        key: its number in the data set, under which a trunk is kept; halves of it add to that.
+        inputs: the model's arguments.
+        labels: (B,) or (B, T) int64, or ``None``; ``-100`` is not counted.
+        index: (B,) positions of the rows in the data set; row ``c`` of item ``i`` is ``i * rows_per_item + c``.
+        columns: label tokens (C,), or ``None`` for the whole head.
+        targets: (B, m) tokens after the last m positions, to score as sequences, ``-100`` before shorter ones; or ``None``.
+        shifted: whether the logits at a position are about the next one (language models with (B, T) labels).
+        rows_per_item: choices that are scored as sequences have a row each, side by side; else 1.
+    """
+
+    key: Hashable
+    inputs: dict[str, Any]
+    labels: Tensor | None
+    index: Tensor
+    columns: Tensor | None
+    shifted: bool
+    targets: Tensor | None = None
+    rows_per_item: int = 1
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def items(self) -> Tensor:
+        """Positions of the items in the data set, in their order here; not of halves, which may part an item's rows."""
+        return self.index[:: self.rows_per_item] // self.rows_per_item
+
+    @property
+    def token_labelled(self) -> bool:
+        """Whether labels are of positions, (B, T), so that a row has any number of items."""
+        return self.labels is not None and self.labels.dim() == 2
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The upper and the lower half of the rows, of at least two."""
+        middle = len(self.index) // 2
+        return self.part((self.key, 0), slice(middle)), self.part((self.key, 1), slice(middle, None))
+
+    def part(self, key: Hashable, rows: slice | Tensor) -> Batch:
+        """Some of the rows, under a key of their own."""
+        size = len(self.index)
+        inputs = {n: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (size,) else v for n, v in self.inputs.items()}
+        labels = None if self.labels is None else self.labels[rows]
+        targets = None if self.targets is None else self.targets[rows]
+        return replace(self, key=key, inputs=inputs, labels=labels, index=self.index[rows], targets=targets)
+
+
+class Batches:
+    """A data set's batches.
+
+    Args:
+        adapter: the Bayesian adapter whose model they are for.
+        data: an :class:`~tfb_ext.data.Encoded` set, or batches of model arguments (``input_ids``, ``attention_mask``,
+            ``labels``): token labels (B, T) for language models, class labels (B,) for classification heads.
+        batch_size: items of a batch before the fan; by default what a CPU's caches like, or what a GPU's memory has room for.
+        samples: sample groups that calls will have, of which a batch should take about that many.
+        shuffle: batches in a random order (always the same), instead of the longest first.
+        shard: (rank, world size): every ``world size``-th batch only, from ``rank`` on.
+        may_be_empty: whether no batch at all is no error.
+        kind: what the head's outputs must be; other than classes, labels are not looked at.
+
+    A model that labels tokens has an item for every labelled position, or for every attended one where there are no labels.
+    An item whose choices are scored as sequences is one of C classes, and a row of its batch for each.
+    """
+
+    def __init__(
+        self,
+        adapter: BayesianAdapter,
+        data: Data,
+        *,
+        batch_size: int | None = None,
+        samples: int = 10,
+        shuffle: bool = False,
+        shard: tuple[int, int] = (0, 1),
+        may_be_empty: bool = False,
+        kind: Kind = "categorical",
+    ) -> None:
+        self.adapter = adapter
+        self.model = adapter.anatomy.model
+        self.device = next(self.model.parameters()).device
+        _check_kind(adapter.anatomy.kind, kind)
+        if any(p.dtype == torch.float64 for p in adapter.model.parameters()):
+            raise ValueError(
+                f"{type(self.model).__name__}: got weights of float64, expected float32, bfloat16 or float16, which the kernels "
+                "take. Fix: model.float()"
+            )
+        self.kind: Kind = kind
+        self.labels_tokens = type(self.model).__name__.endswith("ForTokenClassification")
+        if batch_size is not None:
+            batch_size = check_count("batch_size", batch_size, "a count of items")
+        encoded = data if isinstance(data, Encoded) else None
+        self.sequences = encoded if encoded is not None and encoded.choice_tokens is not None else None
+        choices = encoded.choice_tokens if encoded is not None and encoded.choice_tokens is not None else ((),)
+        self._rows_per_item = len(choices)
+        self._room = room = room_for_tokens(self.model, self.device) if self.device.type == "cuda" else 0
+        self._most_rows = batch_size * self._rows_per_item if batch_size else BATCH_CUDA
+        self._encoded = encoded
+        self._rows = encoded if self.sequences is None else self.sequences.sequences()
+        longest = None if self._rows is None else max(map(len, self._rows.token_ids), default=1)
+        by_position = self.labels_tokens or adapter.anatomy.head_name not in CLASSIFIER_HEADS
+        looked_at: Labels | None = None if kind != "categorical" else "positions" if by_position else "rows"
+        self._inputs = ModelInputs(self.model, head_outputs(adapter), looked_at)
+        if encoded is not None and self._rows is not None:
+            self._check_head()
+            self._inputs.encoded(encoded, self._rows)
+            if (
+                not 0 <= self._rows.pad_id < self._inputs.vocabulary
+            ):  # a padding token that was added to the tokenizer alone
+                self._rows = replace(self._rows, pad_id=0)
+        self._labels = encoded.labels_tensor() if encoded is not None and encoded.labelled else None
+        self._selections = 0
+        rows = min(BATCH_CUDA, room // (longest * max(samples, 1))) if room and longest else BATCH_CPU
+        self.batch_size = batch_size or max(1, rows // self._rows_per_item)
+        if batch_size is None and shuffle and encoded is not None:
+            self.batch_size = max(1, min(self.batch_size, len(encoded) // SHUFFLED_BATCHES))
+        self._accepts = set(inspect.signature(self.model.forward).parameters)
+        self.batches = list(self._prepare(data, shuffle, shard))
+        if not self.batches and not may_be_empty:
+            raise ValueError("the data set is empty, expected at least one example")
+        widest = max((b.inputs["input_ids"].shape[1] for b in self.batches), default=1)
+        tallest = max((len(b.index) for b in self.batches), default=1)
+        self.fitting_rows = max(room // widest if room else ROWS_CPU, tallest)
+        self.tokens = sum(int(mask_of(b).sum()) for b in self.batches)
+        self.size = sum(len(b.items) for b in self.batches)
+
+    def _prepare(self, data: Data, shuffle: bool, shard: tuple[int, int]) -> Iterator[Batch]:
+        rank, world = shard
+        if isinstance(data, Encoded):
+            groups = data.groups(self.batch_size)
+            order = list(range(len(groups)))
+            if shuffle:
+                order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
+            for key in order[rank::world]:
+                yield self._encoded_batch(key, groups[key])
+            return
+        start = 0
+        if not isinstance(data, Iterable) or isinstance(data, Mapping | str):
+            raise ValueError(
+                f"data: got a {type(data).__name__}, expected batches of model arguments. Fix: a list of them, or an Encoded set "
+                "from tfb_ext.encode(examples, tokenizer)"
+            )
+        for key, raw in enumerate(data):
+            if not isinstance(raw, Mapping) or not isinstance(raw.get("input_ids"), Tensor):
+                raise ValueError(
+                    f"batch {key} is a {type(raw).__name__}, expected a mapping with tensors input_ids, attention_mask and "
+                    "labels, or an Encoded set from tfb_ext.encode(examples, tokenizer)"
+                )
+            checked = self._inputs.batch(key, raw)  # on every rank, so that all of them stop
+            index = torch.arange(start, start + len(raw["input_ids"]))
+            start += len(index)
+            if key % world != rank:
+                continue
+            inputs = {n: v.to(self.device) for n, v in checked.items()}
+            labels = inputs.pop("labels", None)
+            # A model that generates predicts the next token; others label the token they stand on.
+            shifted = self.adapter.anatomy.head_name not in CLASSIFIER_HEADS and self.model.can_generate()
+            yield Batch(key, self._plain(inputs), labels, index, None, shifted)
+
+    def _encoded_batch(self, key: Hashable, items: Sequence[int]) -> Batch:
+        data, rows = self._rows, self._rows_of(items)
+        assert data is not None
+        columns = None if data.choice_ids is None else torch.tensor(data.choice_ids, device=self.device)
+        targets: Tensor | None = None
+        if data.targets is not None:
+            wanted = [data.targets[i] for i in rows]
+            most = max(map(len, wanted))
+            targets = torch.tensor([[IGNORED] * (most - len(w)) + list(w) for w in wanted], device=self.device)
+        made = data.collate(rows, self.device, left=self._padded_left)
+        index = made.pop("index")
+        inputs: dict[str, Any] = {n: v for n, v in made.items() if n in self._accepts}
+        if targets is not None:
+            keep, targets = last_positions(self.model, targets, made["input_ids"].shape[1])
+            inputs |= keep
+        elif columns is not None and "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = 1
+        each = self._rows_per_item
+        labels = None if self._labels is None else self._labels[index // each].to(self.device)
+        return Batch(key, self._plain(inputs), labels, index, columns, False, targets, each)
+
+    def _rows_of(self, items: Sequence[int]) -> list[int]:
+        each = self._rows_per_item
+        return [item * each + choice for item in items for choice in range(each)]
+
+    @property
+    def _padded_left(self) -> bool:
+        # Encoders read their first position, so padding goes to the right of it.
+        return self.adapter.anatomy.head_name != "classifier"
+
+    def _check_head(self) -> None:
+        data = self._rows
+        assert data is not None
+        name, classes = self.adapter.anatomy.head_name, head_outputs(self.adapter)
+        tokens = data.choice_ids is not None or data.targets is not None
+        if tokens and name in CLASSIFIER_HEADS:
+            raise ValueError(
+                f"the model has a classification head ({name!r}, {classes} classes), but the data names label tokens; encode "
+                "it with tfb_ext.encode(examples, tokenizer, head=True)"
+            )
+        if self.labels_tokens:
+            raise ValueError(
+                f"{type(self.model).__name__} labels every token, but an Encoded set has one answer a prompt; pass batches of "
+                "model arguments (input_ids, attention_mask, and labels (B, T) with -100 where no item is)"
+            )
+        if self.kind == "regression":
+            return
+        if not tokens and len(data.choices) != classes:
+            raise ValueError(
+                f"the data has {len(data.choices)} choices, {list(data.choices)!r}, and the model's head {name!r} {classes} "
+                "outputs; expected one choice for each (for label tokens of a language model encode without head=True)"
+            )
+
+    def _plain(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {**inputs, "use_cache": False} if "use_cache" in self._accepts else inputs
+
+    @property
+    def labelled(self) -> bool:
+        return all(batch.labels is not None for batch in self.batches)
+
+    @property
+    def classes(self) -> int:
+        """Classes of an item."""
+        if self.sequences is not None:
+            return self._rows_per_item
+        columns = next((b.columns for b in self.batches if b.columns is not None), None)
+        return head_outputs(self.adapter) if columns is None else len(columns)
+
+    def items(self, values: Tensor | None, batch: Batch, stacked: bool = False) -> Tensor:
+        """The positions that carry a prediction: (B, C) or (B, T, C) -> (items, C), with a sample axis first if ``stacked``.
+
+        With targets (B, m) -> (B, 1): the sum over a sequence's tokens.
+        """
+        assert values is not None
+        if batch.targets is not None:
+            return values.masked_fill(batch.targets == IGNORED, 0).sum(dim=-1, keepdim=True)
+        lead = (slice(None),) if stacked else ()
+        if values.dim() == len(lead) + 2:  # a head over pooled rows
+            return values
+        if self.labels_tokens and batch.labels is None:
+            return values[(*lead, mask_of(batch).bool())]
+        if batch.columns is not None or not batch.token_labelled:
+            position = self._last_position(values.shape[-2], batch)
+            return values[(*lead, torch.arange(len(batch.index), device=values.device), position)]
+        labels = batch.labels
+        assert labels is not None
+        if batch.shifted:
+            values, labels = values[..., :-1, :], labels[:, 1:]
+        return values[(*lead, labels != IGNORED)]
+
+    def _last_position(self, width: int, batch: Batch) -> Tensor:
+        """Rightmost attended position of each row, among the ``width`` positions that the head computed."""
+        mask = mask_of(batch)[:, -width:]
+        return (torch.arange(width, device=mask.device) * mask).argmax(-1)
+
+
+def choice_logs(data: Encoded | None, values: Tensor, batch: Batch) -> Tensor:
+    """Sequences' log probabilities (..., rows, 1) -> their items' (..., items, C); anything else as it is."""
+    if data is None or batch.targets is None:
+        return values
+    return data.choice_log_probabilities(values[..., 0], (batch.targets != IGNORED).sum(dim=-1))
+
+
+def _check_kind(found: Kind, expected: Kind) -> None:
+    if found == expected:
+        return
+    calls = {"categorical": "predict", "multi_label": "predict_multi_label", "regression": "predict_regression"}
+    what = {
+        "categorical": "no class probabilities",
+        "multi_label": "no independent probabilities of labels",
+        "regression": "no values of a regression",
+    }[expected]
+    raise ValueError(
+        f"the model's head is {found.replace('_', '-')}, whose outputs are {what}; use tfb_ext.{calls[found]}(...), or call the "
+        "model inside adapter.predictive(...)"
+    )
+
+
+def item_labels(batch: Batch) -> Tensor:
+    labels = batch.labels
+    assert labels is not None
+    if labels.dim() == 1:
+        return labels[:: batch.rows_per_item]
+    labels = labels[:, 1:] if batch.shifted else labels
+    return labels[labels != IGNORED]
+
+
+def head_outputs(adapter: BayesianAdapter) -> int:
+    """Number of outputs of the model's head."""
+    head: Any = adapter.anatomy.head
+    return int(getattr(head, "out_features", None) or adapter.anatomy.model.config.num_labels)
+
+
+def mask_of(batch: Batch) -> Tensor:
+    mask = batch.inputs.get("attention_mask")
+    return mask if mask is not None else torch.ones_like(batch.inputs["input_ids"])
+
+
+def original_order(parts: Sequence[Tensor], batches: Sequence[Batch], dim: int) -> Tensor:
+    """Concatenate per-batch results along ``dim`` in the data set's order, where no row has several items."""
+    joined = torch.cat(list(parts), dim=dim)
+    index = torch.cat([b.items for b in batches])
+    # Token labels give any number of items a row; such batches are never reordered in the first place.
+    return joined.index_select(dim, torch.argsort(index)) if joined.shape[dim] == len(index) else joined

@@ -1,0 +1,354 @@
+"""The one engine: runs the model on a batch, under the mean adapter or under samples, for whatever is made of the results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import BayesianAdapter, Depth
+from ..adapters.samples import SampleBatch
+from ..errors import UnsupportedModelError
+from .anatomy import CLASSIFIER_HEADS, last_position_only
+from .batches import Batch, Batches, Data, choice_logs, mask_of
+from .fold import Predictive, log_values
+from .memory import Memory, room_for_trunk
+from .rows import at_targets
+from .trunk import Trunk
+
+# Above this many classes (a vocabulary) per-sample results are not kept, only their average.
+MANY_CLASSES = 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of the model.
+
+    Attributes:
+        inputs: its arguments, B rows.
+        samples: whose outputs to average; ``None`` for the mean adapter, by PEFT's own arithmetic.
+        first: index of the first random block; ``None`` is the adapter's own.
+        keep: give every sample's outputs too.
+        columns, targets, observe, trunk, key: as in :class:`~tfb_ext.forward.fold.Predictive`.
+    """
+
+    inputs: dict[str, Any]
+    samples: SampleBatch | None = None
+    first: int | None = None
+    keep: bool = False
+    columns: Tensor | None = None
+    targets: Tensor | None = None
+    observe: Callable[[Tensor], None] | None = None
+    trunk: Trunk | None = None
+    key: Hashable | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one call gave, float32 or better.
+
+    Attributes:
+        size: samples in it.
+        average: (B, ..., V) log mean probability, or the kind's own mean, as the model returns it.
+        samples: (size, B, ..., V) of each sample, if asked for.
+        targets: (size, *targets.shape) log probabilities of the targets, 0 for those that are not looked up.
+    """
+
+    size: int
+    average: Tensor
+    samples: Tensor | None
+    targets: Tensor | None
+
+
+def run(adapter: BayesianAdapter, request: Request) -> Result:
+    """Call the model once."""
+    model = adapter.anatomy.model
+    if request.samples is not None:
+        view = Predictive(
+            request.samples,
+            columns=request.columns,
+            keep_samples=request.keep,
+            observe=request.observe,
+            targets=request.targets,
+            trunk=request.trunk,
+            key=request.key,
+        )
+        with adapter.fanned_at(adapter.first if request.first is None else request.first, view):
+            average = model(**request.inputs).logits
+        return Result(len(view.batch), average, view.sample_outputs, view.target_log_probabilities)
+    with torch.no_grad():
+        adapter.attached.check_call()  # dropout, or another adapter, would be no mean of this one
+        one = request.inputs.get("logits_to_keep") == 1
+        with last_position_only(adapter.anatomy) if one else nullcontext():
+            logits = model(**request.inputs).logits
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if request.columns is not None:
+        logits = logits.index_select(-1, request.columns)
+    values = log_values(logits, adapter.anatomy.kind)
+    targets = None if request.targets is None else at_targets(values[None], request.targets)
+    return Result(1, values, values[None] if request.keep else None, targets)
+
+
+def logits_and_norm(adapter: BayesianAdapter, inputs: dict[str, Any], columns: Tensor | None) -> Tensor:
+    """(B, C + 1) or (B, T, C + 1): the mean adapter's logits as the model returns them, and the norm of the head's input.
+
+    As one output more of the head, the norm goes through the model's own pooling: it is that of the position that is returned.
+
+    Raises:
+        UnsupportedModelError: a language model that computes on its head's output.
+    """
+    head: Any = adapter.anatomy.head
+    made: list[Tensor] = []
+
+    def after(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        logits = output if columns is None else output.index_select(-1, columns)
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(args[0], dim=-1, keepdim=True, dtype=wide)
+        made.append(torch.cat([logits.to(wide), norm.to(logits.device)], dim=-1))
+        return made[-1]
+
+    hook = head.register_forward_hook(after)
+    try:
+        adapter.attached.check_call()
+        out: Tensor = adapter.anatomy.model(**inputs).logits
+    finally:
+        hook.remove()
+    if adapter.anatomy.head_name not in CLASSIFIER_HEADS and not torch.equal(out.to(made[-1].dtype), made[-1]):
+        raise UnsupportedModelError(
+            f"{type(adapter.anatomy.model).__name__} changes its logits after its head, so they may not be Gaussian; use "
+            "adapter.sampling(...)"
+        )
+    return out
+
+
+def mixture(results: Iterable[Result]) -> Tensor:
+    """Log of the mean probability over the samples of several calls."""
+    total, size = None, 0
+    for result in results:
+        part = result.average + math.log(result.size)
+        total = part if total is None else torch.logaddexp(total, part)
+        size += result.size
+    assert total is not None
+    return total - math.log(size)
+
+
+class Scorer(Batches):
+    """Runs a data set's batches, with samples fused and chunked, and the trunk kept where that saves work.
+
+    Args:
+        depth: random blocks; ``None`` is the adapter's own.
+        keep_trunk: keep the hidden states at the first random block for later calls; a sequence of depths keeps those of each.
+        options: of :class:`~tfb_ext.forward.batches.Batches`.
+
+    The methods give log probabilities of the classes; of a multi-label head those of each label, of a regression the outputs.
+    """
+
+    def __init__(
+        self,
+        adapter: BayesianAdapter,
+        data: Data,
+        *,
+        depth: Depth | None = None,
+        keep_trunk: bool | Sequence[Depth] = False,
+        **options: Any,
+    ) -> None:
+        adapter.attached.check_ready()
+        super().__init__(adapter, data, **options)
+        depths = tuple(keep_trunk) if isinstance(keep_trunk, Sequence) else (adapter.depth if depth is None else depth,)
+        self.first = adapter.first if depth is None else adapter.first_random_block(depth)
+        self.keep_trunk = bool(keep_trunk)
+        self._firsts = tuple(sorted({adapter.first_random_block(d) for d in depths} - {0}))
+        self._trunk: Trunk | None = None
+        self.memory = Memory(self.device, self.fitting_rows, self._split_trunk)
+        self.tokens_run = 0
+
+    def mean(self, batch: Batch) -> Tensor:
+        """(items, C) under the mean adapter, PEFT's own arithmetic."""
+        return self._reduced(batch, None, None, False, _mean_of, 0)
+
+    def samples(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
+        """(S, items, C) of every sample group; only for heads and label sets of up to 1024 classes.
+
+        ``first``: the first random block, by default the scorer's own.
+        """
+        return self._reduced(batch, samples, first, True, _every_sample, 1)
+
+    def averages(self, batch: Batch, samples: SampleBatch, parts: int, first: int | None = None) -> Tensor:
+        """Log of the mean probability (parts, items, C) over each of so many equal parts of the sample groups.
+
+        One fused batch, as :meth:`samples`, and for as few classes. Of sequences that are scored by their tokens it is the
+        product of the tokens' means, normalised.
+        """
+        if self.sequences is None or self.sequences.score == "sequence":
+            return _log_means(self.samples(batch, samples, first), parts)
+        return self._reduced(batch, samples, first, True, lambda results: _log_means(_every_sample(results), parts), 1)
+
+    def average(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
+        """Log of the mean probability (items, C) over all sample groups, without keeping any of a large head's."""
+        if self.sequences is not None:
+            return self.averages(batch, samples, 1, first)[0]
+        return self._reduced(batch, samples, first, False, mixture, 0)
+
+    def _reduced(
+        self,
+        batch: Batch,
+        samples: SampleBatch | None,
+        first: int | None,
+        keep: bool,
+        reduce: Callable[[Iterator[Result]], Tensor],
+        dim: int,
+    ) -> Tensor:
+        """What ``reduce`` makes of the passes over a batch, at its items, which are the axis ``dim``."""
+
+        def whole(batch: Batch) -> Tensor:
+            return self.items(reduce(self._passes(batch, samples, first, keep)), batch, stacked=dim == 1)
+
+        values = self.memory.whole_or_halves(batch, whole, lambda parts: torch.cat(parts, dim=dim))
+        return choice_logs(self.sequences, values, batch)
+
+    def _passes(self, batch: Batch, samples: SampleBatch | None, first: int | None, keep: bool) -> Iterator[Result]:
+        first = self.first if first is None else first
+        request = Request(
+            batch.inputs, None, first, keep and batch.targets is None, batch.columns, batch.targets, key=batch.key
+        )
+        if samples is None:
+            yield self.memory.once(lambda: run(self.adapter, request))
+            return
+        trunk: Trunk | None = None
+
+        def call(part: SampleBatch) -> Result:
+            nonlocal trunk
+            trunk = self._trunk_for(first, len(part) < len(samples))
+            return run(self.adapter, replace(request, samples=part, trunk=trunk))
+
+        tokens = int(mask_of(batch).sum())
+        for result in self.memory.passes(batch, samples, call):
+            self.tokens_run += tokens * result.size
+            yield result
+        if not self.keep_trunk and trunk is not None:
+            trunk.forget(batch.key)
+
+    # The trunk ----------------------------------------------------------------------------------------------------------
+
+    def _trunk_for(self, first: int, several_passes: bool) -> Trunk | None:
+        if first == 0 or not (self.keep_trunk or several_passes) or not self._firsts:
+            return None
+        if self._trunk is None:
+            width = self.model.config.get_text_config().hidden_size
+            tokens = sum(b.inputs["input_ids"].numel() for b in self.batches) if self.keep_trunk else 0
+            size = tokens * width * next(self.model.parameters()).element_size() * len(self._firsts)
+            self._trunk = Trunk(self._firsts, *room_for_trunk(self.device, size))
+        return self._trunk
+
+    def _split_trunk(self, batch: Batch, halves: Sequence[Batch]) -> None:
+        if self._trunk is not None:
+            middle = len(halves[0].index)
+            self._trunk.split(batch.key, [(halves[0].key, slice(middle)), (halves[1].key, slice(middle, None))])
+
+    def select(self, items: Tensor, samples: int) -> Iterator[Batch]:
+        """Batches of some items of the data set, each good until the next is asked for, for another call with new samples.
+
+        Their hidden states are rows of the kept trunk, moved to where the padding of the new batch has them, so that no block
+        below the first random one runs again (but for items that the trunk's limit left out, and where nothing is kept). Items
+        of an :class:`~tfb_ext.data.Encoded` set are packed anew, in the order of their lengths; those of other batches stay
+        with the rest of their batch.
+
+        Args:
+            items: int64 (n,), positions of items in the data set.
+            samples: sample groups that the call will have; a batch takes about as many rows as one forward may hold.
+        """
+        homes = [leaf for batch in self.batches for leaf in self.memory.parts(batch)]
+        if self._trunk is not None and self._trunk.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # rows are picked on the host, where copies may still be on their way
+        packed = self._encoded is not None
+        for batch in self._packed(homes, items.tolist(), samples) if packed else self._shrunk(homes, items):
+            yield batch
+            self._forget(batch)
+
+    def _forget(self, batch: Batch) -> None:
+        if self._trunk is not None:
+            self._trunk.forget(batch.key)
+        for half in self.memory.halves.pop(batch.key, ()):
+            self._forget(half)
+
+    def _shrunk(self, homes: Sequence[Batch], items: Tensor) -> Iterator[Batch]:
+        wanted = torch.isin(torch.cat([home.index for home in homes]), items)
+        for home, here in zip(homes, wanted.split([len(home.index) for home in homes]), strict=True):
+            if not here.any():
+                continue
+            rows = here.nonzero()[:, 0]
+            batch = home.part(self._next_key(), rows)
+            self._move_trunk(batch, [(home, rows.tolist(), list(range(len(rows))))])
+            yield batch
+
+    def _packed(self, homes: Sequence[Batch], items: Sequence[int], samples: int) -> Iterator[Batch]:
+        encoded = self._encoded
+        assert encoded is not None
+        places = {index: (home, row) for home in homes for row, index in enumerate(home.index.tolist())}
+        kept = {item: all(self._is_kept(places[row][0]) for row in self._rows_of([item])) for item in items}
+        size = max(1, min(int(self.memory.rows) // samples, self._most_rows) // self._rows_per_item)
+        for from_trunk in (True, False):
+            some = [item for item in items if kept[item] is from_trunk]
+            for group in encoded.select(some).groups(size):
+                batch = self._encoded_batch(self._next_key(), [some[i] for i in group])
+                sources: dict[Hashable, tuple[Batch, list[int], list[int]]] = {}
+                for target, index in enumerate(batch.index.tolist()):
+                    home, row = places[index]
+                    _, rows, targets = sources.setdefault(home.key, (home, [], []))
+                    rows.append(row)
+                    targets.append(target)
+                if from_trunk:
+                    self._move_trunk(batch, list(sources.values()))
+                yield batch
+
+    def _is_kept(self, home: Batch) -> bool:
+        return self._trunk is not None and (self.first, home.key) in self._trunk.hidden
+
+    def _next_key(self) -> Hashable:
+        self._selections += 1
+        return "selection", self._selections
+
+    def _move_trunk(self, batch: Batch, sources: Sequence[tuple[Batch, list[int], list[int]]]) -> None:
+        """Keep for ``batch`` what its rows have in the trunk: of each source the rows, and which rows of ``batch`` they are."""
+        trunk, width = self._trunk, batch.inputs["input_ids"].shape[1]
+        if trunk is None or not all(self._is_kept(home) for home, _, _ in sources):
+            return
+        # At the head there may be less than a hidden state a position: the last one's, or a pooled one.
+        last = self.first == len(self.adapter.anatomy.blocks) and "logits_to_keep" in batch.inputs
+        moved: Tensor | None = None
+        for home, rows, targets in sources:
+            hidden = trunk.hidden[self.first, home.key][rows].to(self.device)
+            if hidden.dim() == 3 and not last:
+                missing = width - hidden.shape[1]
+                # A negative number cuts padding off.
+                hidden = torch.nn.functional.pad(
+                    hidden, (0, 0, missing, 0) if self._padded_left else (0, 0, 0, missing)
+                )
+            if moved is None:
+                moved = hidden.new_empty(len(batch.index), *hidden.shape[1:])
+            moved[targets] = hidden
+        assert moved is not None
+        trunk.hidden[self.first, batch.key] = moved
+
+
+def _mean_of(results: Iterable[Result]) -> Tensor:
+    """The mean adapter's one result: (B, ..., C), or (*targets.shape) where targets were asked for."""
+    (result,) = results
+    return result.average if result.targets is None else result.targets[0]
+
+
+def _every_sample(results: Iterable[Result]) -> Tensor:
+    """(S, B, ..., C), or (S, *targets.shape) where targets were asked for."""
+    found = (result.targets if result.targets is not None else result.samples for result in results)
+    return torch.cat([values for values in found if values is not None])
+
+
+def _log_means(logs: Tensor, parts: int) -> Tensor:
+    """Log probabilities (S, ...) -> (parts, ...): log of the mean over each of so many equal parts of the first axis."""
+    logs = logs.reshape(parts, -1, *logs.shape[1:])
+    return torch.logsumexp(logs, dim=1) - math.log(logs.shape[1])

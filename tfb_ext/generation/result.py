@@ -1,0 +1,128 @@
+"""What a generation is: sequences, and every sample's probabilities of their tokens."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generated sequences: R rows of up to N new tokens, S samples; on the CPU, entropies and logarithms in nats.
+
+    Uncertainties are about the model's own next-token distribution, before temperature, top-k and the like changed it. Entries
+    behind a row's end are NaN. Tokens there are what transformers fills an ended row with: padding, or, where it knows no
+    end-of-sequence token, further tokens.
+
+    Attributes:
+        sequences: (R, P + N) int64, prompts and what follows.
+        prompt_length: P, the padding of shorter prompts included.
+        lengths: (R,) new tokens of each row up to where transformers' criteria ended it, the last token included.
+        texts: what each row adds to its prompt, without special tokens; empty without a tokenizer.
+        pieces: each new token's own part of the text, special tokens included; empty without a tokenizer.
+        sample_log_probabilities: (S, R, N) of each new token under each sample.
+        log_probabilities: (R, N) log of their mean probability: what the model inside the context gives.
+        total: (R, N) entropy of the mean distribution.
+        aleatoric: (R, N) mean entropy of the samples' distributions.
+        alternatives, alternative_probabilities: (R, N, K) the K most probable tokens and their mean probabilities.
+        sigma, samples: of the posterior.
+        seconds, scoring_seconds: of ``generate``, and of the forward that scores.
+    """
+
+    sequences: Tensor
+    prompt_length: int
+    lengths: Tensor
+    texts: tuple[str, ...]
+    pieces: tuple[tuple[str, ...], ...]
+    sample_log_probabilities: Tensor
+    log_probabilities: Tensor
+    total: Tensor
+    aleatoric: Tensor
+    alternatives: Tensor
+    alternative_probabilities: Tensor
+    sigma: float
+    samples: tuple[int, ...]
+    seconds: float
+    scoring_seconds: float
+
+    @property
+    def tokens(self) -> Tensor:
+        """(R, N) int64 the new tokens."""
+        return self.sequences[:, self.prompt_length :]
+
+    @property
+    def epistemic(self) -> Tensor:
+        """(R, N) mutual information of the token and the weights, total minus aleatoric: what the samples disagree about."""
+        return (self.total - self.aleatoric).clamp(min=0)
+
+    @property
+    def sequence_scores(self) -> Tensor:
+        """(R,) log of the mean over samples of the whole continuation's probability: weights are drawn once a text."""
+        per_sample = self.sample_log_probabilities.nan_to_num(0.0).double().sum(dim=-1)
+        return (torch.logsumexp(per_sample, dim=0) - math.log(len(per_sample))).float()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and texts as JSON takes them: one entry of ``items`` for each row, null for what is not finite."""
+        names = ("tokens", "log_probabilities", "total", "aleatoric", "epistemic")
+        columns = {name: getattr(self, name) for name in (*names, "alternatives", "alternative_probabilities")}
+        scores = zip(self.sequence_scores.tolist(), self.token_scores.tolist(), strict=True)
+        items = []
+        for row, (count, (sequence, token)) in enumerate(zip(self.lengths.tolist(), scores, strict=True)):
+            item: dict[str, Any] = {"text": self.texts[row]} if self.texts else {}
+            item |= {"sequence_score": sequence, "token_score": token}
+            item |= {name: value[row, :count].tolist() for name, value in columns.items()}
+            items.append(item | ({"pieces": list(self.pieces[row])} if self.pieces else {}))
+        numbers = {"sigma": self.sigma, "samples": list(self.samples), "seconds": self.seconds}
+        found: dict[str, Any] = _for_json(numbers | {"items": items})
+        return found
+
+    @property
+    def token_scores(self) -> Tensor:
+        """(R,) sum of ``log_probabilities``: as if weights were drawn anew for every token."""
+        return self.log_probabilities.nansum(dim=-1)
+
+
+def pieces_of(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Each token's part of the text. A character of several tokens is the last one's; joined they are the decoded text."""
+
+    def decode(part: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(part)))
+
+    found: list[str] = []
+    done = start = 0  # tokens before `start` are written out; some before `done` give the decoder its context
+    for end in range(1, len(tokens) + 1):
+        text = decode(tokens[done:end])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens):
+            found.append("")
+            continue
+        found.append(text[len(decode(tokens[done:start])) :])
+        done, start = start, end
+    whole = decode(tokens)
+    if "".join(found) == whole:
+        return tuple(found)
+    # A decoder that looks further than a token back (bytes that are no character, clean-up): cut the whole text instead, each
+    # piece up to where the text so far is still the whole's.
+    ends = [0]
+    for end in range(1, len(tokens)):
+        ends.append(max(ends[-1], len(os.path.commonprefix([decode(tokens[:end]), whole]))))
+    ends.append(len(whole))
+    return tuple(whole[start:end] for start, end in pairwise(ends))
+
+
+def _for_json(value: Any) -> Any:
+    """The same with None for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: _for_json(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_for_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,116 @@
+"""Every sample's probabilities of tokens that are there already, by one forward of whole sequences without a cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import BayesianAdapter
+from ..adapters.samples import SampleBatch
+from ..errors import SamplingError
+from ..forward.batches import Batch
+from ..forward.engine import Request, Result, mixture, run
+from ..forward.fold import Predictive
+from ..forward.memory import Memory
+from ..forward.rows import last_positions
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of R rows of N tokens: (S, R, N) under each sample, (R, N) of the mean and the entropies, (R, N, K) alternatives."""
+
+    samples: Tensor
+    mean: Tensor
+    total: Tensor
+    aleatoric: Tensor
+    alternatives: Tensor
+    alternative_probabilities: Tensor
+
+
+def score_tokens(
+    adapter: BayesianAdapter, sequences: Tensor, mask: Tensor, start: int, batch: SampleBatch, alternatives: int = 5
+) -> Scores:
+    """Every sample's opinion of the tokens from position ``start`` on.
+
+    Samples and rows are halved while they do not fit into memory. The logits of S samples are made and let go piece by piece.
+
+    Args:
+        sequences, mask: (R, L), padding where the mask is 0, on either side.
+    """
+    model, tokens = adapter.anatomy.model, sequences[:, start:]
+    count = tokens.shape[1]
+    inputs: dict[str, Any] = {"input_ids": sequences, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = model._prepare_position_ids_for_generation(sequences, {"attention_mask": mask})
+    following = torch.nn.functional.pad(tokens, (0, 1), value=-1)  # the token that each kept position predicts
+    keep, following = last_positions(model, following, sequences.shape[1])
+    whole = Batch(0, inputs | keep, None, torch.arange(len(sequences)), None, False, following)
+    memory = Memory(sequences.device)
+    kept = slice(-count - 1, -1)  # the last position says what would follow the last token
+
+    def score(rows: Batch) -> Scores:
+        def call(part: SampleBatch) -> tuple[Result, list[Tensor]]:
+            seen: list[Tensor] = []
+
+            def observe(values: Tensor) -> None:
+                for one in values[..., kept, :]:  # one at a time: an entropy's temporaries are as large as the logits
+                    seen.append(torch.special.entr(one.exp()).sum(dim=-1))
+
+            return run(adapter, Request(rows.inputs, part, targets=rows.targets, observe=observe)), seen
+
+        results, entropies = zip(*memory.passes(rows, batch, call), strict=True)
+        mean = (results[0].average if len(results) == 1 else mixture(results))[:, kept]
+        top = mean.topk(min(alternatives, mean.shape[-1]), dim=-1)
+        own = rows.inputs["input_ids"][:, start:].to(mean.device)
+        return Scores(
+            torch.cat([result.targets for result in results])[..., kept],
+            mean.gather(-1, own[..., None])[..., 0],
+            torch.special.entr(mean.exp()).sum(dim=-1),
+            torch.stack(sum(entropies, [])).mean(dim=0),
+            top.indices,
+            top.values.exp(),
+        )
+
+    def join(parts: list[Scores]) -> Scores:
+        names = [field.name for field in fields(Scores)]
+        return Scores(**{n: torch.cat([getattr(p, n) for p in parts], dim=int(n == "samples")) for n in names})
+
+    adapter.attached.check_ready()
+    return memory.whole_or_halves(whole, score, join)
+
+
+def nan_message(adapter: BayesianAdapter, batch: SampleBatch, inputs: Mapping[str, Tensor]) -> str:
+    return (
+        f"the model's probabilities are NaN or infinite at sigma = {batch.sigma[0]:g}; the first module to give such a value is "
+        f"{first_nan(adapter, batch, inputs)}: load the model in float32 or bfloat16, or lower sigma"
+    )
+
+
+def first_nan(adapter: BayesianAdapter, batch: SampleBatch, inputs: Mapping[str, Tensor]) -> str:
+    """Name and class of the innermost module that is the first to return NaN or infinity on these inputs."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) and output else output
+            if not found and isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                found.append(f"{name} ({type(module).__name__})")
+
+        return hook
+
+    modules = list(adapter.anatomy.model.named_modules())
+    hooks = [m.register_forward_hook(watch(n)) for n, m in modules if n]
+    try:
+        with adapter.fanned(Predictive(batch)):
+            adapter.anatomy.model(**inputs, use_cache=False)
+    except SamplingError:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "none in a forward without a cache"
