@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_samples, check_seed, check_sigma, is_integer
+from ..checks import check_samples, check_seed, check_sigma
 from ..errors import ConfigError, SamplingError
 from ..forward import contexts
 from ..forward.anatomy import Anatomy
@@ -23,10 +23,9 @@ from ..forward.guard import Guard
 from ..posterior.canonical import LayerPosterior, canonical_name
 from ..posterior.config import FORMAT_VERSION, check_mode
 from .attached import Attached
+from .depth import Depth, first_random_block
 from .samples import SampleBatch
 from .saving import fingerprint, save
-
-Depth = int | float | str
 
 
 class BayesianAdapter:
@@ -155,28 +154,8 @@ class BayesianAdapter:
         Raises:
             ValueError: outside the model, or nothing of the adapter lies that high.
         """
-        total = len(self.anatomy.blocks)
-        depth = int(depth) if is_integer(depth) else depth
-        wanted = f"expected 1 to {total} blocks from the top, a fraction in (0, 1] (a float), 'all' or 'head'"
-        if depth == "all":
-            first = 0
-        elif depth == "head":
-            first = total
-        elif isinstance(depth, bool) or not isinstance(depth, int | float):
-            raise ValueError(f"depth is {depth!r}, {wanted}")
-        elif isinstance(depth, float) and 0 < depth <= 1:
-            first = total - max(1, round(total * depth))
-        elif isinstance(depth, int) and 1 <= depth <= total:
-            first = total - depth
-        else:
-            raise ValueError(f"depth is {depth!r}, {wanted}")
-        if not any(variant.block >= first for variant in self.attached.updates):
-            highest = max(variant.block for variant in self.attached.updates)
-            raise ValueError(
-                f"depth is {depth!r}, but adapter {self.name!r} has no layer that high (its highest is in block {highest} of "
-                f"{total}); use depth={total - highest if highest < total else 'all'!r} or more"
-            )
-        return first
+        blocks = [update.block for update in self.attached.updates]
+        return first_random_block(depth, len(self.anatomy.blocks), blocks, self.name)
 
     # Contexts -------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ one row with a key-value cache and a step from it.
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -23,15 +22,13 @@ from torch import Tensor
 from ..adapters.attached import Attached
 from ..adapters.samples import SampleBatch
 from ..adapters.state import ONE_SAMPLE, RowLayout
-from ..errors import GuardError, SamplingError
-from .caches import cache_argument
+from ..errors import GuardError
 from .contexts import check_free, fanned, laid_out
 from .fold import Folding, Predictive
-from .rows import Layout, batch_shape, check_packing
-from .tiny import TOKENS, leading_sizes, repeated, tiny_inputs, undisturbed
+from .rows import Layout, check_packing
+from .tiny import ROWS, TOKENS, Outputs, TinyCalls, leading_sizes, undisturbed
 
 SAMPLES = (0, 2, 4)  # no two of them mirror each other
-ROWS = 2
 SIGMAS = tuple(0.05 * 4.0**i for i in range(6))
 # By whether numbers have 24 bits or more. The samples should differ by this much (root mean square, of log probabilities in
 # nats), and a call may differ from separate passes by this share of it; or, up to the largest share, by a few times what rounding
@@ -42,7 +39,6 @@ NOISE, LARGEST_SHARE = 8.0, 0.4
 FLOOR = -100.0  # a log probability below is none: some models give classes minus infinity
 ATTEMPTS = 3  # with other tokens: routing to experts may tip over by rounding
 
-Outputs = list[Tensor]  # of each call, (rows, ..., V)
 Arguments = dict[int, dict[str, str | int]]  # what a block's arguments count, see Layout
 
 
@@ -132,73 +128,17 @@ def _learn(
     )
 
 
-class _Trial:
-    """The calls on tiny inputs, or on an example, of one model."""
+class _Trial(TinyCalls):
+    """The comparison on one model, at one first random block."""
 
     def __init__(
         self, attached: Attached, first: int, batch: SampleBatch, by_fan: bool, example: Mapping[str, Any] | None
     ) -> None:
-        self.attached, self.first, self.by_fan, self.example = attached, first, by_fan, example
-        self.template = batch
-        self.rows, self.tokens = (ROWS, TOKENS) if example is None else batch_shape((), dict(example))
-        self.model: Any = attached.anatomy.model
-        self.accepts = set(inspect.signature(self.model.forward).parameters)
-        weights = [p for p in self.model.parameters() if p.is_floating_point()]
-        self.exact = weights[0].dtype in (torch.float32, torch.float64)
-        self.rounding = 0.0  # of the outputs
-        self.others: list[dict[str, tuple[int, ...]]] = []  # shapes of what calls give beside logits
-        # Of an offloaded model, whose own hooks move inputs, the weights may lie nowhere.
-        self.device = next((w.device for w in weights if not w.is_meta), torch.device("cpu"))
+        super().__init__(attached.anatomy.model, batch.mode, example)
+        self.attached, self.first, self.template, self.by_fan = attached, first, batch, by_fan
+        self.kind = attached.anatomy.kind
         self.rounds = True  # whether another attempt could end otherwise
         self.finite = True
-        self.kind = attached.anatomy.kind
-
-    def inputs(self, rows: int, padded: bool, attempt: int = 0, tokens: int = TOKENS) -> dict[str, Any]:
-        if self.example is None:
-            return tiny_inputs(self.model, self.accepts, self.device, rows, padded, attempt, tokens)
-        return {**self.example, "use_cache": False} if "use_cache" in self.accepts else dict(self.example)
-
-    def calls(self, attempt: int) -> list[Callable[[int], Outputs]]:
-        """Forwards on one row after the other, each as a function of how often its rows are repeated."""
-        generates = self.model.can_generate() and self.model.main_input_name == "input_ids"
-        steps = generates and "use_cache" in self.accepts and self.template.mode == "weight"
-
-        def forward(times: int) -> Outputs:
-            return [self._logits(self.model(**repeated(self.inputs(self.rows, True, attempt), times)))]
-
-        def one_row(times: int) -> Outputs:
-            given = repeated(self.inputs(1, False, attempt), times)
-            if generates and "logits_to_keep" in self.accepts:
-                given["logits_to_keep"] = 1
-            if not steps:
-                return [self._logits(self.model(**given))]
-            output = self.model(**{**given, "use_cache": True})
-            name = cache_argument(self.model)
-            cache = getattr(output, name, None)
-            found = [self._logits(output)]
-            if cache is not None:
-                mask = torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
-                following = {
-                    "input_ids": given["input_ids"][:, :1],
-                    "attention_mask": mask,
-                    name: cache,
-                    "use_cache": True,
-                }
-                found.append(self._logits(self.model(**following)))
-            return found
-
-        return [forward] if self.example is not None else [forward, one_row]
-
-    def _logits(self, output: Any) -> Tensor:
-        logits = getattr(output, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise SamplingError("return no logits, which averages are made of")
-        self.others.append(
-            {n: tuple(v.shape) for n, v in output.items() if isinstance(v, Tensor) and n not in ("logits", "loss")}
-        )
-        self.exact = self.exact and logits.dtype in (torch.float32, torch.float64)
-        self.rounding = torch.finfo(logits.dtype).eps
-        return logits.detach()
 
     # The mean adapter -----------------------------------------------------------------------------------------------
 

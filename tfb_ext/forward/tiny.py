@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,11 +13,82 @@ from torch import Tensor, nn
 
 from ..adapters.attached import Attached
 from ..adapters.state import ONE_SAMPLE
-from ..errors import GuardError
+from ..errors import GuardError, SamplingError
+from .caches import cache_argument
+from .rows import batch_shape
 
-TOKENS = (
-    5  # of a row; with two rows and three samples, rows, rows * samples and rows * samples * tokens are all different
-)
+ROWS, TOKENS = 2, 5  # with three samples, rows, rows * samples and rows * samples * tokens all differ
+
+Outputs = list[Tensor]  # of each call, (rows, ..., V)
+
+
+class TinyCalls:
+    """Calls of a model on tiny inputs, or on an example, and what they show of it.
+
+    Attributes:
+        rows, tokens: of the first call.
+        exact: whether weights and outputs have 24 bits or more.
+        rounding: of the outputs.
+        others: shapes of what the calls gave beside logits.
+    """
+
+    def __init__(self, model: Any, mode: str, example: Mapping[str, Any] | None) -> None:
+        self.model, self.mode, self.example = model, mode, example
+        self.rows, self.tokens = (ROWS, TOKENS) if example is None else batch_shape((), dict(example))
+        self.accepts = set(inspect.signature(model.forward).parameters)
+        weights = [p for p in model.parameters() if p.is_floating_point()]
+        self.exact = weights[0].dtype in (torch.float32, torch.float64)
+        self.rounding = 0.0
+        self.others: list[dict[str, tuple[int, ...]]] = []
+        # Of an offloaded model, whose own hooks move inputs, the weights may lie nowhere.
+        self.device = next((w.device for w in weights if not w.is_meta), torch.device("cpu"))
+
+    def inputs(self, rows: int, padded: bool, attempt: int = 0, tokens: int = TOKENS) -> dict[str, Any]:
+        if self.example is None:
+            return tiny_inputs(self.model, self.accepts, self.device, rows, padded, attempt, tokens)
+        return {**self.example, "use_cache": False} if "use_cache" in self.accepts else dict(self.example)
+
+    def calls(self, attempt: int) -> list[Callable[[int], Outputs]]:
+        """Forwards on one row after the other, each as a function of how often its rows are repeated."""
+        generates = self.model.can_generate() and self.model.main_input_name == "input_ids"
+        steps = generates and "use_cache" in self.accepts and self.mode == "weight"
+
+        def forward(times: int) -> Outputs:
+            return [self._logits(self.model(**repeated(self.inputs(self.rows, True, attempt), times)))]
+
+        def one_row(times: int) -> Outputs:
+            given = repeated(self.inputs(1, False, attempt), times)
+            if generates and "logits_to_keep" in self.accepts:
+                given["logits_to_keep"] = 1
+            if not steps:
+                return [self._logits(self.model(**given))]
+            output = self.model(**{**given, "use_cache": True})
+            name = cache_argument(self.model)
+            cache = getattr(output, name, None)
+            found = [self._logits(output)]
+            if cache is not None:
+                mask = torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
+                following = {
+                    "input_ids": given["input_ids"][:, :1],
+                    "attention_mask": mask,
+                    name: cache,
+                    "use_cache": True,
+                }
+                found.append(self._logits(self.model(**following)))
+            return found
+
+        return [forward] if self.example is not None else [forward, one_row]
+
+    def _logits(self, output: Any) -> Tensor:
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise SamplingError("return no logits, which averages are made of")
+        self.others.append(
+            {n: tuple(v.shape) for n, v in output.items() if isinstance(v, Tensor) and n not in ("logits", "loss")}
+        )
+        self.exact = self.exact and logits.dtype in (torch.float32, torch.float64)
+        self.rounding = torch.finfo(logits.dtype).eps
+        return logits.detach()
 
 
 def tiny_inputs(
