@@ -427,13 +427,14 @@ def test_the_model_equals_the_definitions_in_plain_torch(
 
 def test_random_layers_take_the_slot_and_layers_below_the_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = zoo.compared(bayesian("llama", family="full-rank", depth=1))
-    calls: list[str] = []
-    for name in ("linear", "expand_"):
+    calls: list[str] = []  # an update's name once for each of its layers
+    for name in ("update_group", "expand_"):
         real: Callable[..., Any] = getattr(ops, name)
-        monkeypatch.setattr(layers.ops, name, lambda *a, f=real, n=name: (calls.append(n), f(*a))[1])
+        count = (lambda a: len(a[1])) if name == "update_group" else (lambda a: 1)
+        monkeypatch.setattr(layers.ops, name, lambda *a, f=real, n=name, c=count: (calls.extend([n] * c(a)), f(*a))[1])
     predict(adapter, zoo.batch_for("llama"))
     random = len(adapter.random_layers)
-    assert calls.count("expand_") == random and calls.count("linear") == len(adapter.layers) - random
+    assert calls.count("expand_") == random and calls.count("update_group") == len(adapter.layers) - random
 
 
 def test_samples_in_pieces_are_the_same_samples() -> None:

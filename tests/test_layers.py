@@ -78,8 +78,7 @@ def test_grouped_layers_equal_ungrouped_ones(name: str, mode: str) -> None:
     with counted() as alone_calls:
         alone = predict(adapter, batch)
     assert torch.equal(together, alone)
-    assert calls["linear"] == alone_calls["linear"] == alone_calls["shrink_group"] == len(adapter.layers)
-    assert calls["shrink_group"] < alone_calls["shrink_group"]
+    assert calls["update_group"] < alone_calls["update_group"] == len(adapter.layers)
 
 
 def test_an_input_that_was_changed_in_between_is_read_again() -> None:
@@ -139,8 +138,8 @@ def test_direct_equals_the_slot(depth: Any, dtype: torch.dtype, device: str, mon
     monkeypatch.setattr(layers.TFBVariant, "install", lambda self, module: False)
     with counted() as slot_calls:
         slot = predict(adapter, batch)[:, keep]
-    assert "linear" in calls and "expand_" not in calls
-    assert "linear" not in slot_calls and slot_calls["expand_"] == len(adapter.random_layers)
+    assert "update_group" in calls and "expand_" not in calls
+    assert "update_group" not in slot_calls and slot_calls["expand_"] == len(adapter.random_layers)
     tolerance = 2e-5 if dtype == torch.float32 else 0.15
     assert torch.allclose(direct, slot, atol=tolerance)
     assert (direct[0] - direct[1]).abs().max() > 0.3  # the samples differ by more than that
@@ -150,7 +149,7 @@ def test_blocks_below_take_the_direct_way_as_the_mean() -> None:
     adapter = bayesian("llama", depth=1)
     with counted() as calls:
         predict(adapter, zoo.batch_for("llama"))
-    assert calls["linear"] == len(adapter.layers) > len(adapter.random_layers)
+    assert calls["update_group"] == len(adapter.layers) - sum(len(group) - 1 for group in adapter.shared_inputs)
     assert "expand_" not in calls
 
 
@@ -162,18 +161,18 @@ def test_float32_adapters_do_not_widen_the_activations() -> None:
             parameter.data = parameter.data.float()
     adapter = tfb_ext.bayesianize(model, sigma=SIGMA, depth=2)
     seen: list[torch.dtype] = []
-    real = ops.shrink_group
+    real = ops.update_group
 
     def note(x: Tensor, *rest: Any) -> list[Tensor]:
         seen.append(x.dtype)
         return real(x, *rest)
 
     hooks = [m.register_forward_hook(lambda _, args, out: seen.append(out.dtype)) for m in adapter._modules.values()]
-    layers.ops.shrink_group = note  # type: ignore[assignment]
+    layers.ops.update_group = note  # type: ignore[assignment]
     try:
         predict(adapter, zoo.batch_for("llama"))
     finally:
-        layers.ops.shrink_group = real
+        layers.ops.update_group = real
         for hook in hooks:
             hook.remove()
     assert set(seen) == {torch.bfloat16}
@@ -228,14 +227,14 @@ def test_autocast_goes_through_the_slot() -> None:
     adapter = bayesian("llama")
     with counted() as calls, torch.autocast("cpu", torch.bfloat16):
         predict(adapter, zoo.batch_for("llama"))
-    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
+    assert "update_group" not in calls and calls["expand_"] == len(adapter.layers)
 
 
 def test_bias_of_lora_goes_through_the_slot() -> None:
     adapter = zoo.compared(tfb_ext.bayesianize(zoo.peft_model("llama", lora_bias=True), sigma=SIGMA))
     with counted() as calls:
         predict(adapter, zoo.batch_for("llama"))
-    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
+    assert "update_group" not in calls and calls["expand_"] == len(adapter.layers)
 
 
 class Int8Like(nn.Linear):
@@ -248,14 +247,14 @@ def test_only_plain_linear_bases_are_replaced() -> None:
         module.base_layer.__class__ = Int8Like
     with counted() as calls:
         predict(adapter, zoo.batch_for("llama"))
-    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
+    assert "update_group" not in calls and calls["expand_"] == len(adapter.layers)
 
 
 def test_conv1d_goes_through_the_slot() -> None:
     adapter = bayesian("gpt2")
     with counted() as calls:
         predict(adapter, zoo.batch_for("gpt2"))
-    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
+    assert "update_group" not in calls and calls["expand_"] == len(adapter.layers)
 
 
 def test_disable_adapter_inside_is_the_base_model() -> None:

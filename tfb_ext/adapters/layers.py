@@ -86,7 +86,7 @@ class SampleBatch:
 
     @property
     def few_rows(self) -> int:
-        """Rows up to which one launch does a whole group of layers: 16 of each sample, 128 together (``csrc/cuda/few.cu``)."""
+        """Rows up to which one launch does a whole group of layers: 16 of each sample, 128 together (``csrc/cuda/decode.cu``)."""
         return min(128, 16 * len(self.samples))
 
     def part(self, start: int, stop: int) -> SampleBatch:
@@ -397,10 +397,7 @@ class TFBVariant(LoraVariant):
         if not shared.parts:
             self.state.shared = None
         base = module._modules["base_layer"]._parameters
-        if shared.written:
-            return part.addmm_(shared.rows, base["weight"].t()).view(*x.shape[:-1], part.shape[-1])
-        basis = module._buffers[self.basis_buffer]
-        return ops.linear(x, base["weight"], base["bias"], part, basis, module.scaling[self.adapter])
+        return part.addmm_(shared.rows, base["weight"].t()).view(*x.shape[:-1], part.shape[-1])
 
     def share(self, module: Any, x: Tensor) -> SharedInput:
         """Read ``x`` once for this layer and those of its group that can follow."""
@@ -422,25 +419,21 @@ class TFBVariant(LoraVariant):
         sigma, samples, seed = batch.tensors(x.device)
         means = [m._buffers[v.mean_buffer] for v, m in together]
         layers = [v.layer for v, _ in together]
-        written = x.is_cuda and rows.shape[0] <= batch.few_rows
-        if written:
-            parts = ops.update_group(
-                rows,
-                means,
-                [m._buffers[v.basis_buffer] for v, m in together],
-                [m._modules["base_layer"]._parameters["bias"] for _, m in together],
-                [m.scaling[v.adapter] for v, m in together],
-                sigma,
-                samples,
-                seed,
-                layers,
-                batch.mode,
-                batch.antithetic,
-            )
-        else:
-            parts = ops.shrink_group(rows, means, sigma, samples, seed, layers, batch.mode, batch.antithetic)
+        parts = ops.update_group(
+            rows,
+            means,
+            [m._buffers[v.basis_buffer] for v, m in together],
+            [m._modules["base_layer"]._parameters["bias"] for _, m in together],
+            [m.scaling[v.adapter] for v, m in together],
+            sigma,
+            samples,
+            seed,
+            layers,
+            batch.mode,
+            batch.antithetic,
+        )
         names = [v.name for v, _ in together]
-        return SharedInput(x, _version(x), rows, dict(zip(names, parts, strict=True)), written)
+        return SharedInput(x, _version(x), rows, dict(zip(names, parts, strict=True)), True)
 
     # The slot ---------------------------------------------------------------------------------------------------------
 
