@@ -1,6 +1,6 @@
 """What every operator means, in plain torch: the tests' oracle, and a fallback for who asks for it by name.
 
-Same signatures as :mod:`tfb_ext.ops`. The noise is made whole, in float64, and rounded to float32.
+Same signatures as :mod:`tfb_ext.ops`. The noise (csrc/noise.h) is made whole, in float64, and rounded to float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ __all__ = [
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-# Xor-ed into the key's high word for the draws other than E.
 _INPUT_SIGN_KEY, _RANK_SIGN_KEY, _TOKEN_KEY = 0x6A09E667, 0x3C6EF372, 0xA54FF53A
 
 
