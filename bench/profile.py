@@ -1,6 +1,6 @@
 """One launch of each kernel for Nsight Compute, and what its log says in short.
 
-    ncu --set detailed -k 'regex:(shrink|expand|few)_kernel' --metrics "$(python -m bench.profile --metrics)" \\
+    ncu --set detailed -k 'regex:(shrink|expand|decode)_kernel' --metrics "$(python -m bench.profile --metrics)" \\
         --clock-control none python -m bench.profile | tee ncu.log
     python -m bench.profile --read ncu.log --out bench/results/ncu.json
 """
@@ -51,7 +51,7 @@ LAUNCHES: tuple[dict[str, Any], ...] = (
         for r in (8, 32, 64)
         for form in ("write", "add")
     ),
-    {"kernel": "few", "tokens": 10, "n": 4096, "m": (4096, 1024, 1024), "r": 8},
+    {"kernel": "decode", "tokens": 10, "n": 4096, "m": (4096, 1024, 1024), "r": 8},
 )
 
 

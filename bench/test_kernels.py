@@ -226,8 +226,8 @@ def test_fill(versus: Versus, device: str, large_copy: float) -> None:
     ("n", "outs"), [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))]
 )
 @pytest.mark.parametrize("group_rows", [1, 8])
-def test_few_rows(versus: Versus, device: str, n: int, outs: tuple[int, ...], group_rows: int) -> None:
-    """A group's update in decoding, one launch, against an empty launch."""
+def test_decode(versus: Versus, device: str, n: int, outs: tuple[int, ...], group_rows: int) -> None:
+    """A group's update by the decode kernel, one launch, against an empty launch."""
     given = draws(device, n, [8] * len(outs))
     x = torch.randn(SAMPLES * group_rows, n, device=device).bfloat16()
     bases = [(torch.randn(m, 8, device=device) / 8).bfloat16() for m in outs]
@@ -253,13 +253,13 @@ def test_few_rows(versus: Versus, device: str, n: int, outs: tuple[int, ...], gr
 @on_cuda
 @pytest.mark.parametrize(("n", "m"), sorted(LLAMA_8B.projections()))
 def test_linear(versus: Versus, device: str, n: int, m: int) -> None:
-    """The base product with the update inside, against the product alone."""
+    """The update written first and the base product added to it, against the product alone."""
     tokens = TOKENS[-1] if m < 2**16 else 80
     x = torch.randn(tokens, n, device=device).bfloat16()
     weight = (torch.randn(m, n, device=device) / n**0.5).bfloat16()
     z, basis = torch.randn(tokens, 8, device=device).bfloat16(), (torch.randn(m, 8, device=device) / 8).bfloat16()
     versus(
-        "linear", graphed(lambda: [ops.linear(x, weight, None, z, basis, SCALING) for _ in range(4)]),
+        "linear", graphed(lambda: [ops.expand(z, basis, SCALING).addmm_(x, weight.T) for _ in range(4)]),
         graphed(lambda: [torch.nn.functional.linear(x, weight) for _ in range(4)]), of="the product without the update",
         repeats=4, rounds=9, tokens=tokens, n=n, m=m, gflop=2e-9 * tokens * n * m,
     )  # fmt: skip

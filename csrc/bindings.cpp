@@ -24,12 +24,12 @@
 
 #include "check.h"
 #include "cpu/kernels.h"
-#include "philox.h"
+#include "noise.h"
 #include "schemas.h"
 
 #ifdef TFB_EXT_WITH_CUDA
-#include "cuda/known_answer.h"
 #include "cuda/machine.h"
+#include "cuda/noise.h"
 #endif
 
 namespace tfb {
@@ -51,9 +51,14 @@ TORCH_LIBRARY_IMPL(tfb_ext, BackendSelect, m) { m.impl("noise", TORCH_FN(noise_b
 // What is computed with tensors that require grad requires it too; its backward pass raises that there is no
 // derivative.
 TORCH_LIBRARY_IMPL(tfb_ext, Autograd, m) {
-  for (const char* name : {"shrink", "shrink_group", "expand", "linear"}) {
-    m.impl(name, torch::autograd::autogradNotImplementedFallback());
-  }
+  for (const char* name : {"shrink_group", "expand"}) m.impl(name, torch::autograd::autogradNotImplementedFallback());
+}
+
+// Whether a derivative is asked for; one in forward mode is refused.
+bool asks(const char* op, const at::Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(0).defined(),
+                              sentence("Trying to use forward AD with tfb_ext::", op, " that does not support it."));
+  return tensor.requires_grad();
 }
 
 // torch's fallbacks see a change of an argument only where it is returned, so expand_, which returns nothing, has its
@@ -81,12 +86,10 @@ struct ExpandWithoutDerivative : torch::autograd::Function<ExpandWithoutDerivati
 
 void expand_with_history(c10::DispatchKeySet keys, at::Tensor& y, const at::Tensor& z, const at::Tensor& basis,
                          double scaling) {
-  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&y), &z, &basis}) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(0).defined(),
-                                "Trying to use forward AD with tfb_ext::expand_ that does not support it.");
-  }
+  bool asked = false;
+  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&y), &z, &basis}) asked |= asks("expand_", *tensor);
   const c10::DispatchKeySet below = keys & c10::after_autograd_keyset;
-  if (at::GradMode::is_enabled() && (y.requires_grad() || z.requires_grad() || basis.requires_grad())) {
+  if (asked && at::GradMode::is_enabled()) {
     torch::autograd::check_inplace(y, true);
     ExpandWithoutDerivative::apply(y, z, basis, scaling, below);
   } else {
@@ -120,9 +123,7 @@ std::vector<at::Tensor> update_with_history(c10::DispatchKeySet keys, const at::
                                          at::IntArrayRef, std::string_view, bool)>();
   std::vector<at::Tensor> asking;
   const auto ask = [&asking](const at::Tensor& tensor) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(0).defined(),
-                                "Trying to use forward AD with tfb_ext::update_group that does not support it.");
-    if (tensor.requires_grad()) asking.push_back(tensor);
+    if (asks("update_group", tensor)) asking.push_back(tensor);
   };
   ask(x), ask(sigma);
   for (const at::Tensor& mean : means) ask(mean);
@@ -159,21 +160,17 @@ TORCH_LIBRARY_IMPL(tfb_ext, Autograd, m) {
 }
 TORCH_LIBRARY_IMPL(tfb_ext, ADInplaceOrView, m) { m.impl("expand_", TORCH_FN(expand_and_count)); }
 
-// The checks of the kernels, for the operators' fakes in tfb_ext/ops.py.
+// The checks of the kernels with the operators' own arguments, for the fakes in tfb_ext/ops.
 using Tensors = std::vector<at::Tensor>;
 using OptionalTensors = std::vector<std::optional<at::Tensor>>;
 
-void check_shrink_call(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma, const at::Tensor& samples,
-                       const at::Tensor& seed, int64_t layer, const std::string& mode) {
-  check_shrink(x, mean, sigma, samples, seed, layer, mode);
-}
 void check_group_call(const at::Tensor& x, const Tensors& means, const at::Tensor& sigma, const at::Tensor& samples,
-                      const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode) {
+                      const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode, bool) {
   check_group("shrink_group", x, means, sigma, samples, seed, layers, mode);
 }
 void check_update_call(const at::Tensor& x, const Tensors& means, const Tensors& bases, const OptionalTensors& biases,
                        const std::vector<double>& scalings, const at::Tensor& sigma, const at::Tensor& samples,
-                       const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode) {
+                       const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode, bool) {
   const c10::List<std::optional<at::Tensor>> list{c10::ArrayRef<std::optional<at::Tensor>>(biases)};
   check_update(x, means, bases, list, scalings.size(), sigma, samples, seed, layers, mode);
 }
@@ -210,24 +207,26 @@ pybind11::dict build_info() {
 }  // namespace tfb
 
 PYBIND11_MODULE(_C, m) {
+  using pybind11::arg;
   m.doc() = "Loads torch.ops.tfb_ext.*; their checks, known-answer access to Philox and facts about this build.";
   m.def("check_noise", torch::wrap_pybind_function(tfb::check_noise));
-  m.def("check_shrink", torch::wrap_pybind_function(tfb::check_shrink_call));
-  m.def("check_shrink_group", torch::wrap_pybind_function(tfb::check_group_call));
+  m.def("check_shrink_group", torch::wrap_pybind_function(tfb::check_group_call), arg("x"), arg("means"), arg("sigma"),
+        arg("samples"), arg("seed"), arg("layers"), arg("mode") = "weight", arg("antithetic") = false);
   m.def("check_expand_", torch::wrap_pybind_function(tfb::check_expand));
   m.def("check_expand", torch::wrap_pybind_function(tfb::check_expand_new));
-  m.def("check_linear", torch::wrap_pybind_function(tfb::check_linear));
-  m.def("check_update_group", torch::wrap_pybind_function(tfb::check_update_call));
-  m.def("philox", &tfb::philox_words, pybind11::arg("counter"), pybind11::arg("key"),
+  m.def("check_update_group", torch::wrap_pybind_function(tfb::check_update_call), arg("x"), arg("means"), arg("bases"),
+        arg("biases"), arg("scalings"), arg("sigma"), arg("samples"), arg("seed"), arg("layers"),
+        arg("mode") = "weight", arg("antithetic") = false);
+  m.def("philox", &tfb::philox_words, arg("counter"), arg("key"),
         "Philox4x32-10 on the host: four counter words and two key words to four output words.");
 #ifdef TFB_EXT_WITH_CUDA
-  m.def("philox_cuda", &tfb::cuda::philox_on_device, pybind11::arg("counter"), pybind11::arg("key"),
+  m.def("philox_cuda", &tfb::cuda::philox_on_device, arg("counter"), arg("key"),
         "Philox4x32-10 on the current CUDA device; waits for the result.");
   m.def(
       "limit_machine",
       [](int shared_bytes, int cluster_blocks) { tfb::cuda::limit_machine({shared_bytes, cluster_blocks}); },
-      pybind11::arg("shared_bytes") = tfb::cuda::kNoLimits.shared_bytes,
-      pybind11::arg("cluster_blocks") = tfb::cuda::kNoLimits.cluster_blocks,
+      arg("shared_bytes") = tfb::cuda::kNoLimits.shared_bytes,
+      arg("cluster_blocks") = tfb::cuda::kNoLimits.cluster_blocks,
       "The most shared memory of a block and the largest cluster that the CUDA kernels use; no argument: no limit.");
   m.def("cuda_clusters_in_use", &tfb::cuda_clusters_in_use,
         "Whether the current device runs the kernels for clusters.");

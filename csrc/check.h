@@ -20,7 +20,7 @@
 #include <string>
 #include <string_view>
 
-#include "mode.h"
+#include "types.h"
 
 namespace tfb {
 
@@ -54,6 +54,11 @@ inline bool holds(const c10::SymBool& condition) { return condition.expect_true(
 
 inline bool is_supported(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+inline Format format_of(const at::Tensor& tensor) {
+  if (tensor.scalar_type() == at::kFloat) return Format::kFloat32;
+  return tensor.scalar_type() == at::kBFloat16 ? Format::kBFloat16 : Format::kFloat16;
 }
 
 inline void check_device(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& lead,
@@ -145,14 +150,6 @@ inline void check_mean(const char* op, const at::Tensor& x, const at::Tensor& me
   check_layer(op, layer);
 }
 
-inline Mode check_shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma,
-                         const at::Tensor& samples, const at::Tensor& seed, int64_t layer, std::string_view mode) {
-  check_rows("shrink", "x", x);
-  check_mean("shrink", x, mean, layer);
-  check_samples("shrink", x, sigma, samples, seed);
-  return parse_mode("shrink", mode);
-}
-
 inline void check_length(const char* op, const char* name, int64_t length, int64_t layers) {
   TFB_CHECK_VALUE(length == layers, op, ": ", name, " has ", length, " entries, expected one for each of the ", layers,
                   " means");
@@ -174,13 +171,6 @@ inline Mode check_group(const char* op, const at::Tensor& x, at::TensorList mean
   return parse_mode(op, mode);
 }
 
-inline void check_basis(const char* op, const at::Tensor& z, const at::Tensor& basis) {
-  check_rows(op, "z", z);
-  check_weight(op, "basis", basis, z, "z");
-  TFB_CHECK_VALUE(basis.sym_size(1).sym_eq(z.sym_size(1)).sym_and(z.sym_size(1).sym_ge(1)), op, ": basis has shape ",
-                  basis.sym_sizes(), ", expected ", z.sym_size(1), " columns, those of z, and at least one");
-}
-
 // `like` has the type and the device that the bias must have.
 inline void check_bias(const char* op, const at::Tensor& bias, const at::Tensor& like, const char* like_name,
                        const c10::SymInt& m) {
@@ -189,30 +179,11 @@ inline void check_bias(const char* op, const at::Tensor& bias, const at::Tensor&
 }
 
 inline void check_expand_new(const at::Tensor& z, const at::Tensor& basis, const std::optional<at::Tensor>& bias) {
-  check_basis("expand", z, basis);
+  check_rows("expand", "z", z);
+  check_weight("expand", "basis", basis, z, "z");
+  TFB_CHECK_VALUE(basis.sym_size(1).sym_eq(z.sym_size(1)).sym_and(z.sym_size(1).sym_ge(1)), "expand: basis has shape ",
+                  basis.sym_sizes(), ", expected ", z.sym_size(1), " columns, those of z, and at least one");
   if (bias) check_bias("expand", *bias, z, "z", basis.sym_size(0));
-}
-
-inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                         const at::Tensor& z, const at::Tensor& basis) {
-  TFB_CHECK_TYPE(is_supported(x.scalar_type()), "linear: x has type ", x.scalar_type(),
-                 ", expected float32, bfloat16 or float16");
-  TFB_CHECK_VALUE(x.dim() >= 1, "linear: x has no dimension, expected (..., features)");
-  TFB_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "linear: weight has type ", weight.scalar_type(),
-                 ", expected x's type ", x.scalar_type());
-  check_device("linear", "weight", weight, x, "x");
-  TFB_CHECK_VALUE(weight.dim() == 2 && holds(weight.sym_size(1).sym_eq(x.sym_size(-1))), "linear: weight has shape ",
-                  weight.sym_sizes(), ", expected (m, ", x.sym_size(-1), "), the columns of x");
-  TFB_CHECK_TYPE(z.scalar_type() == x.scalar_type(), "linear: z has type ", z.scalar_type(), ", expected x's type ",
-                 x.scalar_type());
-  check_device("linear", "z", z, x, "x");
-  check_basis("linear", z, basis);
-  c10::SymInt rows = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.sym_size(d);
-  TFB_CHECK_VALUE(z.sym_size(0).sym_eq(rows), "linear: z has ", z.sym_size(0), " rows, expected x's ", rows);
-  TFB_CHECK_VALUE(basis.sym_size(0).sym_eq(weight.sym_size(0)), "linear: basis has ", basis.sym_size(0),
-                  " rows, expected weight's ", weight.sym_size(0));
-  if (bias) check_bias("linear", *bias, x, "x", weight.sym_size(0));
 }
 
 inline Mode check_update(const at::Tensor& x, at::TensorList means, at::TensorList bases,

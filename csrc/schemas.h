@@ -1,4 +1,4 @@
-// The operators' schemas; tfb_ext/ops.py says what each computes.
+// The operators' schemas; tfb_ext/ops says what each computes.
 #pragma once
 
 #include <torch/library.h>
@@ -8,15 +8,11 @@ namespace tfb {
 inline void define_operators(torch::Library& m) {
   m.def("noise(int r, int n, int seed, int layer, int sample, Device device, bool antithetic=False) -> Tensor");
   m.def(
-      "shrink(Tensor x, Tensor mean, Tensor sigma, Tensor samples, Tensor seed, int layer, str mode=\"weight\", "
-      "bool antithetic=False) -> Tensor");
-  m.def(
       "shrink_group(Tensor x, Tensor[] means, Tensor sigma, Tensor samples, Tensor seed, int[] layers, "
       "str mode=\"weight\", bool antithetic=False) -> Tensor[]");
   // No result: an alias of a mutated argument cannot be traced by torch.compile before torch 2.12.
   m.def("expand_(Tensor(a!) y, Tensor z, Tensor basis, float scaling) -> ()");
   m.def("expand(Tensor z, Tensor basis, float scaling, Tensor? bias=None) -> Tensor");
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor z, Tensor basis, float scaling) -> Tensor");
   m.def(
       "update_group(Tensor x, Tensor[] means, Tensor[] bases, Tensor?[] biases, float[] scalings, Tensor sigma, "
       "Tensor samples, Tensor seed, int[] layers, str mode=\"weight\", bool antithetic=False) -> Tensor[]");

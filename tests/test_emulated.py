@@ -52,7 +52,7 @@ SHARED = {"99 KiB": 99 * 1024, "163 KiB": 163 * 1024, "227 KiB": 227 * 1024}
 
 
 class Plan(NamedTuple):
-    """What csrc/cuda/plan.h answers."""
+    """What csrc/cuda/tuning.h answers."""
 
     tiles: int
     warps: int
@@ -164,11 +164,11 @@ def test_bits_depend_on_neither_company_nor_tiles(built: Emulated) -> None:
         assert torch.equal(a, b)
     built.limit()
     for mean, layer, z in zip(means, layers, together, strict=True):
-        assert torch.equal(built.ops.shrink(case.x, mean, sigma, samples, seed, layer, mode, antithetic), z)
-        alone = built.ops.shrink(case.x[40:80], mean, sigma[1:2], samples[1:2], seed, layer, mode, antithetic)
-        assert torch.equal(alone, z[40:80])
-        one = built.ops.shrink(case.x[47:48], mean, sigma[1:2], samples[1:2], seed, layer, mode, antithetic)
-        assert torch.equal(one, z[47:48])
+        for rows, groups in ((slice(None), slice(None)), (slice(40, 80), slice(1, 2)), (slice(47, 48), slice(1, 2))):
+            (alone,) = built.ops.shrink_group(
+                case.x[rows], [mean], sigma[groups], samples[groups], seed, [layer], mode, antithetic
+            )
+            assert torch.equal(alone, z[rows])
 
 
 @pytest.mark.parametrize("shared_bytes", SHARED.values(), ids=SHARED)
@@ -297,18 +297,6 @@ def test_update_group(alike: Any, groups: int, rows: int, mode: str) -> None:
             exact = (0 if bias is None else bias.double()) + scaling * low.double() @ basis.double().T
             terms = scaling**2 * case.terms() * basis.double().square().sum(1).max()
             assert_close(y, exact, terms, 1100)
-
-
-def test_linear(alike: Any) -> None:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 20, 72, generator=generator).bfloat16()
-    weight = torch.randn(136, 72, generator=generator).bfloat16()
-    z, basis = torch.randn(40, 8, generator=generator).bfloat16(), torch.randn(136, 8, generator=generator)
-    for bias in (None, torch.randn(136, generator=generator).bfloat16()):
-        exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-        exact = exact + (1.5 * z.double() @ basis.bfloat16().double().T).view(2, 20, 136)
-        terms = x.double().square().sum(-1).max() * weight.double().square().max() + exact.square().max()
-        assert_close(alike.linear(x, weight, bias, z, basis, 1.5), exact, terms, 80)
 
 
 def test_no_rows(emulated: Any) -> None:

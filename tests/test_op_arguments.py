@@ -39,14 +39,9 @@ def calls(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     means, bases = [make(4, 16), make(2, 16)], [make(8, 4), make(5, 2)]
     return {
         "noise": {"r": 3, "n": 5, "seed": 1, "layer": LAYER, "sample": 2, "device": device},
-        "shrink": {"x": make(6, 16), "mean": means[0], **draws(device), "layer": LAYER, "mode": "weight"},
         "shrink_group": {"x": make(6, 16), "means": means, **draws(device), "layers": [1, 2], "mode": "token"},
         "expand_": {"y": make(6, 8), "z": make(6, 4), "basis": bases[0], "scaling": 0.5},
         "expand": {"z": make(6, 4), "basis": bases[0], "scaling": 0.5, "bias": make(8)},
-        "linear": {
-            "x": make(2, 3, 16), "weight": make(8, 16), "bias": make(8), "z": make(6, 4), "basis": bases[0],
-            "scaling": 0.5,
-        },
         "update_group": {
             "x": make(6, 16), "means": means, "bases": bases, "biases": [make(8), make(5)], "scalings": [1.0, 2.0],
             **draws(device), "layers": [1, 2], "mode": "flipout",
@@ -102,9 +97,9 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
 }
 SCALARS: list[tuple[str, str, Any]] = [
-    *((name, "layer", value) for name in ("noise", "shrink") for value in (-1, 2**32, 0)),
+    *(("noise", "layer", value) for value in (-1, 2**32, 0)),
     *((name, "layers", value) for name in ("shrink_group", "update_group") for value in ([1], [1, -1], [0, 2**32 - 1])),
-    *((name, "mode", "rows") for name in ("shrink", "shrink_group", "update_group")),
+    *((name, "mode", "rows") for name in ("shrink_group", "update_group")),
     *(("noise", key, value) for key in ("r", "n", "sample") for value in (-1, 0, 2**35)),
     ("update_group", "scalings", [1.0]),
 ]  # fmt: skip
@@ -159,7 +154,7 @@ def test_mixed_devices(device: torch.device, name: str, slot: tuple[str, Any], l
         getattr(OPS, name)(**replaced(calls(first)[name], slot, lambda _: stranger))
 
 
-@pytest.mark.parametrize("name", ["expand_", "expand", "linear", "shrink", "update_group"])
+@pytest.mark.parametrize("name", ["expand_", "expand", "shrink_group", "update_group"])
 def test_other_layouts(name: str) -> None:
     """Sparse, quantised and nested tensors are no operands of these operators, whichever argument they are."""
     kinds: list[Callable[[Tensor], Any]] = [
@@ -171,13 +166,6 @@ def test_other_layouts(name: str) -> None:
         for kind in kinds:
             with pytest.raises((NotImplementedError, TypeError, ValueError), match=f"{name}"):
                 getattr(OPS, name)(**replaced(calls()[name], slot, kind))
-
-
-def test_linear_counts_rows_of_no_columns() -> None:
-    x, weight = torch.ones(3, 0), torch.ones(8, 0)
-    with pytest.raises(ValueError, match="linear: z has 5 rows, expected x's 3"):
-        ops.linear(x, weight, None, torch.ones(5, 2), torch.ones(8, 2), 1.0)
-    assert torch.equal(ops.linear(x, weight, None, torch.ones(3, 2), torch.ones(8, 2), 1.0), torch.full((3, 8), 2.0))
 
 
 def test_seed_is_an_integer() -> None:
@@ -333,9 +321,10 @@ def test_inference_tensors(device: torch.device) -> None:
 
 
 def test_forward_derivatives_raise() -> None:
-    given = calls()
-    with pytest.raises(NotImplementedError, match="tfb_ext::shrink"):
-        torch.func.jvp(lambda x: ops.shrink(**{**given["shrink"], "x": x}), (torch.ones(6, 16),), (torch.ones(6, 16),))
+    given = {**calls()["shrink_group"]}
+    x = given.pop("x")
+    with pytest.raises(NotImplementedError, match="tfb_ext::shrink_group"):
+        torch.func.jvp(lambda x: ops.shrink_group(x, **given)[0], (x,), (x,))
     with torch.autograd.forward_ad.dual_level():
         z = torch.autograd.forward_ad.make_dual(torch.ones(6, 4), torch.ones(6, 4))
         with pytest.raises(NotImplementedError, match="tfb_ext::expand_"):
@@ -359,7 +348,7 @@ def test_opcheck_with_gradients(device: torch.device, name: str) -> None:
 
 def block(x: Tensor, mean: Tensor, basis: Tensor, sigma: Tensor, samples: Tensor, seed: Tensor) -> Tensor:
     z = ops.shrink(x, mean, sigma, samples, seed, LAYER)
-    y = ops.expand_(ops.linear(x, basis @ mean, None, z, basis, 0.5), z, basis, 2.0)
+    y = ops.expand_(x @ mean.T @ basis.T, z, basis, 2.5)
     (update,) = ops.update_group(x, [mean], [basis], [None], [1.0], sigma, samples, seed, [LAYER])
     return y + update + ops.expand(z, basis, 1.0)
 
@@ -375,7 +364,7 @@ def test_one_program_serves_every_number_of_rows() -> None:
             given = x, mean, basis, *draws(torch.device("cpu")).values()
             assert torch.allclose(compiled(*given), block(*given), atol=1e-4)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="shrink: x has .* rows, expected a multiple of the"):
+    with pytest.raises(Exception, match="shrink_group: x has .* rows, expected a multiple of the"):
         torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")(torch.ones(7, n), *given[1:])
 
 

@@ -495,30 +495,6 @@ def test_expand_writes(device: torch.device, tokens: int, m: int, r: int, dtype:
                 assert_as_good_as(out, low, exact, rounding_slack(terms, dtype, r))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(33, 72), (2, 5, 72), (1, 72), (3, 0, 72)])
-def test_linear_with_its_update(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(1)
-    m, r = 136, 8
-    x = torch.randn(shape, generator=generator).to(device, dtype)
-    weight = torch.randn(m, 72, generator=generator).to(device, dtype)
-    z = torch.randn(x.numel() // 72, r, generator=generator).to(device, dtype)
-    basis = torch.randn(m, r, generator=generator).to(device)
-    for bias in (None, torch.randn(m, generator=generator).to(device, dtype)):
-        arguments = weight, bias, z, basis, 1.5
-        out = ops.linear(x, *arguments)
-        assert out.shape == (*shape[:-1], m) and out.dtype == dtype
-        if x.numel() == 0:
-            continue
-        wide = [None if t is None else t.double() for t in (weight, bias, z, basis)]
-        exact = reference.linear(x.double(), *wide, 1.5)
-        low = reference.linear(x, *arguments)
-        terms = x.double().square() @ weight.double().square().T + 2.25 * (
-            z.double().square() @ basis.double().square().T
-        ).view(*shape[:-1], m)
-        assert_as_good_as(out, low, exact, rounding_slack(terms, dtype, 72 + r))
-
-
 # expand_
 
 
@@ -561,8 +537,6 @@ def test_half_conversions_are_torchs() -> None:
 
 def test_opcheck(device: torch.device) -> None:
     case = Case(device, 8, 64, 2, 5, torch.bfloat16)
-    shrink_args = (case.x, case.mean, case.sigma, case.samples, case.seed, LAYER, "weight", True)
-    torch.library.opcheck(torch.ops.tfb_ext.shrink.default, shrink_args)
     torch.library.opcheck(torch.ops.tfb_ext.noise.default, (3, 10, -7, LAYER, 2, device, True))
     y = torch.randn(10, 40, device=device, dtype=torch.bfloat16)
     expand_args = (y, case.shrink(), torch.randn(40, 8, device=device), 0.5)
@@ -573,11 +547,8 @@ def test_opcheck(device: torch.device) -> None:
     update_args = (group.x, group.means, group.bases, group.biases, group.scalings, *draws)
     torch.library.opcheck(torch.ops.tfb_ext.update_group.default, update_args)
     z, basis, bias = case.shrink(), torch.randn(40, 8, device=device), torch.randn(40, device=device).bfloat16()
-    weight = torch.randn(40, 64, device=device).bfloat16()
     for given in (None, bias):
         torch.library.opcheck(torch.ops.tfb_ext.expand.default, (z, basis, 0.5, given))
-        linear_args = (case.x.view(2, 5, 64), weight, given, z, basis, 0.5)
-        torch.library.opcheck(torch.ops.tfb_ext.linear.default, linear_args)
 
 
 def test_compile_without_breaks(device: torch.device) -> None:
@@ -599,9 +570,8 @@ def test_compile_without_breaks(device: torch.device) -> None:
 def test_compile_groups_without_breaks(device: torch.device) -> None:
     def block(x: Tensor, case: GroupCase, weight: Tensor) -> Tensor:
         z = ops.shrink_group(x * 2, case.means, *case.draws("weight"))
-        y = ops.linear(x, weight, case.biases[0], z[0], case.bases[0], 0.5)
         update = ops.update_group(x, case.means, case.bases, case.biases, case.scalings, *case.draws("weight"))
-        return y + update[0] + ops.expand(z[0], case.bases[0], 2.0)
+        return update[0].addmm_(x, weight.T) + ops.expand(z[0], case.bases[0], 2.0)
 
     case = GroupCase(device, torch.float32)
     weight = torch.randn(40, 1032, generator=torch.Generator().manual_seed(1)).to(device)
@@ -612,8 +582,8 @@ def test_compile_groups_without_breaks(device: torch.device) -> None:
 def test_fake_tensors_have_the_results_shape() -> None:
     x = torch.empty(6, 32, device="meta", dtype=torch.float16)
     small = torch.empty(2, device="meta")
-    args = (torch.empty(8, 32, device="meta"), small, small.int(), torch.empty(1, device="meta", dtype=torch.int64))
-    z = torch.ops.tfb_ext.shrink(x, *args, LAYER)
+    args = ([torch.empty(8, 32, device="meta")], small, small.int(), torch.empty(1, device="meta", dtype=torch.int64))
+    (z,) = torch.ops.tfb_ext.shrink_group(x, *args, [LAYER])
     assert z.shape == (6, 8) and z.dtype == torch.float16 and z.device.type == "meta"
 
 
@@ -632,26 +602,46 @@ def shrink_arguments() -> dict:
 
 
 SHRINK_ERRORS = [
-    ("x", torch.randn(6, 16).double(), TypeError, "shrink: x has type Double, expected float32, bfloat16 or float16"),
-    ("x", torch.randn(2, 3, 16), ValueError, r"shrink: x has shape \[2, 3, 16\], expected two dimensions"),
-    ("x", torch.randn(16, 6).T, ValueError, r"shrink: x has strides \[1, 6\], expected adjacent elements"),
-    ("x", torch.randn(7, 16), ValueError, "shrink: x has 7 rows, expected a multiple of the 2 entries of samples"),
-    ("x", torch.randn(6, 15), ValueError, r"shrink: x has 15 columns, but mean has shape \[4, 16\]"),
-    ("mean", torch.randn(4, 16).half(), TypeError, "shrink: mean has type Half, expected Float or x's type Float"),
-    ("mean", torch.randn(16), ValueError, r"shrink: mean has shape \[16\], expected two dimensions"),
-    ("mean", torch.randn(16, 4).T, ValueError, "shrink: mean must be contiguous"),
-    ("mean", torch.randn(0, 16), ValueError, "shrink: r is 0, expected 1 to"),
-    ("sigma", torch.ones(2).double(), TypeError, "shrink: sigma has type Double, expected Float"),
-    ("sigma", torch.ones(3), ValueError, r"shrink: sigma has shape \[3\], expected \[2\]"),
-    ("sigma", torch.ones(4)[::2], ValueError, "shrink: sigma must be contiguous"),
-    ("samples", torch.arange(2), TypeError, "shrink: samples has type Long, expected Int"),
-    ("samples", torch.zeros(1, 2).int(), ValueError, r"shrink: samples has shape \[1, 2\], expected one dimension"),
-    ("samples", torch.zeros(0).int(), ValueError, r"shrink: sigma has shape \[2\], expected \[0\]"),
-    ("seed", torch.ones(1).int(), TypeError, "shrink: seed has type Int, expected Long"),
-    ("seed", torch.tensor([1, 2]), ValueError, r"shrink: seed has shape \[2\], expected \[1\]"),
-    ("layer", -1, ValueError, "shrink: layer is -1, expected an unsigned 32-bit value"),
-    ("layer", 2**32, ValueError, "shrink: layer is 4294967296, expected an unsigned 32-bit value"),
-    ("mode", "rows", ValueError, 'shrink: mode is "rows", expected "weight", "flipout" or "token"'),
+    (
+        "x",
+        torch.randn(6, 16).double(),
+        TypeError,
+        "shrink_group: x has type Double, expected float32, bfloat16 or float16",
+    ),
+    ("x", torch.randn(2, 3, 16), ValueError, r"shrink_group: x has shape \[2, 3, 16\], expected two dimensions"),
+    ("x", torch.randn(16, 6).T, ValueError, r"shrink_group: x has strides \[1, 6\], expected adjacent elements"),
+    (
+        "x",
+        torch.randn(7, 16),
+        ValueError,
+        "shrink_group: x has 7 rows, expected a multiple of the 2 entries of samples",
+    ),
+    ("x", torch.randn(6, 15), ValueError, r"shrink_group: x has 15 columns, but mean has shape \[4, 16\]"),
+    (
+        "mean",
+        torch.randn(4, 16).half(),
+        TypeError,
+        "shrink_group: mean has type Half, expected Float or x's type Float",
+    ),
+    ("mean", torch.randn(16), ValueError, r"shrink_group: mean has shape \[16\], expected two dimensions"),
+    ("mean", torch.randn(16, 4).T, ValueError, "shrink_group: mean must be contiguous"),
+    ("mean", torch.randn(0, 16), ValueError, "shrink_group: r is 0, expected 1 to"),
+    ("sigma", torch.ones(2).double(), TypeError, "shrink_group: sigma has type Double, expected Float"),
+    ("sigma", torch.ones(3), ValueError, r"shrink_group: sigma has shape \[3\], expected \[2\]"),
+    ("sigma", torch.ones(4)[::2], ValueError, "shrink_group: sigma must be contiguous"),
+    ("samples", torch.arange(2), TypeError, "shrink_group: samples has type Long, expected Int"),
+    (
+        "samples",
+        torch.zeros(1, 2).int(),
+        ValueError,
+        r"shrink_group: samples has shape \[1, 2\], expected one dimension",
+    ),
+    ("samples", torch.zeros(0).int(), ValueError, r"shrink_group: sigma has shape \[2\], expected \[0\]"),
+    ("seed", torch.ones(1).int(), TypeError, "shrink_group: seed has type Int, expected Long"),
+    ("seed", torch.tensor([1, 2]), ValueError, r"shrink_group: seed has shape \[2\], expected \[1\]"),
+    ("layer", -1, ValueError, "shrink_group: layer is -1, expected an unsigned 32-bit value"),
+    ("layer", 2**32, ValueError, "shrink_group: layer is 4294967296, expected an unsigned 32-bit value"),
+    ("mode", "rows", ValueError, 'shrink_group: mode is "rows", expected "weight", "flipout" or "token"'),
 ]
 
 
@@ -663,7 +653,7 @@ def test_shrink_errors(name: str, value: object, kind: type[Exception], sentence
 
 def test_rows_without_samples_are_an_error() -> None:
     arguments = {**shrink_arguments(), "samples": torch.zeros(0).int(), "sigma": torch.ones(0)}
-    with pytest.raises(ValueError, match="shrink: x has 6 rows, expected a multiple of the 0 entries of samples"):
+    with pytest.raises(ValueError, match="shrink_group: x has 6 rows, expected a multiple of the 0 entries of samples"):
         ops.shrink(**arguments)
 
 
@@ -718,26 +708,6 @@ def test_group_errors(name: str, value: object, kind: type[Exception], sentence:
     ops.update_group(**arguments)
     with pytest.raises(kind, match=sentence):
         ops.update_group(**{**arguments, name: value})
-
-
-LINEAR_ERRORS = [
-    ("weight", torch.randn(8, 15), ValueError, r"linear: weight has shape \[8, 15\], expected \(m, 16\)"),
-    ("weight", torch.randn(8, 16).half(), TypeError, "linear: weight has type Half, expected x's type Float"),
-    ("bias", torch.randn(9), ValueError, r"linear: bias has shape \[9\], expected \[8\]"),
-    ("z", torch.randn(5, 4), ValueError, "linear: z has 5 rows, expected x's 6"),
-    ("basis", torch.randn(9, 4), ValueError, "linear: basis has 9 rows, expected weight's 8"),
-    ("basis", torch.randn(8, 3), ValueError, r"linear: basis has shape \[8, 3\], expected 4 columns"),
-]
-
-
-@pytest.mark.parametrize(("name", "value", "kind", "sentence"), LINEAR_ERRORS)
-def test_linear_errors(name: str, value: Tensor, kind: type[Exception], sentence: str) -> None:
-    arguments = {
-        "x": torch.randn(2, 3, 16), "weight": torch.randn(8, 16), "bias": None, "z": torch.randn(6, 4),
-        "basis": torch.randn(8, 4), "scaling": 1.0,
-    }  # fmt: skip
-    with pytest.raises(kind, match=sentence):
-        ops.linear(**{**arguments, name: value})
 
 
 def test_expand_of_new_tensors_has_errors_too() -> None:

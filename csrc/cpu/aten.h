@@ -13,11 +13,6 @@
 
 namespace tfb::cpu {
 
-inline Format format_of(const at::Tensor& tensor) {
-  if (tensor.scalar_type() == at::kFloat) return Format::kFloat32;
-  return tensor.scalar_type() == at::kBFloat16 ? Format::kBFloat16 : Format::kFloat16;
-}
-
 inline NoiseKey noise_key(int64_t seed, int64_t layer) {
   const auto bits = static_cast<uint64_t>(seed);
   return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), static_cast<uint32_t>(layer)};

@@ -1,8 +1,6 @@
 // expand on the CPU: y += scaling z U^T, cut into (block of rows) x (block of columns); each element is written once.
 // What writes instead of adding starts from the bias.
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -59,27 +57,17 @@ void expand_(at::Tensor& y, const at::Tensor& z, const at::Tensor& basis, double
   add_update(y, z, basis, scaling);
 }
 
-at::Tensor start_of(const at::Tensor& z, int64_t m, const std::optional<at::Tensor>& bias) {
-  at::Tensor y = at::zeros({z.size(0), m}, z.options());
+at::Tensor write_update(const at::Tensor& z, const at::Tensor& basis, double scaling,
+                        const std::optional<at::Tensor>& bias) {
+  at::Tensor y = at::zeros({z.size(0), basis.size(0)}, z.options());
   if (bias) y.add_(*bias);
+  add_update(y, z, basis, scaling);
   return y;
 }
 
 at::Tensor expand(const at::Tensor& z, const at::Tensor& basis, double scaling, const std::optional<at::Tensor>& bias) {
   check_expand_new(z, basis, bias);
-  at::Tensor y = start_of(z, basis.size(0), bias);
-  add_update(y, z, basis, scaling);
-  return y;
-}
-
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                  const at::Tensor& z, const at::Tensor& basis, double scaling) {
-  check_linear(x, weight, bias, z, basis);
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  at::Tensor y = at::linear(x, weight, bias);
-  at::Tensor rows = y.view({z.size(0), weight.size(0)});
-  add_update(rows, z, basis, scaling);
-  return y;
+  return write_update(z, basis, scaling, bias);
 }
 
 std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, at::TensorList bases,
@@ -89,18 +77,13 @@ std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, 
   check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers, mode);
   const std::vector<at::Tensor> z = shrink_group(x, means, sigma, samples, seed, layers, mode, antithetic);
   std::vector<at::Tensor> out;
-  for (size_t l = 0; l < means.size(); ++l) {
-    at::Tensor y = start_of(z[l], bases[l].size(0), biases.get(l));
-    add_update(y, z[l], bases[l], scalings[l]);
-    out.push_back(y);
-  }
+  for (size_t l = 0; l < means.size(); ++l) out.push_back(write_update(z[l], bases[l], scalings[l], biases.get(l)));
   return out;
 }
 
 TORCH_LIBRARY_IMPL(tfb_ext, CPU, m) {
   m.impl("expand_", &expand_);
   m.impl("expand", &expand);
-  m.impl("linear", &linear);
   m.impl("update_group", &update_group);
 }
 

@@ -6,7 +6,7 @@
 #pragma GCC target("avx2,fma")
 #include <immintrin.h>
 
-#include "../normal.h"
+#include "../noise.h"
 
 #define TFB_ISA avx2
 #define TFB_REGISTER_BYTES 32

@@ -8,7 +8,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include "../normal.h"
+#include "../noise.h"
 
 #define TFB_ISA avx512
 #define TFB_REGISTER_BYTES 64

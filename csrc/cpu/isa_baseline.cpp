@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../normal.h"
+#include "../noise.h"
 
 #define TFB_ISA baseline
 #define TFB_REGISTER_BYTES 16

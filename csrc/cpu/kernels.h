@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../format.h"
+#include "../types.h"
 
 namespace tfb::cpu {
 

@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "../check.h"
-#include "../philox.h"
+#include "../noise.h"
 #include "aten.h"
 
 namespace tfb::cpu {

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../check.h"
-#include "../philox.h"
+#include "../noise.h"
 #include "aten.h"
 
 namespace tfb::cpu {
@@ -226,12 +226,6 @@ at::Tensor shrink_layer(const Problem& problem, Mode mode) {
 
 }  // namespace
 
-at::Tensor shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma, const at::Tensor& samples,
-                  const at::Tensor& seed, int64_t layer, std::string_view mode, bool antithetic) {
-  const Mode parsed = check_shrink(x, mean, sigma, samples, seed, layer, mode);
-  return shrink_layer({x, mean, sigma, samples, noise_key(*seed.const_data_ptr<int64_t>(), layer), antithetic}, parsed);
-}
-
 std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
                                      const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
                                      std::string_view mode, bool antithetic) {
@@ -244,9 +238,6 @@ std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, 
   return out;
 }
 
-TORCH_LIBRARY_IMPL(tfb_ext, CPU, m) {
-  m.impl("shrink", &shrink);
-  m.impl("shrink_group", &shrink_group);
-}
+TORCH_LIBRARY_IMPL(tfb_ext, CPU, m) { m.impl("shrink_group", &shrink_group); }
 
 }  // namespace tfb::cpu

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "../format.h"
-#include "../philox.h"
+#include "../noise.h"
+#include "../types.h"
 #include "device.cuh"
 
 namespace tfb::cuda {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../format.h"
+#include "../types.h"
 
 namespace tfb::cuda {
 
@@ -22,11 +22,15 @@ struct ExpandParams {
   Format format;
 };
 
-cudaError_t launch_expand(const ExpandParams& params, cudaStream_t stream);
-
-// One file each; called by launch_expand.
+// One file each.
 cudaError_t launch_expand_bfloat16(const ExpandParams& params, cudaStream_t stream);
 cudaError_t launch_expand_float16(const ExpandParams& params, cudaStream_t stream);
 cudaError_t launch_expand_float(const ExpandParams& params, cudaStream_t stream);
+
+inline cudaError_t launch_expand(const ExpandParams& params, cudaStream_t stream) {
+  if (params.format == Format::kFloat32) return launch_expand_float(params, stream);
+  if (params.format == Format::kBFloat16) return launch_expand_bfloat16(params, stream);
+  return launch_expand_float16(params, stream);
+}
 
 }  // namespace tfb::cuda

@@ -1,4 +1,4 @@
-#include "expand.cuh"
+#include "expand_half.cuh"
 
 namespace tfb::cuda {
 

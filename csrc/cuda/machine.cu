@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "device.cuh"
-#include "tuning.h"
 
 namespace tfb::cuda {
 
@@ -24,7 +23,7 @@ __global__ void probe_kernel() {}
 // of shrink: a device's processors may be too few, or lie in groups too small (MIG), for a cluster that its kind
 // allows.
 int largest_cluster(const Machine& machine) {
-  constexpr unsigned kMostThreads = 12 * kWarpLanes;
+  constexpr unsigned kMostThreads = most_shrink_warps() * kWarpLanes;
   for (const int blocks : {kMaxCluster, kMaxCluster / 2}) {
     LaunchShape shape{dim3(1), kMostThreads};
     shape.shared = static_cast<size_t>(machine.shared_bytes);

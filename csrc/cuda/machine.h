@@ -6,7 +6,7 @@
 #include <climits>
 #include <cstddef>
 
-#include "plan.h"
+#include "tuning.h"
 
 namespace tfb::cuda {
 

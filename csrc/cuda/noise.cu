@@ -1,6 +1,6 @@
 #include "noise.h"
 
-#include "../normal.h"
+#include "../noise.h"
 #include "device.cuh"
 #include "tuning.h"
 
@@ -29,12 +29,22 @@ __global__ void __launch_bounds__(kNoiseThreads) noise_kernel(const NoiseParams 
   }
 }
 
+// For the known-answer test.
+__global__ void philox_kernel(const PhiloxParams p) {
+  const PhiloxWords words = philox({{p.counter[0], p.counter[1], p.counter[2], p.counter[3]}}, p.key[0], p.key[1]);
+  for (int k = 0; k < 4; ++k) p.out[k] = words.word[k];
+}
+
 }  // namespace
 
 cudaError_t launch_noise(const NoiseParams& params, cudaStream_t stream) {
   const int64_t blocks = (params.n + 4 * kNoiseThreads - 1) / (4 * kNoiseThreads);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(params.r < kMaxGridY ? params.r : kMaxGridY));
   return launch(noise_kernel, {grid, kNoiseThreads}, stream, params);
+}
+
+cudaError_t launch_philox(const PhiloxParams& params, cudaStream_t stream) {
+  return launch(philox_kernel, {dim3(1), 1}, stream, params);
 }
 
 }  // namespace tfb::cuda

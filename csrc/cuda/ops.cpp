@@ -1,6 +1,4 @@
 // The CUDA operators on torch's side, and the only file here with torch headers: checks, device guard, current stream.
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -13,21 +11,15 @@
 #include <vector>
 
 #include "../check.h"
-#include "../philox.h"
+#include "../noise.h"
+#include "decode.h"
 #include "expand.h"
-#include "few.h"
-#include "known_answer.h"
 #include "noise.h"
 #include "shrink.h"
 
 namespace tfb::cuda {
 
 namespace {
-
-Format format_of(const at::Tensor& tensor) {
-  if (tensor.scalar_type() == at::kFloat) return Format::kFloat32;
-  return tensor.scalar_type() == at::kBFloat16 ? Format::kBFloat16 : Format::kFloat16;
-}
 
 at::Tensor noise(int64_t r, int64_t n, int64_t seed, int64_t layer, int64_t sample, at::Device device,
                  bool antithetic) {
@@ -125,12 +117,6 @@ std::vector<at::Tensor> shrink_layers(const at::Tensor& x, at::TensorList means,
   return out;
 }
 
-at::Tensor shrink(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& sigma, const at::Tensor& samples,
-                  const at::Tensor& seed, int64_t layer, std::string_view mode, bool antithetic) {
-  const Mode parsed = check_shrink(x, mean, sigma, samples, seed, layer, mode);
-  return shrink_layers(x, mean, sigma, samples, seed, layer, parsed, antithetic)[0];
-}
-
 std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
                                      const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
                                      std::string_view mode, bool antithetic) {
@@ -172,20 +158,6 @@ at::Tensor expand(const at::Tensor& z, const at::Tensor& basis, double scaling, 
   return y;
 }
 
-// The update is written first and the base product accumulates onto it, inside the library's own product (beta = 1):
-// what would be a pass over y costs nothing there.
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                  const at::Tensor& z, const at::Tensor& basis, double scaling) {
-  check_linear(x, weight, bias, z, basis);
-  at::Tensor y = at::empty({z.size(0), weight.size(0)}, x.options());
-  expand_into(y, z, basis, bias ? &*bias : nullptr, scaling, false);
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  if (y.numel() > 0) at::addmm_out(y, y, x.reshape({z.size(0), x.size(-1)}), weight.t());
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = weight.size(0);
-  return y.view(sizes);
-}
-
 std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, at::TensorList bases,
                                      const c10::List<std::optional<at::Tensor>>& biases, at::ArrayRef<double> scalings,
                                      const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
@@ -197,12 +169,12 @@ std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, 
   if (x.size(0) == 0) return out;
   int64_t tiles = 0;
   for (const at::Tensor& mean : means) tiles += (mean.size(0) + kTileRanks - 1) / kTileRanks;
-
-  FewParams params{};
-  if (tiles <= kMaxRankTiles && means.size() <= kMaxLayers) {
+  if (tiles <= kMaxRankTiles && means.size() <= kMaxLayers &&
+      decode_serves(format_of(x), samples.size(0), x.size(0) / samples.size(0), tiles)) {
+    DecodeParams params{};
     Shrinker shrinker(x, sigma, samples, seed, mode, antithetic);
     for (size_t l = 0; l < means.size(); ++l) {
-      FewLayer& layer = params.layers[l];
+      DecodeLayer& layer = params.layers[l];
       const std::optional<at::Tensor> bias = biases.get(l);
       layer.y = out[l].mutable_data_ptr();
       layer.basis = bases[l].const_data_ptr();
@@ -214,14 +186,12 @@ std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, 
       shrinker.add(means[l], nullptr, layers[l], nullptr);
     }
     params.shrink = shrinker.params();
-  }
-  if (params.shrink.tile_count > 0 && few_serves(params.shrink)) {
     const c10::cuda::CUDAGuard guard(x.device());
-    const at::Tensor partial = at::empty({few_partial_floats(params.shrink)}, x.options().dtype(at::kFloat));
+    const at::Tensor partial = at::empty({decode_partial_floats(params.shrink)}, x.options().dtype(at::kFloat));
     params.layer_count = static_cast<int32_t>(means.size());
     params.basis_format = format_of(bases[0]);
     params.partial = partial.mutable_data_ptr<float>();
-    C10_CUDA_CHECK(launch_few(params, c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(launch_decode(params, c10::cuda::getCurrentCUDAStream()));
     return out;
   }
   const std::vector<at::Tensor> z = shrink_layers(x, means, sigma, samples, seed, layers, mode, antithetic);
@@ -234,11 +204,9 @@ std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, 
 
 void implement(torch::Library& m) {
   m.impl("noise", &noise);
-  m.impl("shrink", &shrink);
   m.impl("shrink_group", &shrink_group);
   m.impl("expand_", &expand_);
   m.impl("expand", &expand);
-  m.impl("linear", &linear);
   m.impl("update_group", &update_group);
 }
 

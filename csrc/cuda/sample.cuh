@@ -3,8 +3,7 @@
 
 #include <cstdint>
 
-#include "../normal.h"
-#include "../philox.h"
+#include "../noise.h"
 #include "device.cuh"
 #include "shrink.h"
 

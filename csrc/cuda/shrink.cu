@@ -1,7 +1,6 @@
 #include "shrink.h"
 
 #include "machine.h"
-#include "plan.h"
 
 namespace tfb::cuda {
 
@@ -29,8 +28,9 @@ bool results_aligned(const ShrinkParams& p, int64_t bytes) {
   return true;
 }
 
-bool rows_aligned(const ShrinkParams& p) {
-  return aligned(p.x, p.x_stride * element_bytes(p.format), 16) && p.n * element_bytes(p.format) % 16 == 0;
+Feed feed_of(const ShrinkParams& p) {
+  const int64_t bytes = element_bytes(p.format);
+  return aligned(p.x, p.x_stride * bytes, 16) && p.n * bytes % 16 == 0 ? Feed::kAsync : Feed::kPlain;
 }
 
 cudaError_t shrink_partial_floats(const ShrinkParams& p, int64_t& floats, bool& fits) {
@@ -39,17 +39,13 @@ cudaError_t shrink_partial_floats(const ShrinkParams& p, int64_t& floats, bool& 
   if (p.format == Format::kFloat32) return cudaSuccess;
   Machine machine;
   const cudaError_t status = current_machine(machine);
+  if (status != cudaSuccess) return status;
   // Asked for as many tiles as there can be, the plan has the widest rows of sums of any pass.
-  const ShrinkPlan plan = plan_shrink(p.mode, p.n, kMaxRankTiles, rows_aligned(p), machine);
-  fits = status != cudaSuccess || plan.choice.tiles > 0;
-  if (!plan.clustered) floats = plan.panels * p.groups * p.rows_per_group * sum_pitch(p.mode, plan.choice.tiles);
+  const ShrinkPlan plan = plan_shrink(p.mode, p.n, kMaxRankTiles, feed_of(p), machine);
+  fits = plan.kernel >= 0;
+  if (!fits || plan.clustered) return status;
+  floats = plan.panels * p.groups * p.rows_per_group * sum_pitch(p.mode, kShrinkKernels[plan.kernel].tiles);
   return status;
-}
-
-cudaError_t launch_shrink(const ShrinkParams& params, cudaStream_t stream) {
-  if (params.format == Format::kFloat32) return launch_shrink_float(params, stream);
-  if (params.format == Format::kBFloat16) return launch_shrink_bfloat16(params, stream);
-  return launch_shrink_float16(params, stream);
 }
 
 }  // namespace tfb::cuda

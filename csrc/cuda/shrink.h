@@ -1,5 +1,5 @@
 // shrink on CUDA: for layers that share x, z[t] = (M + sigma[k] E[samples[k]]) x[t], k = t / rows_per_group, or the
-// other modes' forms of it (mode.h). sigma, samples and seed are read by the kernel, so that one captured graph serves
+// other modes' forms of it (types.h). sigma, samples and seed are read by the kernel, so that one captured graph serves
 // all of their values.
 #pragma once
 
@@ -7,8 +7,7 @@
 
 #include <cstdint>
 
-#include "../format.h"
-#include "../mode.h"
+#include "../types.h"
 #include "tuning.h"
 
 namespace tfb::cuda {
@@ -43,16 +42,20 @@ struct ShrinkParams {
 // Room for sums of panels in global memory, which the current device needs, and whether its shared memory suffices.
 cudaError_t shrink_partial_floats(const ShrinkParams& params, int64_t& floats, bool& fits);
 
-// In flipout mode all tiles are of one layer, since each layer has its own signs.
-cudaError_t launch_shrink(const ShrinkParams& params, cudaStream_t stream);
-
-// One file each; called by launch_shrink.
+// One file each.
 cudaError_t launch_shrink_bfloat16(const ShrinkParams& params, cudaStream_t stream);
 cudaError_t launch_shrink_float16(const ShrinkParams& params, cudaStream_t stream);
 cudaError_t launch_shrink_float(const ShrinkParams& params, cudaStream_t stream);
 
-// Whether the rows of x start and end on 16 bytes.
-bool rows_aligned(const ShrinkParams& params);
+// In flipout mode all tiles are of one layer, since each layer has its own signs.
+inline cudaError_t launch_shrink(const ShrinkParams& params, cudaStream_t stream) {
+  if (params.format == Format::kFloat32) return launch_shrink_float(params, stream);
+  if (params.format == Format::kBFloat16) return launch_shrink_bfloat16(params, stream);
+  return launch_shrink_float16(params, stream);
+}
+
+// By whether the rows of x start and end on 16 bytes.
+Feed feed_of(const ShrinkParams& params);
 // Whether all means (and all z) can be read (written) in pieces of `bytes`.
 bool means_aligned(const ShrinkParams& params, int64_t bytes);
 bool results_aligned(const ShrinkParams& params, int64_t bytes);

@@ -1,4 +1,4 @@
-#include "shrink.cuh"
+#include "shrink_half.cuh"
 
 namespace tfb::cuda {
 

@@ -16,8 +16,15 @@ TFB_EMULATED void tfb_emulated_limit_machine(int shared_bytes, int cluster_block
 TFB_EMULATED void tfb_emulated_plan(int mode, int64_t n, int64_t tiles, bool aligned, int shared_bytes,
                                     int cluster_blocks, int64_t* out) {
   const tfb::cuda::Machine machine{1, shared_bytes, cluster_blocks};
-  const auto plan = tfb::cuda::plan_shrink(static_cast<tfb::Mode>(mode), n, tiles, aligned, machine);
-  const int64_t values[] = {plan.choice.tiles, plan.choice.warps, plan.panels, plan.panel_columns,
-                            plan.clustered,    plan.round_tiles,  plan.shared};
+  const auto feed = aligned ? tfb::cuda::Feed::kAsync : tfb::cuda::Feed::kPlain;
+  const auto plan = tfb::cuda::plan_shrink(static_cast<tfb::Mode>(mode), n, tiles, feed, machine);
+  const bool found = plan.kernel >= 0;
+  const int64_t values[] = {found ? tfb::cuda::kShrinkKernels[plan.kernel].tiles : 0,
+                            found ? tfb::cuda::kShrinkKernels[plan.kernel].warps : 0,
+                            plan.panels,
+                            plan.panel_columns,
+                            plan.clustered,
+                            plan.round_tiles,
+                            plan.shared};
   for (int k = 0; k < 7; ++k) out[k] = values[k];
 }

@@ -89,7 +89,7 @@ def run_shrink(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def run_update(device: torch.device, dtype: torch.dtype) -> int:
-    """Few rows: the launch that waits for its whole grid."""
+    """Few rows: the decode kernel, which waits for its whole grid."""
     done = 0
     for size, rows in ((1, 1), (5, 3), (3, 16), (3, 20)):
         x = torch.randn(size * rows, 1160).to(dtype)

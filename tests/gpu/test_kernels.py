@@ -176,7 +176,7 @@ def test_additions_over_shared_memory_are_refused() -> None:
     assert torch.allclose(ops.expand_(buffer[:, 8:24], buffer[:, :8], basis, 1.0), wanted, atol=1e-3)
 
 
-def test_few_rows_in_a_graph_and_250_times() -> None:
+def test_decoding_in_a_graph_and_250_times() -> None:
     arguments = inputs(8, 4096, 10, 1, torch.bfloat16)
     mean = arguments.pop("mean")
     bases = [torch.randn(m, 8, generator=torch.Generator().manual_seed(m)).to(CUDA) for m in (4096, 1024)]
@@ -228,7 +228,7 @@ def test_second_device() -> None:
 def test_shrink_on_two_devices_is_an_error(name: str) -> None:
     arguments = inputs(8, 512, 2, 5, torch.bfloat16)
     arguments[name] = arguments[name].cpu()
-    with pytest.raises(ValueError, match=f"shrink: {name} is on cpu, but x is on cuda:0; put both on one device"):
+    with pytest.raises(ValueError, match=f"shrink_group: {name} is on cpu, but x is on cuda:0; put both on one device"):
         ops.shrink(**arguments, layer=LAYER)
 
 

@@ -1,12 +1,13 @@
 """What every operator means, in plain torch: the tests' oracle, and a fallback for who asks for it by name.
 
-Same signatures as :mod:`tfb_ext.ops`. The noise is made whole, in float64, and rounded to float32.
+Same signatures as :mod:`tfb_ext.ops`. The noise (csrc/noise.h) is made whole, in float64, and rounded to float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ __all__ = [
     "expand",
     "expand_",
     "input_signs",
-    "linear",
     "noise",
     "noise_float64",
     "philox",
@@ -29,7 +29,6 @@ __all__ = [
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-# Xor-ed into the key's high word for the draws other than E.
 _INPUT_SIGN_KEY, _RANK_SIGN_KEY, _TOKEN_KEY = 0x6A09E667, 0x3C6EF372, 0xA54FF53A
 
 
@@ -53,73 +52,57 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return x0, x1, x2, x3
 
 
-def noise_float64(
-    r: int,
-    n: int,
-    seed: int,
-    layer: int,
-    sample: int,
-    device: torch.device | str = "cpu",
-    antithetic: bool = False,
-) -> Tensor:
-    """The noise's definition evaluated in float64: (r, n). Arguments as in :func:`tfb_ext.ops.noise`."""
-    out = _normals(r, n, seed, 0, layer, sample & ~1 if antithetic else sample, torch.device(device))
-    return -out if antithetic and sample & 1 else out
-
-
-def _words(
-    rows: int, blocks: int, seed: int, key: int, layer: int, sample: int, device: torch.device
-) -> tuple[Tensor, ...]:
+def _words(rows: int, blocks: int, seed: int, key: int, layer: int, sample: int, device: Any) -> tuple[Tensor, ...]:
     """The four output words of the counters (block, row, sample, layer), each (rows, blocks)."""
-    row = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
-    block = torch.arange(blocks, dtype=torch.int64, device=device)[None, :]
-    sample_word = torch.tensor(sample, dtype=torch.int64, device=device)
-    layer_word = torch.tensor(layer, dtype=torch.int64, device=device)
+    row, block = torch.arange(rows, device=device)[:, None], torch.arange(blocks, device=device)
+    sample_word, layer_word = torch.tensor(sample, device=device), torch.tensor(layer, device=device)
     return philox((block, row, sample_word, layer_word), (seed & _WORD, (seed >> 32) & _WORD ^ key))
 
 
-def _normals(r: int, n: int, seed: int, key: int, layer: int, sample: int, device: torch.device) -> Tensor:
-    words = _words(r, (n + 3) // 4, seed, key, layer, sample, device)
+def _normals(rows: int, count: int, seed: int, key: int, layer: int, sample: int, device: Any) -> Tensor:
+    words = _words(rows, (count + 3) // 4, seed, key, layer, sample, device)
     columns = []
     for a, b in ((words[0], words[1]), (words[2], words[3])):
         # log1p(-(1 - u)) is exact to float64's last bits on both ends, where log(u) would round u first.
         radius = torch.sqrt(-2.0 * torch.log1p(-((_WORD ^ a).double() + 0.5) * 2.0**-32))
         angle = (2.0 * math.pi) * ((b.double() + 0.5) * 2.0**-32)
         columns += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.stack(columns, dim=-1).flatten(1)[:, :n].contiguous()
+    return torch.stack(columns, dim=-1).flatten(1)[:, :count].contiguous()
 
 
-def _signs(tokens: int, count: int, seed: int, key: int, layer: int, sample: int, device: torch.device) -> Tensor:
-    words = torch.stack(_words(tokens, (count + 127) // 128, seed, key, layer, sample, device), dim=-1)
+def _signs(rows: int, count: int, seed: int, key: int, layer: int, sample: int, device: Any) -> Tensor:
+    words = torch.stack(_words(rows, (count + 127) // 128, seed, key, layer, sample, device), dim=-1)
     bits = words[..., None] >> torch.arange(32, device=device) & 1
     return (1 - 2 * bits).flatten(1)[:, :count].contiguous()
 
 
 def input_signs(tokens: int, n: int, seed: int, layer: int, sample: int, device: torch.device | str = "cpu") -> Tensor:
     """flipout's signs of the inputs, (tokens, n) int64 of plus and minus one; ``tokens`` numbers the rows of a group."""
-    return _signs(tokens, n, seed, _INPUT_SIGN_KEY, layer, sample, torch.device(device))
+    return _signs(tokens, n, seed, _INPUT_SIGN_KEY, layer, sample, device)
 
 
 def rank_signs(tokens: int, r: int, seed: int, layer: int, sample: int, device: torch.device | str = "cpu") -> Tensor:
     """flipout's signs of the ranks, (tokens, r) int64 of plus and minus one."""
-    return _signs(tokens, r, seed, _RANK_SIGN_KEY, layer, sample, torch.device(device))
+    return _signs(tokens, r, seed, _RANK_SIGN_KEY, layer, sample, device)
 
 
 def token_noise(tokens: int, r: int, seed: int, layer: int, sample: int, device: torch.device | str = "cpu") -> Tensor:
     """token mode's standard normals, (tokens, r) float64."""
-    return _normals(tokens, r, seed, _TOKEN_KEY, layer, sample, torch.device(device))
+    return _normals(tokens, r, seed, _TOKEN_KEY, layer, sample, device)
+
+
+def noise_float64(
+    r: int, n: int, seed: int, layer: int, sample: int, device: torch.device | str = "cpu", antithetic: bool = False
+) -> Tensor:
+    """:func:`noise` before it is rounded to float32."""
+    out = _normals(r, n, seed, 0, layer, sample & ~1 if antithetic else sample, device)
+    return -out if antithetic and sample & 1 else out
 
 
 def noise(
-    r: int,
-    n: int,
-    seed: int,
-    layer: int,
-    sample: int,
-    device: torch.device | str = "cpu",
-    antithetic: bool = False,
+    r: int, n: int, seed: int, layer: int, sample: int, device: torch.device | str = "cpu", antithetic: bool = False
 ) -> Tensor:
-    """See :func:`tfb_ext.ops.noise`: (r, n) float32."""
+    """See :func:`tfb_ext.ops.noise`."""
     return noise_float64(r, n, seed, layer, sample, device, antithetic).float()
 
 
@@ -133,10 +116,7 @@ def shrink(
     mode: str = "weight",
     antithetic: bool = False,
 ) -> Tensor:
-    """See :func:`tfb_ext.ops.shrink`: the weights are materialised, (S, r, n), and multiplied at x's type.
-
-    On the CPU and for float64 ``x`` the product is exact to that type, which makes it the tests' oracle.
-    """
+    """See :func:`tfb_ext.ops.shrink`; the weights (S, r, n) are written out and multiplied at x's type, float64 included."""
     if mode not in ("weight", "flipout", "token"):
         raise ValueError(f'shrink: mode is "{mode}", expected "weight", "flipout" or "token"')
     r, n = mean.shape
@@ -152,20 +132,19 @@ def shrink(
     rows = x.reshape(groups, tokens, n)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = (sigma.to(wide) * torch.tensor(sign, dtype=wide, device=x.device))[:, None, None]
+    if mode == "weight":
+        weight = mean.to(wide) + scale * torch.stack([make(r, n, key, layer, k, x.device) for k in shared])
+        return torch.bmm(rows, weight.to(x.dtype).transpose(1, 2)).reshape(x.shape[0], r)
     if mode == "token":
         e = torch.stack([token_noise(tokens, r, key, layer, k, x.device) for k in shared]).to(wide)
-        z = (rows @ mean.to(x.dtype).T).to(wide) + scale * rows.to(wide).norm(dim=-1, keepdim=True) * e
-        return z.to(x.dtype).reshape(x.shape[0], r)
-    e = torch.stack([make(r, n, key, layer, k, x.device) for k in shared])
-    if mode == "flipout":
+        change = rows.to(wide).norm(dim=-1, keepdim=True) * e
+    else:
+        e = torch.stack([make(r, n, key, layer, k, x.device) for k in shared]).to(x.dtype)
         s = torch.stack([input_signs(tokens, n, key, layer, k, x.device) for k in shared]).to(x.dtype)
         t = torch.stack([rank_signs(tokens, r, key, layer, k, x.device) for k in shared]).to(wide)
-        change = torch.bmm(rows * s, e.to(x.dtype).transpose(1, 2)).to(wide)
-        z = (rows @ mean.to(x.dtype).T).to(wide) + scale * t * change
-        return z.to(x.dtype).reshape(x.shape[0], r)
-    weight = mean.to(e.dtype) + scale.to(e.dtype) * e
-    z = torch.bmm(rows, weight.to(x.dtype).transpose(1, 2))
-    return z.reshape(x.shape[0], r)
+        change = t * torch.bmm(rows * s, e.transpose(1, 2)).to(wide)
+    z = (rows @ mean.to(x.dtype).T).to(wide) + scale * change
+    return z.to(x.dtype).reshape(x.shape[0], r)
 
 
 def shrink_group(
@@ -179,10 +158,8 @@ def shrink_group(
     antithetic: bool = False,
 ) -> list[Tensor]:
     """See :func:`tfb_ext.ops.shrink_group`: one :func:`shrink` after the other."""
-    return [
-        shrink(x, mean, sigma, samples, seed, layer, mode, antithetic)
-        for mean, layer in zip(means, layers, strict=True)
-    ]
+    pairs = zip(means, layers, strict=True)
+    return [shrink(x, mean, sigma, samples, seed, layer, mode, antithetic) for mean, layer in pairs]
 
 
 def expand_(y: Tensor, z: Tensor, basis: Tensor, scaling: float) -> Tensor:
@@ -196,24 +173,15 @@ def expand(z: Tensor, basis: Tensor, scaling: float, bias: Tensor | None = None)
     return y if bias is None else y + bias
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, basis: Tensor, scaling: float) -> Tensor:
-    """See :func:`tfb_ext.ops.linear`."""
-    return torch.nn.functional.linear(x, weight, bias) + expand(z, basis, scaling).reshape(*x.shape[:-1], -1)
-
-
 def update_group(
     x: Tensor,
     means: Sequence[Tensor],
     bases: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     scalings: Sequence[float],
-    sigma: Tensor,
-    samples: Tensor,
-    seed: Tensor,
-    layers: Sequence[int],
-    mode: str = "weight",
-    antithetic: bool = False,
+    *draws: Any,
+    **options: Any,
 ) -> list[Tensor]:
     """See :func:`tfb_ext.ops.update_group`; ``z`` is rounded to x's type on its way."""
-    z = shrink_group(x, means, sigma, samples, seed, layers, mode, antithetic)
+    z = shrink_group(x, means, *draws, **options)
     return [expand(*part) for part in zip(z, bases, scalings, biases, strict=True)]

@@ -24,10 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-
-# Normals under one key of the generator: 64 MiB of float32, the most that full-rank noise takes beside the output. A part
-# of the noise's definition: another number would make other samples.
-NOISE_ELEMENTS = 2**24
+from ..ops import NOISE_ELEMENTS
 
 
 def add_full_rank_noise_(

@@ -1,65 +1,21 @@
-// shrink in half precision, the kernel and its launch; shrink_bfloat16.cu and shrink_float16.cu instantiate it.
+// shrink in half precision, the kernel.
 //
 // Weights stand still and rows stream past. The columns are split into panels, one a block; the blocks of all panels
 // share a range of rows, which they go through together, a tile of rows a warp at a time. A block makes its panel's
 // weights, M + sigma E, when the first rows of a sample come, chunk by chunk between their products, and keeps them in
 // shared memory for the sample's other rows: noise is made once a sample and range, not once a tile.
 //
-// Each warp has a queue of stages of x in shared memory, its own: no block-wide barrier stands between the copies and
-// the products. Within 32 columns the order of k is permuted so that lane (i = lane / 4, c = lane % 4) owns columns 8c
-// .. 8c + 7 of rows i and i + 8, one 16-byte read a row.
+// Within 32 columns the order of k is permuted so that lane (i = lane / 4, c = lane % 4) owns columns 8c .. 8c + 7 of
+// rows i and i + 8, one 16-byte read a row.
 //
 // The panels' sums of a row meet in the order of the panels: in distributed shared memory where the panels of a range
-// are a cluster, else in global memory, where a second kernel adds them up. plan.h says how a call is cut up.
+// are a cluster, else in global memory, where a second kernel adds them up.
 #pragma once
 
-#include "elements.cuh"
-#include "machine.h"
-#include "plan.h"
 #include "sample.cuh"
-#include "shrink.h"
-#include "tuning.h"
+#include "shrink_rows.cuh"
 
 namespace tfb::cuda {
-
-// Where a row of a stage starts, in chunks of 16 bytes.
-__device__ __forceinline__ int row_chunk(int row) { return row / 2 * kPairChunks + row % 2 * (kRowChunks + 4); }
-// How x comes to shared memory: kPlain through registers, for rows that do not start and end on 16 bytes.
-enum class Feed { kAsync, kPlain };
-
-template <class T, int kRankTiles_, int kWarps_, Mode kMode_, Feed kFeed_>
-struct ShrinkTraits {
-  using Element = T;
-  static constexpr int kRankTiles = kRankTiles_;  // of 8 ranks
-  static constexpr int kWarps = kWarps_;
-  static constexpr Mode kMode = kMode_;
-  static constexpr Feed kFeed = kFeed_;
-  static constexpr int kThreads = kWarps * kWarpLanes;
-  static constexpr int kRanks = kTileRanks * kRankTiles;
-  static constexpr int kPlanes = shrink_planes(kMode);
-  static constexpr int kQueueBytes = queue_bytes(kWarps);
-  static constexpr int kSumPitch = sum_pitch(kMode, kRankTiles);
-  static constexpr int kTileSumBytes = tile_sum_bytes(kMode, kRankTiles);  // of one tile of rows
-  // Where shared memory has room for several blocks, registers should have it too.
-  static constexpr int kMinBlocks = kWarps == 4       ? (kRankTiles <= 2 && kMode == Mode::kWeight ? 4 : 3)
-                                    : kRankTiles <= 3 ? 2
-                                                      : 1;
-  // Ranks whose noise a thread makes at a time: two chains overlap, where registers allow it.
-  static constexpr int kWeightUnroll = kRankTiles == 8 ? 1 : 2;
-  static_assert(kStageColumns == 4 * kWarpLanes, "a lane makes four columns of a rank");
-  static_assert(kStageColumns == kSignsPerCounter, "one counter's signs cover a stage");
-};
-
-struct ShrinkLayout {
-  int32_t panel_columns;  // a multiple of a stage
-  int32_t panels;
-  int32_t ranges;
-  int32_t group_ranges;        // of each group, or 0 where ranges cross groups
-  int32_t group_tiles, tiles;  // of 16 rows: in a group, in all groups
-  int32_t round_tiles;         // between two meetings of the cluster: as many as the sums have room for
-  bool clustered;              // the panels of a range are a cluster
-  bool mean_aligned, z_aligned;
-};
 
 // Where a stage's weights of one rank lie: [stage][piece][plane][rank][column].
 template <class Traits>
@@ -121,111 +77,6 @@ __device__ __forceinline__ float sum_of_squares(uint4 x, float sum) {
   }
   return sum;
 }
-
-// First tile of a range; the end of the last range, too.
-__device__ __forceinline__ int32_t range_start(const ShrinkLayout& layout, int32_t range) {
-  if (layout.group_ranges == 0) {
-    return static_cast<int32_t>(static_cast<int64_t>(range) * layout.tiles / layout.ranges);
-  }
-  const int32_t group = range / layout.group_ranges;
-  const int64_t part = range - group * layout.group_ranges;
-  return group * layout.group_tiles + static_cast<int32_t>(part * layout.group_tiles / layout.group_ranges);
-}
-
-// A round of a block's work, between two meetings of the cluster: tiles of one group.
-struct Round {
-  int32_t tile, group;
-  int32_t count;  // of tiles; 0 behind the end
-
-  __device__ __forceinline__ Round(const ShrinkLayout& layout, int32_t first, int32_t end) {
-    tile = first;
-    group = first / layout.group_tiles;
-    count_tiles(layout, end);
-  }
-  __device__ __forceinline__ void count_tiles(const ShrinkLayout& layout, int32_t end) {
-    int32_t left = (group + 1) * layout.group_tiles - tile;
-    if (end - tile < left) left = end - tile;
-    count = left < layout.round_tiles ? left : layout.round_tiles;
-  }
-  __device__ __forceinline__ void advance(const ShrinkLayout& layout, int32_t end) {
-    tile += count;
-    if (tile == (group + 1) * layout.group_tiles) ++group;
-    count_tiles(layout, end);
-  }
-  // First row of the round's tile `index`, within the group.
-  __device__ __forceinline__ int64_t row(const ShrinkLayout& layout, int index) const {
-    return static_cast<int64_t>(tile + index - group * layout.group_tiles) * kTileRows;
-  }
-};
-
-// Copies stages of this warp's tiles into its queue: tiles warp, warp + kWarps, ... of a round, one round after the
-// other. The first of them takes its turn in every round, whether it exists or not, as it does in the kernel.
-template <class Traits>
-struct Feeder {
-  using T = typename Traits::Element;
-  const ShrinkParams& p;
-  const ShrinkLayout& layout;
-  uint4* const queue;  // of the warp
-  const int64_t column0;
-  const int columns;  // of the panel
-  const int32_t end;
-  Round round;
-  int index;  // of the tile in its round
-  int stage = 0;
-  const T* source = nullptr;  // of this lane's first row (0 or 1) and chunk of the tile, and the panel's first column
-  int rows = 0;               // of the tile, 0 without one
-
-  __device__ __forceinline__ Feeder(const ShrinkParams& p, const ShrinkLayout& layout, uint4* queue, int64_t column0,
-                                    int columns, int32_t first, int32_t end)
-      : p(p),
-        layout(layout),
-        queue(queue),
-        column0(column0),
-        columns(columns),
-        end(end),
-        round(layout, first, end),
-        index(threadIdx.x / kWarpLanes) {
-    aim();
-  }
-
-  __device__ __forceinline__ void aim() {
-    const int lane = threadIdx.x % kWarpLanes;
-    const int64_t row = round.row(layout, index);
-    const int64_t left = p.rows_per_group - row;
-    rows = index < round.count ? static_cast<int>(left < kTileRows ? left : kTileRows) : 0;
-    source = static_cast<const T*>(p.x) + (round.group * p.rows_per_group + row + lane / kRowChunks) * p.x_stride +
-             column0 + 8 * (lane % kRowChunks);
-  }
-
-  // Asks for the next stage, to lie in `slot`: 256 bytes of two rows at a time.
-  __device__ __forceinline__ void request(int slot) {
-    const int lane = threadIdx.x % kWarpLanes;
-    const int left = columns - stage * kStageColumns;  // at least 1
-    const T* from = source + stage * kStageColumns;
-    uint4* const to = queue + slot * kStageChunks + row_chunk(lane / kRowChunks) + lane % kRowChunks;
-    const int64_t step = 2 * p.x_stride;
-    if (Traits::kFeed == Feed::kAsync && rows == kTileRows && left >= kStageColumns) {
-#pragma unroll
-      for (int pair = 0; pair < kTileRows / 2; ++pair, from += step) copy_async(to + pair * kPairChunks, from);
-    } else {
-      const int count = left - 8 * (lane % kRowChunks);
-      for (int pair = 0; 2 * pair + lane / kRowChunks < rows && count > 0; ++pair, from += step) {
-        if constexpr (Traits::kFeed == Feed::kAsync) copy_async(to + pair * kPairChunks, from);
-        else to[pair * kPairChunks] = load_eight(from, count, false);
-      }
-    }
-    if constexpr (Traits::kFeed == Feed::kAsync) commit_copies();
-    if (++stage * kStageColumns >= columns) {
-      stage = 0;
-      index += Traits::kWarps;
-      if (index >= round.count) {
-        round.advance(layout, end);
-        index = threadIdx.x / kWarpLanes;
-      }
-      aim();
-    }
-  }
-};
 
 // Adds up the panels' sums of two ranks of one row, finishes them for the mode and writes them to z.
 template <class Traits, class Load>
@@ -442,106 +293,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
                      [&](int member, int place) {
                        return __ldcg(reinterpret_cast<const float2*>(own + member * rows * Traits::kSumPitch + place));
                      });
-}
-
-template <class Traits>
-cudaError_t launch_tiles(const ShrinkParams& p, const ShrinkPlan& plan, cudaStream_t stream) {
-  ShrinkLayout layout{};
-  const int64_t group_tiles = (p.rows_per_group + kTileRows - 1) / kTileRows;
-  if (group_tiles * p.groups > INT32_MAX) return cudaErrorInvalidConfiguration;
-  layout.panels = static_cast<int32_t>(plan.panels);
-  layout.clustered = plan.clustered;
-  layout.panel_columns = static_cast<int32_t>(plan.panel_columns);
-  layout.group_tiles = static_cast<int32_t>(group_tiles);
-  layout.tiles = static_cast<int32_t>(group_tiles * p.groups);
-  layout.mean_aligned = means_aligned(p, p.mean_format == Format::kFloat32 ? 16 : 8);
-  layout.z_aligned = results_aligned(p, 4);
-  layout.round_tiles = plan.round_tiles;
-  LaunchShape shape{dim3(1), Traits::kThreads};
-  shape.shared = static_cast<size_t>(plan.shared);
-  shape.cluster = layout.clustered ? layout.panels : 1;
-  int resident = 0;
-  cudaError_t status = resident_clusters(shrink_kernel<Traits>, shape, resident);
-  if (status != cudaSuccess) return status;
-  if (resident == 0) return cudaErrorLaunchOutOfResources;
-  const int32_t ranges = layout.clustered ? resident : (resident + layout.panels - 1) / layout.panels;
-  layout.ranges = ranges < layout.tiles ? ranges : layout.tiles;
-  // Ranges that stay within a sample make its noise once. That is worth a few idle clusters, not many.
-  const auto groups = static_cast<int32_t>(p.groups < layout.ranges ? p.groups : layout.ranges + 1);
-  const int32_t even = layout.ranges / groups * groups;
-  if (8 * even >= 7 * layout.ranges) {
-    layout.group_ranges = even / groups;
-    layout.ranges = even;
-  }
-  shape.grid = dim3(static_cast<unsigned>(layout.ranges * layout.panels));
-  status = launch(shrink_kernel<Traits>, shape, stream, p, layout);
-  if (status != cudaSuccess || layout.clustered) return status;
-  const int64_t pairs = p.groups * p.rows_per_group * (Traits::kRanks / 2);
-  const int64_t blocks = (pairs + Traits::kThreads - 1) / Traits::kThreads;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return launch(reduce_kernel<Traits>, {dim3(static_cast<unsigned>(blocks)), Traits::kThreads}, stream, p, layout);
-}
-
-// The choices of plan.h for one mode and feed.
-template <class T, Mode kMode, Feed kFeed>
-cudaError_t launch_rare(const ShrinkParams& p, const ShrinkPlan& plan, cudaStream_t stream) {
-  if constexpr (kMode != Mode::kToken) {
-    if (plan.choice.tiles == 1) return launch_tiles<ShrinkTraits<T, 1, 4, kMode, kFeed>>(p, plan, stream);
-  }
-  return launch_tiles<ShrinkTraits<T, 2, 4, kMode, kFeed>>(p, plan, stream);
-}
-
-template <class T, int kRankTiles, int kWarps>
-cudaError_t launch_common(const ShrinkParams& p, const ShrinkPlan& plan, cudaStream_t stream) {
-  return launch_tiles<ShrinkTraits<T, kRankTiles, kWarps, Mode::kWeight, Feed::kAsync>>(p, plan, stream);
-}
-
-template <class T>
-cudaError_t launch_pass(const ShrinkParams& p, const ShrinkPlan& plan, bool aligned, cudaStream_t stream) {
-  if (p.mode == Mode::kFlipout) {
-    return aligned ? launch_rare<T, Mode::kFlipout, Feed::kAsync>(p, plan, stream)
-                   : launch_rare<T, Mode::kFlipout, Feed::kPlain>(p, plan, stream);
-  }
-  if (p.mode == Mode::kToken) {
-    return aligned ? launch_rare<T, Mode::kToken, Feed::kAsync>(p, plan, stream)
-                   : launch_rare<T, Mode::kToken, Feed::kPlain>(p, plan, stream);
-  }
-  if (!aligned) return launch_rare<T, Mode::kWeight, Feed::kPlain>(p, plan, stream);
-  switch (100 * plan.choice.tiles + plan.choice.warps) {
-    case 104:
-      return launch_common<T, 1, 4>(p, plan, stream);
-    case 204:
-      return launch_common<T, 2, 4>(p, plan, stream);
-    case 404:
-      return launch_common<T, 4, 4>(p, plan, stream);
-    case 108:
-      return launch_common<T, 1, 8>(p, plan, stream);
-    case 208:
-      return launch_common<T, 2, 8>(p, plan, stream);
-    case 308:
-      return launch_common<T, 3, 8>(p, plan, stream);
-    case 412:
-      return launch_common<T, 4, 12>(p, plan, stream);
-    default:
-      return launch_common<T, 8, 8>(p, plan, stream);
-  }
-}
-
-template <class T>
-cudaError_t launch_shrink_half(const ShrinkParams& params, cudaStream_t stream) {
-  Machine machine;
-  cudaError_t status = current_machine(machine);
-  const bool aligned = rows_aligned(params);
-  ShrinkParams pass = params;
-  for (int first = 0; first < params.tile_count && status == cudaSuccess; first += pass.tile_count) {
-    pass.tile_count = params.tile_count - first;
-    const ShrinkPlan plan = plan_shrink(params.mode, params.n, pass.tile_count, aligned, machine);
-    if (plan.choice.tiles == 0) return cudaErrorLaunchOutOfResources;
-    if (pass.tile_count > plan.choice.tiles) pass.tile_count = plan.choice.tiles;
-    for (int k = 0; k < pass.tile_count; ++k) pass.tiles[k] = params.tiles[first + k];
-    status = launch_pass<T>(pass, plan, aligned, stream);
-  }
-  return status;
 }
 
 }  // namespace tfb::cuda

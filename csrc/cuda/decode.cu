@@ -4,7 +4,7 @@
 // What does not depend on the sums, the first basis rows, is fetched before the barrier.
 //
 // A row's bits depend on neither the rows nor the samples beside it. They may differ in the last place from shrink's.
-#include "few.h"
+#include "decode.h"
 
 #include "elements.cuh"
 #include "grid_barrier.cuh"
@@ -16,16 +16,16 @@ namespace tfb::cuda {
 
 namespace {
 
-constexpr int kThreads = kFewWarps * kWarpLanes;
+constexpr int kThreads = kDecodeWarps * kWarpLanes;
 
 // Floats of one row of a unit: eight sums, and eight of the noise (flipout) or the squares (token, padded).
 template <Mode kMode>
 constexpr int kUnitPitch = kMode == Mode::kWeight ? kTileRanks : 2 * kTileRanks;
 
-int64_t slice_count(const ShrinkParams& p) { return (p.n + kFewSliceColumns - 1) / kFewSliceColumns; }
+int64_t slice_count(const ShrinkParams& p) { return (p.n + kDecodeSliceColumns - 1) / kDecodeSliceColumns; }
 int64_t unit_count(const ShrinkParams& p) { return slice_count(p) * p.groups * p.tile_count; }
 
-struct FewLayout {
+struct DecodeLayout {
   int64_t slices, units;
   int64_t output_units;  // of 64 columns, all layers
   bool x_aligned, mean_aligned, basis_aligned;
@@ -51,7 +51,7 @@ struct Sums {
 
 // A unit's share of one warp, half precision.
 template <class T, Mode kMode>
-__device__ __forceinline__ void sum_columns(const ShrinkParams& p, const FewLayout& layout, const RankTile& tile,
+__device__ __forceinline__ void sum_columns(const ShrinkParams& p, const DecodeLayout& layout, const RankTile& tile,
                                             const Sample& sample, int64_t group, int64_t column0, float* out) {
   constexpr int kPitch = kUnitPitch<kMode>;
   const int lane = threadIdx.x % kWarpLanes;
@@ -62,7 +62,7 @@ __device__ __forceinline__ void sum_columns(const ShrinkParams& p, const FewLayo
   Sums<T> sums, noise;
   float squares[2] = {};
 #pragma unroll
-  for (int piece = 0; piece < kFewWarpColumns / kPieceColumns; ++piece) {
+  for (int piece = 0; piece < kDecodeWarpColumns / kPieceColumns; ++piece) {
     const int64_t column = column0 + piece * kPieceColumns + 8 * c;
     const int64_t columns = p.n - column;
     uint4 rows[2];
@@ -141,14 +141,14 @@ __device__ __forceinline__ void store_unit(const float (*sums)[kTileRows][kUnitP
     if (place >= kUsed) continue;
     float total = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kFewWarps; ++w) total += sums[w][row][place];
+    for (int w = 0; w < kDecodeWarps; ++w) total += sums[w][row][place];
     target[e] = total;
   }
 }
 
 // Two columns' rows of a basis, eight ranks from rank0.
 template <class T>
-__device__ __forceinline__ void load_directions(const FewLayer& layer, const Weights<T>& basis, int64_t column,
+__device__ __forceinline__ void load_directions(const DecodeLayer& layer, const Weights<T>& basis, int64_t column,
                                                 int rank0, float (&direction)[2][8]) {
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -168,9 +168,10 @@ __device__ __forceinline__ void store_two(T* target, float first, float second, 
 }
 
 template <class T, Mode kMode>
-__global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant__ FewParams f, const FewLayout layout) {
+__global__ void __launch_bounds__(kThreads, kDecodeBlocks)
+    decode_kernel(const __grid_constant__ DecodeParams f, const DecodeLayout layout) {
   constexpr int kPitch = kUnitPitch<kMode>;
-  __shared__ float sums[kFewWarps][kTileRows][kPitch];
+  __shared__ float sums[kDecodeWarps][kTileRows][kPitch];
   float* const z = reinterpret_cast<float*>(dynamic_shared());  // [row][rank], of all layers
   const ShrinkParams& p = f.shrink;
   const int warp = threadIdx.x / kWarpLanes;
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant_
     const int64_t group = unit / layout.slices % p.groups;
     const RankTile& tile = p.tiles[unit / layout.slices / p.groups];
     const Sample sample(p, group);
-    sum_columns<T, kMode>(p, layout, tile, sample, group, slice * kFewSliceColumns + warp * kFewWarpColumns,
+    sum_columns<T, kMode>(p, layout, tile, sample, group, slice * kDecodeSliceColumns + warp * kDecodeWarpColumns,
                           sums[warp][0]);
     __syncthreads();
     store_unit<kMode>(sums, f.partial + unit * p.rows_per_group * kPitch, p.rows_per_group);
@@ -192,19 +193,19 @@ __global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant_
   const auto layer_of = [&](int64_t& unit) {
     int index = 0;
     for (; index + 1 < f.layer_count; ++index) {
-      const int64_t own = (f.layers[index].m + kFewOutputColumns - 1) / kFewOutputColumns;
+      const int64_t own = (f.layers[index].m + kDecodeOutputColumns - 1) / kDecodeOutputColumns;
       if (unit < own) break;
       unit -= own;
     }
     return index;
   };
-  const int64_t first_unit = static_cast<int64_t>(blockIdx.x) * kFewWarps + warp;
+  const int64_t first_unit = static_cast<int64_t>(blockIdx.x) * kDecodeWarps + warp;
   float direction[2][8] = {};
   if (first_unit < layout.output_units) {
     int64_t unit = first_unit;
-    const FewLayer& layer = f.layers[layer_of(unit)];
+    const DecodeLayer& layer = f.layers[layer_of(unit)];
     const Weights<T> basis{layer.basis, f.basis_format == Format::kFloat32, layout.basis_aligned && layer.r % 8 == 0};
-    load_directions(layer, basis, unit * kFewOutputColumns + 2 * lane, 0, direction);
+    load_directions(layer, basis, unit * kDecodeOutputColumns + 2 * lane, 0, direction);
   }
   grid_barrier();
 
@@ -233,11 +234,11 @@ __global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant_
   __syncthreads();
 
   bool fetched = true;
-  for (int64_t next = first_unit; next < layout.output_units; next += static_cast<int64_t>(gridDim.x) * kFewWarps) {
+  for (int64_t next = first_unit; next < layout.output_units; next += static_cast<int64_t>(gridDim.x) * kDecodeWarps) {
     int64_t unit = next;
-    const FewLayer& layer = f.layers[layer_of(unit)];
+    const DecodeLayer& layer = f.layers[layer_of(unit)];
     const Weights<T> basis{layer.basis, f.basis_format == Format::kFloat32, layout.basis_aligned && layer.r % 8 == 0};
-    const int64_t column = unit * kFewOutputColumns + 2 * lane;
+    const int64_t column = unit * kDecodeOutputColumns + 2 * lane;
     const int64_t columns = layer.m - column;
     const bool paired = layer.m % 2 == 0;
     float bias[2] = {};
@@ -247,13 +248,13 @@ __global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant_
         if (k < columns) bias[k] = Pack<T>::to_float(static_cast<const T*>(layer.bias)[column + k]);
       }
     }
-    for (int64_t token0 = 0; token0 < tokens; token0 += kFewRowTile) {
-      float sum[kFewRowTile][2] = {};
+    for (int64_t token0 = 0; token0 < tokens; token0 += kDecodeRowTile) {
+      float sum[kDecodeRowTile][2] = {};
       for (int rank0 = 0; rank0 < layer.r; rank0 += 8) {
         if (!fetched) load_directions(layer, basis, column, rank0, direction);
         fetched = layer.r <= 8;
 #pragma unroll
-        for (int t = 0; t < kFewRowTile; ++t) {
+        for (int t = 0; t < kDecodeRowTile; ++t) {
           if (token0 + t >= tokens) break;
           const float* row = z + (token0 + t) * ranks + layer.first_tile * kTileRanks + rank0;
           const float4 low = *reinterpret_cast<const float4*>(row);
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant_
         }
       }
 #pragma unroll
-      for (int t = 0; t < kFewRowTile; ++t) {
+      for (int t = 0; t < kDecodeRowTile; ++t) {
         if (token0 + t >= tokens) break;
         store_two(static_cast<T*>(layer.y) + (token0 + t) * layer.m + column, fmaf(layer.scaling, sum[t][0], bias[0]),
                   fmaf(layer.scaling, sum[t][1], bias[1]), columns, paired);
@@ -278,16 +279,16 @@ __global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant_
 }
 
 template <class T, Mode kMode>
-cudaError_t launch_kernel(const FewParams& f, cudaStream_t stream) {
+cudaError_t launch_kernel(const DecodeParams& f, cudaStream_t stream) {
   const ShrinkParams& p = f.shrink;
-  FewLayout layout{};
+  DecodeLayout layout{};
   layout.slices = slice_count(p);
   layout.units = unit_count(p);
   layout.x_aligned = is_aligned(p.x, 16) && p.x_stride % 8 == 0;
   layout.mean_aligned = means_aligned(p, 16);
   layout.basis_aligned = true;
   for (int l = 0; l < f.layer_count; ++l) {
-    layout.output_units += (f.layers[l].m + kFewOutputColumns - 1) / kFewOutputColumns;
+    layout.output_units += (f.layers[l].m + kDecodeOutputColumns - 1) / kDecodeOutputColumns;
     layout.basis_aligned = layout.basis_aligned && is_aligned(f.layers[l].basis, 16);
   }
   const int64_t tokens = p.groups * p.rows_per_group;
@@ -296,22 +297,22 @@ cudaError_t launch_kernel(const FewParams& f, cudaStream_t stream) {
   cudaError_t status = current_machine(machine);
   if (status != cudaSuccess) return status;
   LaunchShape shape{dim3(1), kThreads};
-  shape.shared = kFewSharedBytes;  // the most that any call needs, so that one answer serves all
+  shape.shared = kDecodeSharedBytes;  // the most that any call needs, so that one answer serves all
   int resident = 0;
-  status = resident_clusters(few_kernel<T, kMode>, shape, resident);
+  status = resident_clusters(decode_kernel<T, kMode>, shape, resident);
   if (status != cudaSuccess) return status;
-  const int64_t output_blocks = (layout.output_units + kFewWarps - 1) / kFewWarps;
+  const int64_t output_blocks = (layout.output_units + kDecodeWarps - 1) / kDecodeWarps;
   const int64_t wanted = layout.units > output_blocks ? layout.units : output_blocks;
-  // Two blocks a multiprocessor: more would only make the barrier slower.
-  const int64_t most = resident < 2 * machine.multiprocessors ? resident : 2 * machine.multiprocessors;
+  const int64_t side_by_side = kDecodeBlocks * machine.multiprocessors;
+  const int64_t most = resident < side_by_side ? resident : side_by_side;
   shape.grid = dim3(static_cast<unsigned>(wanted < most ? wanted : most));
   shape.shared = shared;
   shape.cooperative = true;
-  return launch(few_kernel<T, kMode>, shape, stream, f, layout);
+  return launch(decode_kernel<T, kMode>, shape, stream, f, layout);
 }
 
 template <class T>
-cudaError_t launch_type(const FewParams& f, cudaStream_t stream) {
+cudaError_t launch_type(const DecodeParams& f, cudaStream_t stream) {
   if (f.shrink.mode == Mode::kFlipout) return launch_kernel<T, Mode::kFlipout>(f, stream);
   if (f.shrink.mode == Mode::kToken) return launch_kernel<T, Mode::kToken>(f, stream);
   return launch_kernel<T, Mode::kWeight>(f, stream);
@@ -319,18 +320,12 @@ cudaError_t launch_type(const FewParams& f, cudaStream_t stream) {
 
 }  // namespace
 
-bool few_serves(const ShrinkParams& p) {
-  const int64_t tokens = p.groups * p.rows_per_group;
-  return p.format != Format::kFloat32 && tokens <= kFewRows && p.rows_per_group <= kFewGroupRows &&
-         tokens * kTileRanks * p.tile_count * 4 <= kFewSharedBytes;
-}
-
-int64_t few_partial_floats(const ShrinkParams& p) {
+int64_t decode_partial_floats(const ShrinkParams& p) {
   const int pitch = p.mode == Mode::kWeight ? kUnitPitch<Mode::kWeight> : kUnitPitch<Mode::kToken>;
   return unit_count(p) * p.rows_per_group * pitch;
 }
 
-cudaError_t launch_few(const FewParams& params, cudaStream_t stream) {
+cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   if (params.shrink.format == Format::kBFloat16) return launch_type<__nv_bfloat16>(params, stream);
   return launch_type<__half>(params, stream);
 }

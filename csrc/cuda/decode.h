@@ -1,4 +1,5 @@
-// Few rows, as in decoding: shrink and expand of all layers that share x in one launch.
+// Few rows, as in decoding: shrink and expand of all layers that share x in one launch, where decode_serves()
+// (tuning.h).
 //   y_l[t][j] = bias_l[j] + scaling_l * sum_i z_l[t][i] basis_l[j][i], z_l as in shrink.h but never rounded
 #pragma once
 
@@ -10,7 +11,7 @@
 
 namespace tfb::cuda {
 
-struct FewLayer {
+struct DecodeLayer {
   void* y;            // (T, m), contiguous, of x's type
   const void* basis;  // (m, r), contiguous
   const void* bias;   // (m,) of x's type, or null
@@ -20,18 +21,16 @@ struct FewLayer {
   int32_t first_tile;  // of the layer's ranks in `shrink.tiles`
 };
 
-struct FewParams {
+struct DecodeParams {
   ShrinkParams shrink;  // its z are not used
-  FewLayer layers[kMaxLayers];
+  DecodeLayer layers[kMaxLayers];
   int32_t layer_count;
   Format basis_format;
-  float* partial;  // few_partial_floats(shrink) floats
+  float* partial;  // decode_partial_floats(shrink) floats
 };
 
-// Whether one launch serves: few rows of few ranks, a sample's rows within one tile.
-bool few_serves(const ShrinkParams& params);
-int64_t few_partial_floats(const ShrinkParams& params);
+int64_t decode_partial_floats(const ShrinkParams& params);
 
-cudaError_t launch_few(const FewParams& params, cudaStream_t stream);
+cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream);
 
 }  // namespace tfb::cuda
