@@ -74,7 +74,7 @@ class ModelInputs:
         longest = ids.shape[1]
         if "position_ids" in found:
             positions, fix = found["position_ids"], "clamp those of the padding, .clamp(min=0)"
-            # A model may take positions of several kinds, or those of one row.
+            # Of any number of rows: a model may take several kinds of positions.
             _integers("position_ids", positions, (*positions.shape[:-1], longest), "one for each token")
             longest = _check_range("position_ids", positions, None, fix) + 1
         self._check_length("input_ids", longest)
@@ -94,9 +94,7 @@ class ModelInputs:
     def _check_length(self, what: str, tokens: int) -> None:
         if tokens > self.positions:
             expected = f"at most {self.positions}, the positions of {self.name} (max_position_embeddings)"
-            fix = (
-                "shorten the text or leave it out; if the model takes more, raise model.config.max_position_embeddings"
-            )
+            fix = "shorten the text or leave it out; raise model.config.max_position_embeddings if the model takes more"
             raise refusal(what, f"{tokens} tokens", expected, fix)
 
     def _checked_labels(self, labels: Tensor, ids: Tensor) -> Tensor:
