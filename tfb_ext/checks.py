@@ -117,7 +117,7 @@ def check_seed(value: object) -> int:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has data of its own, element by element: neither sparse, nested nor meta."""
+    """Whether ``tensor`` holds data, element by element: it is neither sparse, nested nor meta."""
     return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_nested
 
 
@@ -145,7 +145,7 @@ def check_tensor(name: object, value: object) -> Tensor:
 
 
 def check_dense(name: object, value: object) -> Tensor:
-    """``value`` as a tensor with data of its own, see ``is_dense``.
+    """``value`` as a tensor that holds data, see ``is_dense``.
 
     Raises:
         ValueError: it is none.

@@ -48,7 +48,7 @@ def encode(
 
     Raises:
         ValueError: no examples, or of different choices; a prompt without tokens, too long, or that ends in the end-of-text
-            token; a prompt and a choice whose tokens merge; a choice without tokens of its own; ``score`` with ``head``, or
+            token; a prompt and a choice whose tokens merge; a choice without tokens, or with those of another; ``score`` with ``head``, or
             ``by_length`` without ``score``. Without ``score`` also a choice that is not one token, the same after every prompt.
             ``head`` asks nothing of the choices' tokens and of the prompts' last.
     """

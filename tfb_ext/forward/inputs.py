@@ -154,12 +154,12 @@ def vocabulary(model: Any) -> int:
 def most_positions(model: Any) -> int:
     """The most tokens of a row: what the configuration says, less where the table has rows for padding before position 0."""
     config = model.config.get_text_config()
-    given = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT's name is the other
+    given = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT has the second name
     # XLNet's -1, or none: any number. Dynamic scaling stretches the positions to whatever length there is.
     stretched = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
     most = given if isinstance(given, int) and given > 0 and not stretched else MOST_POSITIONS
     for name, module in model.named_modules():
-        # RoBERTa and its kin: transformers 5.24, create_position_ids_from_input_ids, counts from padding_idx + 1.
+        # RoBERTa and models like it: transformers 5.24, create_position_ids_from_input_ids, counts from padding_idx + 1.
         table = isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] == "position_embeddings"
         if table and module.padding_idx is not None:
             most = min(most, module.num_embeddings - module.padding_idx - 1)

@@ -15,8 +15,8 @@ from ..checks import check_choice, check_count, check_seed, check_sigma
 from ..errors import ConfigError
 from ..files import CONFIG_NAME, read_json_object, write_atomically
 
-# Version 2 added the family, which a reader of version 1 would take for "low-rank" without a word. From version 3 on the
-# fingerprint is of the layers' scaling too.
+# Version 2 added the family: a reader of version 1 would take every family for "low-rank". From version 3 on the fingerprint is
+# of the layers' scaling too.
 FORMAT_VERSION = 3
 MODES = ("weight", "flipout", "token")
 FAMILIES = ("low-rank", "constant", "full-rank")
