@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError, refusal
+from ..errors import UnsupportedModelError
 
 
 def canonical_name(name: str) -> str:
@@ -90,8 +90,10 @@ class LayerPosterior:
             ValueError: the family is ``"full-rank"``, whose noise leaves the range of ``B``, so that no ``A'`` has it.
         """
         if self.family == "full-rank":
-            got, fix = "a full-rank posterior, which has no Omega", "use the family 'low-rank' or 'constant'"
-            raise refusal(f"layer {self.name!r}", got, "noise of A", fix)
+            fix = "use the family 'low-rank' or 'constant'"
+            raise ValueError(
+                f"layer {self.name!r}: a full-rank posterior has no Omega, its noise is not of A. Fix: {fix}"
+            )
         d = self.singular_values
         return torch.full_like(d, sigma) if self.family == "constant" else sigma / d
 
