@@ -162,7 +162,7 @@ def test_tokens_that_merge_are_refused(
 ) -> None:
     for score in (None, "sequence", "token"):
         with pytest.raises(
-            ValueError, match=f"example 1: got the prompt's last tokens .*they merge; expected .*Fix: {way}"
+            ValueError, match=f"example 1: got the prompt's last tokens .*they merge, expected .*Fix: {way}"
         ):
             encode([Example("A:\n\n", choices), Example(prompt, choices)], tokenizers[name], score=score)  # type: ignore[arg-type]
 

@@ -409,9 +409,9 @@ def test_errors_are_one_sentence(llama: Folders, tmp_path: Path, fails: Any) -> 
         (("search", *good, "-d", llama.anchors, "--seed", -1), "seed must be an integer in [0, 2**64), got -1"),
         (
             ("search", *good, "-d", bad_label),
-            "label.jsonl:1: label: 'maybe'; expected one of the choices [' no', ' yes']",
+            "label.jsonl:1: label: got 'maybe', expected one of the choices [' no', ' yes']",
         ),
-        (("search", *good, "-d", two_tokens), "choice ' yes man' is 2 tokens"),
+        (("search", *good, "-d", two_tokens), "choice ' yes man' after the prompt of example 0: got 2 tokens"),
         (
             ("search", *good, "-d", llama.anchors, "--recipe", "fast"),
             "recipe is 'fast', expected one of 'auto', 'paper'",
@@ -419,7 +419,10 @@ def test_errors_are_one_sentence(llama: Folders, tmp_path: Path, fails: Any) -> 
         (("search", *good, "-d", llama.anchors, "--base", tmp_path / "nowhere"), "nowhere"),
         (("search", "-a", llama.adapter, "-d", llama.anchors, "--device", "gpu"), "device 'gpu', expected auto, cpu"),
         (("search", "-a", llama.adapter, "-d", llama.anchors, "--dtype", "int8"), "dtype 'int8', expected auto"),
-        (("predict", *good, "-t", "area", "--choices", " no", "--sigma", 1), "choices: [' no']; expected at least two"),
+        (
+            ("predict", *good, "-t", "area", "--choices", " no", "--sigma", 1),
+            "choices: got [' no'], expected at least two",
+        ),
         (("info", tmp_path / "nowhere"), "tfb_config.json does not exist: this adapter has no saved posterior"),
     ]
     for arguments, sentence in cases:

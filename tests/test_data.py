@@ -72,20 +72,20 @@ class TestExample:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("", CHOICES, 0), "prompt: ''"),
-            ((None, CHOICES, 0), "prompt: None"),
-            (("a", ("x",), 0), r"choices: \['x'\]; expected at least two"),
-            (("a", ("x", "y", "x"), 0), r"choices: \['x', 'y', 'x'\].*all different"),
-            (("a", ("x", ""), 0), "choices: .*none of them empty"),
-            (("a", ("x", 1), 0), "choices: "),
-            (("a", "xy", 0), "choices: 'xy'"),
-            (("a", CHOICES, 2), "label: 2; expected an index from 0 to 1"),
-            (("a", CHOICES, -1), "label: -1"),
-            (("a", CHOICES, True), "label: True"),
-            (("a", CHOICES, 1.0), "label: 1.0"),
-            (("a", CHOICES, " yes"), "label: ' yes'"),
-            (("a", CHOICES, np.bool_(True)), "label: .*True"),
-            (("a", CHOICES, np.int64(2)), "label: 2"),
+            (("", CHOICES, 0), "prompt: got ''"),
+            ((None, CHOICES, 0), "prompt: got None"),
+            (("a", ("x",), 0), r"choices: got \['x'\], expected at least two"),
+            (("a", ("x", "y", "x"), 0), r"choices: got \['x', 'y', 'x'\].*all different"),
+            (("a", ("x", ""), 0), "choices: got '', expected a text that is not empty"),
+            (("a", ("x", 1), 0), "choices: got 1"),
+            (("a", "xy", 0), "choices: got 'xy', expected a list of texts"),
+            (("a", CHOICES, 2), "label: got 2, expected an index from 0 to 1"),
+            (("a", CHOICES, -1), "label: got -1"),
+            (("a", CHOICES, True), "label: got True"),
+            (("a", CHOICES, 1.0), "label: got 1.0"),
+            (("a", CHOICES, " yes"), "label: got ' yes'"),
+            (("a", CHOICES, np.bool_(True)), "label: got .*True"),
+            (("a", CHOICES, np.int64(2)), "label: got 2"),
             (("a \ud83d:", CHOICES, 0), r"prompt: got '\\ud83d' at character 2, half of a character.*Fix"),
             (("a", (" no", " \udc4d"), 0), r"choices: got '\\udc4d' at character 1, half"),
         ],
@@ -132,9 +132,15 @@ class TestEncode:
         ("items", "message"),
         [
             ([], "no examples"),
-            ([Example("a", CHOICES), Example("a", (" yes", " no"))], "example 1 has the choices .*example 0 has"),
-            ([Example("a", (" yes", " maybe"))], r"choice ' maybe' is 6 tokens, \['Ġ', 'm', .*Try another word"),
-            ([Example("a", ("yes", " no"))], r"choice 'yes' is 3 tokens, \['y', 'e', 's'\].*Try ' yes'"),
+            (
+                [Example("a", CHOICES), Example("a", (" yes", " no"))],
+                "example 1: got the choices .*expected those of example 0",
+            ),
+            (
+                [Example("a", (" yes", " maybe"))],
+                r"choice ' maybe' after .*: got 6 tokens, \['Ġ', 'm', .*Fix: another word",
+            ),
+            ([Example("a", ("yes", " no"))], r"choice 'yes' after .*: got 3 tokens, \['y', 'e', 's'\].*Fix: ' yes'"),
         ],
     )
     def test_refuses(self, tokenizer: PreTrainedTokenizerFast, items: list[Example], message: str) -> None:
@@ -146,12 +152,12 @@ class TestEncode:
 
         lower = make_tokenizer()
         lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-        with pytest.raises(ValueError, match="choices ' yes' and ' Yes' are the same token, 'Ġyes'"):
+        with pytest.raises(ValueError, match=r"choice ' Yes' after .*: got the same tokens as ' yes', \['Ġyes'\]"):
             encode([Example("a", (" yes", " Yes"))], lower)
 
     def test_refuses_long_prompts_and_cuts_none(self, tokenizer: PreTrainedTokenizerFast) -> None:
         assert encode(examples("abc"), tokenizer, max_length=3).token_ids == [tokenizer("abc").input_ids]
-        with pytest.raises(ValueError, match="example 1: its prompt has 4 tokens, more than max_length=3"):
+        with pytest.raises(ValueError, match="the prompt of example 1: got 4 tokens, expected at most max_length=3"):
             encode(examples("abc", "abcd"), tokenizer, max_length=3)
 
     @pytest.mark.parametrize("value", [0, -1, True, 3.0, "3"])
@@ -166,7 +172,7 @@ class TestEncode:
             encode([*examples("a"), "b"], tokenizer)  # type: ignore[list-item]
 
     def test_refuses_an_appended_end_token(self) -> None:
-        with pytest.raises(ValueError, match="example 0: its prompt ends in '<|end|>'.*add_eos_token"):
+        with pytest.raises(ValueError, match="the prompt of example 0: got '<|end|>' at its end.*add_eos_token"):
             encode(examples("a"), make_tokenizer("$A <|end|>"))
 
     def test_refuses_a_prompt_without_tokens(self) -> None:
@@ -174,7 +180,7 @@ class TestEncode:
 
         stripping = make_tokenizer()
         stripping.backend_tokenizer.normalizer = normalizers.Strip()
-        with pytest.raises(ValueError, match="example 0: its prompt has no tokens"):
+        with pytest.raises(ValueError, match="the prompt of example 0: got no tokens"):
             encode([Example("  ", ("a", "b"))], stripping)
 
 
@@ -283,29 +289,35 @@ class TestReadJsonl:
         ("line", "message"),
         [
             ("{not json", "Expecting property name"),
-            ('["a"]', r"\['a'\]; expected an object"),
-            ({"choices": CHOICES}, r"prompt: missing; the fields are \['choices'\]"),
+            ('["a"]', r"got \['a'\], expected an object"),
+            ({"choices": CHOICES}, r"prompt: missing, the fields are \['choices'\]"),
             ({"prompt": "a"}, "choices: missing"),
-            ({"prompt": 3, "choices": CHOICES}, "prompt: 3; expected a text"),
-            ({"prompt": "a", "choices": "yes"}, "choices: 'yes'; expected a list"),
-            ({"prompt": "a", "choices": CHOICES, "label": "yes"}, r"label: 'yes'; expected one of .*spaces included"),
-            ({"prompt": "a", "choices": CHOICES, "label": 7}, "label: 7; expected an index from 0 to 1"),
-            ({"prompt": "a", "choices": CHOICES, "label": True}, "label: True"),
+            ({"prompt": 3, "choices": CHOICES}, "prompt: got 3, expected a text"),
+            ({"prompt": "a", "choices": "yes"}, "choices: got 'yes', expected a list"),
+            (
+                {"prompt": "a", "choices": CHOICES, "label": "yes"},
+                "label: got 'yes', expected one of .*spaces included",
+            ),
+            ({"prompt": "a", "choices": CHOICES, "label": 7}, "label: got 7, expected an index from 0 to 1"),
+            ({"prompt": "a", "choices": CHOICES, "label": True}, "label: got True"),
             (
                 {"prompt": "a", "choices": CHOICES, "label": "1"},
-                "label: '1'; expected one of .* or its index as a number",
+                "label: got '1', expected one of .* or its index as a number",
             ),
-            ('{"prompt": "a", "choices": ["x", "y"], "label": NaN}', "label: nan"),
-            ('{"prompt": "a", "choices": ["x", "y"], "label": 1e999}', "label: inf"),
-            ('{"prompt": "a", "choices": ["x", "y"], "label": 1' + "0" * 30 + "}", "label: 10000.*expected an index"),
+            ('{"prompt": "a", "choices": ["x", "y"], "label": NaN}', "label: got nan"),
+            ('{"prompt": "a", "choices": ["x", "y"], "label": 1e999}', "label: got inf"),
+            (
+                '{"prompt": "a", "choices": ["x", "y"], "label": 1' + "0" * 30 + "}",
+                "label: got 10000.*expected an index",
+            ),
             ('{"prompt": "a", "choices": ["x", "y"], "label": 1' + "0" * 9000 + "}", "digits"),
             (
                 '{"prompt": "a", "choices": ["x", "y"], "label": 0, "label": 1}',
                 "label: got more than one, expected one",
             ),
             ('{"prompt": "a", "prompt": "b", "choices": ["x", "y"]}', "prompt: got more than one"),
-            ({"prompt": "a", "choices": CHOICES, "labels": 1}, "label: missing, got a field 'labels'.*rename"),
-            ({"prompt": "a", "choices": CHOICES, "Label": 1}, "label: missing, got a field 'label'"),
+            ({"prompt": "a", "choices": CHOICES, "labels": 1}, "label: got none, but a field 'labels'.*rename"),
+            ({"prompt": "a", "choices": CHOICES, "Label": 1}, "label: got none, but a field 'label'"),
             (r'{"prompt": "a \ud83d", "choices": ["x", "y"]}', r"prompt: got '\\ud83d' at character 2, half"),
             ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "too deep"),
         ],
@@ -393,9 +405,9 @@ class TestReadDataset:
             ({"prompt": "text"}, r"column 'text' is not in .*'premise'"),
             ({"prompt": "{premise} {text}"}, "column 'text'"),
             ({"prompt": "premise", "label": "gold"}, "column 'gold'"),
-            ({"prompt": "premise", "label": "answer"}, r"choices: None.*pass choices=\["),
-            ({"prompt": "premise"}, "choices: None"),
-            ({"prompt": "premise", "label": "answer", "choices": ["yes", "no"]}, "row 0: label: ' yes'"),
+            ({"prompt": "premise", "label": "answer"}, r"choices: got None.*pass choices=\["),
+            ({"prompt": "premise"}, "choices: got None"),
+            ({"prompt": "premise", "label": "answer", "choices": ["yes", "no"]}, "row 0: label: got ' yes'"),
         ],
     )
     def test_refuses(self, saved: Path, arguments: dict, message: str) -> None:

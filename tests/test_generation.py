@@ -551,8 +551,16 @@ def test_characters_of_several_tokens() -> None:
         ([], {"tokenizer": tokenizer()}, "prompts is empty"),
         ([3], {"tokenizer": tokenizer()}, "prompt 0 is 3, expected a text or a list of messages"),
         ("w5", {}, "prompts are texts, expected a tokenizer"),
-        ({"input_ids": torch.ones(3)}, {}, "without input_ids of shape"),
-        ({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.zeros(1, 2)}, {}, "a prompt is empty"),
+        (
+            {"input_ids": torch.ones(3)},
+            {},
+            r"input_ids: got float32 of shape \(3,\), expected int64 of shape \(rows, tokens\)",
+        ),
+        (
+            {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.zeros(1, 2)},
+            {},
+            "attention_mask: got 0 alone in row 0",
+        ),
         ({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.tensor([[1, 0]])}, {}, "padded on the right"),
         (
             zoo.prompt(1),

@@ -270,7 +270,6 @@ def test_roberta_counts_from_its_padding() -> None:
             {"token_ids": [[5], [5, 97], [6]]},
             r"item 1: got the tokens \[5, 97\], expected at least one, each from 0 to 96",
         ),
-        ({"token_ids": [[5], [6]]}, "labels: got 3 of them, expected 2"),
         ({"token_ids": [[5], [5.5, 6.0], [6]]}, r"item 1: got the tokens \[5.5, 6.0\]"),
         ({"token_ids": [[5], [True], [6]]}, r"item 1: got the tokens \[True\]"),
         ({"token_ids": [[5], torch.tensor([5]), [6]]}, r"item 1: got the tokens \[tensor\(5\)\]"),
@@ -305,7 +304,8 @@ def test_encoded_sets_of_ones_own(adapters: dict[str, Any], changes: dict[str, A
         ({"choice_ids": None, "choice_tokens": ()}, "choice_tokens: got 0 of them, expected 3"),
         ({"item_choice_tokens": [((4,), (5,), (6,))]}, "item_choice_tokens: got 1 of them, expected 3. Fix: one for each item"),
         ({"item_choice_tokens": [((4,), (5,))] * 3}, "item_choice_tokens: got 2 choices, expected 3"),
-        ({"score": "tokens"}, "score: got 'tokens', expected 'sequence' or 'token'"),
+        ({"score": "tokens"}, "score is 'tokens', expected one of 'sequence', 'token'"),
+        ({"token_ids": [[5], [6]]}, "labels: got 3 of them, expected 2. Fix: one for each item"),
     ],
 )  # fmt: skip
 def test_encoded_sets_whose_parts_do_not_belong_together(changes: dict[str, Any], message: str) -> None:

@@ -116,10 +116,10 @@ def test_encode_takes_choices_of_any_number_of_tokens() -> None:
     assert rows.targets == list(data.choice_tokens) and rows.select([2]).targets == [data.choice_tokens[2]]
     assert predict(bayesian(), data, 2).probabilities.shape == (1, 3)
     for options, choices, wanted in (
-        ({}, ("ab", "a"), "'ab' is 2 tokens.*or score='sequence'"),
-        ({"score": "sequence"}, ("_", "a"), "'_' has no tokens"),
-        ({"score": "sequence"}, ("a_", "a"), "'a_' and 'a' are the same tokens"),
-        ({"score": "mean"}, ("a", "b"), "score='mean': expected 'sequence', 'token'"),
+        ({}, ("ab", "a"), "'ab' after .*: got 2 tokens.*or score='sequence'"),
+        ({"score": "sequence"}, ("_", "a"), "'_' after .*: got no tokens"),
+        ({"score": "sequence"}, ("a_", "a"), "'a' after .*: got the same tokens as 'a_'"),
+        ({"score": "mean"}, ("a", "b"), "score is 'mean', expected one of 'sequence', 'token'"),
         ({"score": "token", "head": True}, ("a", "b"), "score='token' with head=True"),
         ({"by_length": True}, ("a", "b"), "by_length=True without score="),
     ):

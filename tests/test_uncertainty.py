@@ -1,4 +1,4 @@
-"""Detection of strangers and selective prediction: values by hand, definitions pair by pair, ties, sets with one kind only."""
+"""Detection of out-of-distribution items and selective prediction: values by hand, definitions pair by pair, ties, sets with one kind only."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ class TestDetection:
         found = detection(t(0.1, 0.2, 0.4, 0.8), t(0.3, 0.9))
         # Of the eight pairs .3 is above two, .9 above all four.
         assert found.auroc == pytest.approx(6 / 8)
-        # Strangers found at ranks 1 and 4 from the top: precisions 1 and 2 / 4.
+        # Out-of-distribution items found at ranks 1 and 4 from the top: precisions 1 and 2 / 4.
         assert found.aupr == pytest.approx((1 + 2 / 4) / 2)
-        # Own items from the surest: ranks 1, 2, 4, 5.
+        # In-distribution items from the surest: ranks 1, 2, 4, 5.
         assert found.aupr_in == pytest.approx((1 + 1 + 3 / 4 + 4 / 5) / 4)
-        # Both strangers are found at .3 and above, with two of four own items.
+        # Both are found at .3 and above, with two of four in-distribution items.
         assert found.fpr95 == pytest.approx(2 / 4)
         assert (found.items_in, found.items_out) == (4, 2)
         assert json.loads(json.dumps(found.to_dict()))["auroc"] == found.auroc
 
     @pytest.mark.parametrize("levels", [None, 1, 3])
     def test_definitions(self, levels: int | None) -> None:
-        own, strange = random_scores(61, 0, levels), random_scores(37, 1, levels) + 1
-        found = detection(own, strange)
-        assert found.auroc == pytest.approx(pairs(strange, own), abs=1e-6)
-        thresholds = [float(s) for s in strange if float((strange >= s).double().mean()) >= 0.95]
+        own, out = random_scores(61, 0, levels), random_scores(37, 1, levels) + 1
+        found = detection(own, out)
+        assert found.auroc == pytest.approx(pairs(out, own), abs=1e-6)
+        thresholds = [float(s) for s in out if float((out >= s).double().mean()) >= 0.95]
         assert found.fpr95 == pytest.approx(min(float((own >= s).double().mean()) for s in thresholds), abs=1e-6)
-        precision = [(s, float((strange >= s).sum()) / float((torch.cat([own, strange]) >= s).sum())) for s in strange]
-        assert found.aupr == pytest.approx(sum(p for _, p in precision) / len(strange), abs=1e-6)
+        precision = [(s, float((out >= s).sum()) / float((torch.cat([own, out]) >= s).sum())) for s in out]
+        assert found.aupr == pytest.approx(sum(p for _, p in precision) / len(out), abs=1e-6)
 
     def test_nineteen_of_twenty_are_enough(self) -> None:
-        strange = torch.cat([t(0.0), torch.ones(19, dtype=torch.float64)])
-        assert detection(t(0.5, 0.5, 0.1), strange).fpr95 == 0
-        assert detection(t(0.5, 0.5, 0.1), strange[:-1]).fpr95 == 1  # 18 of 19 are not
+        out = torch.cat([t(0.0), torch.ones(19, dtype=torch.float64)])
+        assert detection(t(0.5, 0.5, 0.1), out).fpr95 == 0
+        assert detection(t(0.5, 0.5, 0.1), out[:-1]).fpr95 == 1  # 18 of 19 are not
 
     def test_perfect_useless_and_reversed(self) -> None:
         low, high = t(0.1, 0.2), t(0.3, 0.4, 0.5)
@@ -68,29 +68,29 @@ class TestDetection:
         assert (same.auroc, same.fpr95) == (0.5, 1) and same.aupr == pytest.approx(3 / 5)
 
     def test_only_the_order_counts(self) -> None:
-        own, strange = random_scores(40, 2), random_scores(40, 3) + 0.5
-        found = detection(own, strange)
-        assert detection(own * 1e-20, strange * 1e-20) == found  # no two of them tied by rounding
-        assert detection(own * 1e6 + 3, strange * 1e6 + 3) == found  # nor by a squash of what is large
-        assert detection(own.exp(), strange.exp()) == found
+        own, out = random_scores(40, 2), random_scores(40, 3) + 0.5
+        found = detection(own, out)
+        assert detection(own * 1e-20, out * 1e-20) == found  # no two of them tied by rounding
+        assert detection(own * 1e6 + 3, out * 1e6 + 3) == found  # nor by a squash of what is large
+        assert detection(own.exp(), out.exp()) == found
 
     def test_single_items_and_infinities(self) -> None:
         assert detection(t(0.0), t(math.inf)).auroc == 1 and detection(t(0.0), t(-math.inf)).auroc == 0
 
     @pytest.mark.parametrize(
-        ("own", "strange", "message"),
+        ("own", "out", "message"),
         [
-            (t(), t(1.0), "scores_in: no items; expected at least one"),
-            (t(1.0), t(), "scores_out: no items"),
-            (t(1.0), t(0.0, math.nan), "scores_out: item 1 is nan; expected no NaN"),
-            (t(1.0)[None], t(1.0), r"scores_in: .* shape \(1, 1\); expected floating point of shape \(items,\)"),
-            (torch.tensor([1]), t(1.0), "scores_in: torch.int64"),
+            (t(), t(1.0), r"scores_in: got float64 of shape \(0,\), expected .* at least one"),
+            (t(1.0), t(), r"scores_out: got float64 of shape \(0,\)"),
+            (t(1.0), t(0.0, math.nan), "scores_out: got NaN for item 1, expected none"),
+            (t(1.0)[None], t(1.0), r"scores_in: .* shape \(1, 1\), expected floating point of shape \(items,\)"),
+            (torch.tensor([1]), t(1.0), "scores_in: got int64"),
             (t(1.0), [1.0], "scores_out: got a list, expected a tensor"),
         ],
     )
-    def test_refuses(self, own: Tensor, strange: Tensor, message: str) -> None:
+    def test_refuses(self, own: Tensor, out: Tensor, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            detection(own, strange)
+            detection(own, out)
 
 
 class TestSelective:
@@ -145,15 +145,15 @@ class TestSelective:
     @pytest.mark.parametrize(
         ("scores", "wrong", "message"),
         [
-            (t(), torch.tensor([]).bool(), "scores: no items"),
-            (t(math.nan), torch.tensor([True]), "scores: item 0 is nan"),
+            (t(), torch.tensor([]).bool(), r"scores: got float64 of shape \(0,\)"),
+            (t(math.nan), torch.tensor([True]), "scores: got NaN for item 0"),
             (
                 t(1.0, 2.0),
                 torch.tensor([True]),
-                r"wrong: torch.bool of shape \(1,\); expected torch.bool of shape \(2,\)",
+                r"wrong: got bool of shape \(1,\), expected bool of shape \(2,\)",
             ),
-            (t(1.0), torch.tensor([1]), "wrong: torch.int64"),
-            (t(1.0), [True], "wrong: a list; expected torch.bool"),
+            (t(1.0), torch.tensor([1]), "wrong: got int64"),
+            (t(1.0), [True], "wrong: got a list, expected bool"),
         ],
     )
     def test_refuses(self, scores: Tensor, wrong: Tensor, message: str) -> None:
@@ -190,5 +190,5 @@ class TestScores:
         found = uncertainty_scores(made(torch.stack([1 - rest, rest], dim=-1)[None]))
         assert found["confidence"].argsort().tolist() == [0, 2, 1]
 
-    def test_a_single_pass_knows_of_no_disagreement(self) -> None:
+    def test_a_single_pass_has_no_epistemic_part(self) -> None:
         assert "epistemic" not in uncertainty_scores(made(torch.full((1, 2, 2), 0.5)))

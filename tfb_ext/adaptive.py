@@ -10,32 +10,30 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Independent draws (mirrored pairs, or samples) before the first look. Two or three would need intervals of ten and more
-# standard deviations, and agree by chance too often to be taken for a spread of zero.
+from .checks import check_number
+
+# Independent draws (mirrored pairs, or samples) before the first look: two or three agree by chance too often.
 FIRST_LOOK = 4
-# How many times as many draws at each look as at the one before. Every look costs a share of the error allowed.
-GROWTH = 1.5
+GROWTH = 1.5  # of the draws from look to look; every look costs a share of the error allowed
 
 
 @dataclass(frozen=True)
 class StoppingRule:
     """Stops an item's draws once those left, of N, are unlikely to change its answer (or to move its entropy).
 
-    *Semantics.* Let u = 1..n be the draws made so far of N, p_u(c) their class probabilities, a the class with the largest
-    mean. The draws not yet made are like those made, so the mean difference over all N lies within ::
+    *Semantics.* With the draws u = 1..n of N, their class probabilities p_u(c) and the class a of the largest mean, the mean
+    difference over all N lies within ::
 
         mean_u d_u(c)  +-  t * std_u d_u(c) * sqrt(1/n - 1/N),      d_u(c) = p_u(a) - p_u(c)
 
     with t the quantile of Student's t with n - 1 degrees of freedom at 1 - (1 - confidence) / (looks * (C - 1)): Bonferroni's
-    correction over the looks and the rivals c of a. The item is settled when no rival's interval reaches 0. With ``precision``
-    it is settled instead when the interval of the mean's entropy (linearised in the mean, plus the bias of second order; two
-    sides, corrected for the looks) is no wider than ``precision`` to either side.
+    correction over the looks and the other classes c. The item is settled when no interval reaches 0. With ``precision`` it is
+    settled instead when the interval of the mean's entropy (linearised in the mean, plus the bias of second order; two sides,
+    corrected for the looks) is no wider than ``precision`` to either side.
 
-    What is promised: the answer is that of all N draws with a probability of at least ``confidence`` for every item, where
-    differences are normally distributed over draws; for the many items far from a tie much more often. What is not: exactness
-    where they are far from normal (a rare draw of another opinion that the first draws did not show), nor that the answer of
-    N draws is that of infinitely many, nor (without ``precision``) anything of the probabilities themselves. Draws that all
-    agree settle an item at the first look, after four of them.
+    The answer is that of all N draws with a probability of at least ``confidence`` for every item, where differences are
+    normally distributed over draws. Nothing is promised where they are far from normal, of the answer of infinitely many draws,
+    or (without ``precision``) of the probabilities. Draws that all agree settle an item at the first look.
 
     Attributes:
         confidence: between 0.5 and 1.
@@ -51,24 +49,19 @@ class StoppingRule:
     precision: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.confidence, float) or not 0.5 < self.confidence < 1:
-            raise ValueError(
-                f"adaptive is {self.confidence!r}, expected a confidence between 0.5 and 1 such as 0.95, or None for the same "
-                "number of samples everywhere"
-            )
-        p = self.precision
-        if p is not None and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 < p < math.inf):
-            raise ValueError(f"precision is {p!r}, expected nats above 0 such as 0.01, or None to settle the answer")
+        expected = "a confidence between 0.5 and 1 such as 0.95, or None for the same number of samples everywhere"
+        check_number("adaptive", self.confidence, lambda c: 0.5 < c < 1, expected)
+        if self.precision is not None:
+            expected = "nats above 0 such as 0.01, or None to settle the answer"
+            check_number("precision", self.precision, lambda p: 0 < p < math.inf, expected)
         if self.draws <= FIRST_LOOK:
-            raise ValueError(
-                f"draws is {self.draws}, expected more than {FIRST_LOOK}, which are made before the first look"
-            )
+            raise ValueError(f"draws is {self.draws}, expected more than {FIRST_LOOK}, made before the first look")
 
     @property
     def looks(self) -> tuple[int, ...]:
         """Numbers of draws, ascending, after which an item may stop; N itself, where it must, is not among them."""
         found = [FIRST_LOOK]
-        # One more look shortly before the end could save little, and would cost as much of the error allowed as the others.
+        # One more look shortly before the end could save little.
         while GROWTH * (following := math.ceil(GROWTH * found[-1])) <= self.draws:
             found.append(following)
         return tuple(found)
@@ -100,24 +93,19 @@ def draw_size(samples: Sequence[int], antithetic: bool, given: object) -> int:
     """How many consecutive samples make one independent draw: 2 for mirrored pairs, else 1. ``given`` is what errors show.
 
     Raises:
-        ValueError: a sample comes twice, or some of the samples are mirrored pairs and others are not.
+        ValueError: too few samples, one that comes twice, or some that are mirrored pairs and others that are not.
     """
+    step, kind, different = 1, "samples", {k // 2 for k in samples} if antithetic else set(samples)
     if antithetic and is_paired(samples):
-        step = 2
-    elif len({k // 2 for k in samples} if antithetic else set(samples)) == len(samples):
-        step = 1
-    else:
-        wanted = (
-            "whole mirrored pairs, each side by side with the even number first (a count must be even)"
-            if antithetic
-            else "different numbers"
-        )
+        step, kind = 2, "mirrored pairs"
+    elif len(different) < len(samples):
+        pairs = "whole mirrored pairs, each side by side with the even number first (a count must be even)"
+        wanted = pairs if antithetic else "different numbers"
         raise ValueError(f"samples is {given!r}, expected {wanted}: adaptive= judges by independent draws")
     if len(samples) // step <= FIRST_LOOK:
         raise ValueError(
-            f"samples is {given!r}, expected more than {FIRST_LOOK * step} with adaptive=, which "
-            f"looks first after {FIRST_LOOK} {'mirrored pairs' if step == 2 else 'samples'}; ask for more samples, or leave "
-            "adaptive out"
+            f"samples is {given!r}, expected more than {FIRST_LOOK * step} with adaptive=, which looks first after {FIRST_LOOK} "
+            f"{kind}. Fix: ask for more samples, or leave adaptive out"
         )
     return step
 

@@ -1,4 +1,4 @@
-"""The errors that callers may want to tell apart; everything else is a ``ValueError`` or ``TypeError`` with a sentence."""
+"""The package's own errors, and the shape of every message about a value that is refused."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ class ConfigError(TFBError, ValueError):
 
 class GuardError(UnsupportedModelError, SamplingError):
     """Several samples in one call of this model are not what separate passes give; the message names the difference."""
+
+
+def refusal(what: object, got: object, expected: str, fix: str) -> ValueError:
+    """The error about a value: ``what: got VALUE, expected WHAT. Fix: HOW``."""
+    return ValueError(f"{what}: got {got}, expected {expected}. Fix: {fix}")

@@ -22,10 +22,10 @@ CONFIG_NAME = "tfb_config.json"  # says what the other files of a folder are, so
 
 
 def read_json_object(path: Path, way_out: str) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The JSON object in a file; ``way_out`` ends the message of an error.
 
     Raises:
-        ConfigError: the file cannot be read, is not JSON, or holds something else. ``way_out`` ends the message.
+        ConfigError: the file cannot be read, is not JSON, or holds something else.
     """
     try:
         return parse_json_object(path)
@@ -62,8 +62,8 @@ _TEMPORARY = re.compile(r"\.tfb-[0-9a-z_]{8}")
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: a temporary file in the same folder, then a rename.
 
-    A link is followed. What is no regular file (a device, a pipe), and the file that is this process's standard output, is
-    written to. A new file has the mode that the umask leaves, an old one keeps its own.
+    Links are followed. Devices, pipes and the file that is this process's standard output are written to. A new file has the
+    mode that the umask leaves, an old one keeps its mode and owner.
 
     Raises:
         OSError: it cannot be written; the message names the file.
@@ -72,15 +72,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     try:
         status = os.stat(path) if os.path.exists(path) else None
         stream = None if status is None else _own_stream(status)
-        if stream is not None:
-            stream.flush()
-            with os.fdopen(os.dup(stream.fileno()), "wb") as file:
-                file.write(data)
-        elif status is not None and not stat.S_ISREG(status.st_mode):
-            with open(path, "wb") as file:
-                file.write(data)
-        else:
+        if status is None or (stream is None and stat.S_ISREG(status.st_mode)):
             _replace(Path(os.path.realpath(path)), data, status)
+        else:
+            if stream is not None:
+                stream.flush()
+            with open(path if stream is None else os.dup(stream.fileno()), "wb") as file:
+                file.write(data)
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
@@ -116,7 +114,7 @@ def _replace(path: Path, data: bytes, status: os.stat_result | None) -> None:
 
 
 def new_temporary(folder: Path, directory: bool = False) -> tuple[Path, int]:
-    """A new file or folder and its open handle, locked: as long as the lock is held, nobody takes it for a leftover."""
+    """A new file or folder and its open handle, whose lock says that it is no leftover."""
     while True:
         path = folder / f".tfb-{secrets.token_hex(4)}"
         try:
@@ -153,9 +151,9 @@ def remove_leftovers(folder: Path) -> None:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to write into, whose files are those of ``folder`` once the block ends: all of them, or none.
 
-    Other files in ``folder`` stay. If at most one file changes, it is replaced; if more do, the folders trade places in one step,
-    the new one with the other files as hard links. Where that cannot be (on a mount point, in the current folder, in a file system
-    without it, in another user's folder) the files are replaced one after another, ``tfb_config.json`` last: its fingerprint gives a half-replaced folder away.
+    Other files in ``folder`` stay. One changed file is replaced. For more, the folders are exchanged in one step, the new one with
+    the other files as hard links. Where that cannot be (a mount point, the current folder, another user's folder) the files are
+    replaced one after another, ``tfb_config.json`` last: its fingerprint does not fit a half-replaced folder.
     """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -190,13 +188,11 @@ def _into(staged: Path, folder: Path) -> None:
         changed.append(file.name)
     here = Path.cwd()
     if len(changed) > 1 and folder != here and folder not in here.parents:
-        try:
+        with suppress(OSError, shutil.Error):
             _link_tree(folder, staged)
             _synchronise(staged)
             _exchange(staged, folder)
             return
-        except (OSError, shutil.Error):
-            pass
     for name in changed:
         os.replace(staged / name, folder / name)
 
@@ -217,16 +213,13 @@ def _link_tree(folder: Path, target: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Let two folders trade places in one step (Linux's ``renameat2``, which Python does not have)."""
+    """Exchange two folders in one step (Linux's ``renameat2``, which Python does not have)."""
     import ctypes
 
     at_current, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(b)) from None
-    if rename(at_current, os.fsencode(a), at_current, os.fsencode(b), exchange):
-        number = ctypes.get_errno()
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None or rename(at_current, os.fsencode(a), at_current, os.fsencode(b), exchange):
+        number = errno.ENOSYS if rename is None else ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(b))
 
 
@@ -245,24 +238,22 @@ def check_target(path: Path, folder: bool = False, files: tuple[str, ...] = ()) 
     Raises:
         ValueError: it cannot be; the message says why.
     """
+    why = ""
     try:
-        real = Path(os.path.realpath(path))
-        exists = path.exists()
-        if exists and path.is_dir() != folder:
-            kinds = ("a file", "a folder")
-            raise ValueError(f"{path} is {kinds[not folder]}, expected {kinds[folder]}. Fix: give another name")
-        if exists and not folder and not path.is_file():
-            around, name = path, str(path)
-        else:
-            around = real if folder else real.parent
+        around = Path(os.path.realpath(path))
+        if path.exists() and path.is_dir() != folder:
+            why = "is a file, expected a folder" if folder else "is a folder, expected a file"
+        elif folder or not path.exists() or path.is_file():  # else a device or a pipe, which is written to
+            around = around if folder else around.parent
             while not around.exists() and around != around.parent:
                 around = around.parent
-            name = f"the folder {around}"
             if not around.is_dir():
-                raise ValueError(f"{path} would lie in {around}, expected a folder there. Fix: give another name")
-        if not os.access(around, os.W_OK):
-            raise ValueError(f"{path}: {name} may not be written to, expected one that may. Fix: give another name")
-        for name in files:
-            check_target(path / name)
+                why = f"would lie in {around}, expected a folder there"
+        if not why and not os.access(around, os.W_OK):
+            why = f"cannot be written: {around} may not be written to"
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}). Fix: give another name") from None
+        why = f"cannot be written ({error.strerror})"
+    if why:
+        raise ValueError(f"{path} {why}. Fix: give another name")
+    for name in files:
+        check_target(path / name)

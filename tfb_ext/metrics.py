@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_tensor, has_integers, kind
+from .errors import refusal
+
 BINS = 15
 
 
@@ -59,39 +62,28 @@ def evaluate(probabilities: Tensor, labels: Tensor) -> Metrics:
 
 def check(probabilities: Tensor, labels: Tensor) -> None:
     """Raise the ``ValueError`` of ``evaluate`` unless these are probabilities and labels of the same items."""
-    for name, value in (("probabilities", probabilities), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: got a {type(value).__name__}, expected a tensor. Fix: torch.as_tensor({name})")
-    if labels.device != probabilities.device:
-        raise ValueError(
-            f"labels: got {labels.device}, expected {probabilities.device}, where the probabilities are. Fix: "
-            "labels.to(probabilities.device)"
-        )
+    check_tensor("probabilities", probabilities)
+    if check_tensor("labels", labels).device != probabilities.device:
+        fix = "labels.to(probabilities.device)"
+        raise refusal("labels", labels.device, f"{probabilities.device}, where the probabilities are", fix)
     if probabilities.ndim != 2 or not probabilities.is_floating_point() or probabilities.shape[1] < 2:
-        raise ValueError(
-            f"probabilities: {probabilities.dtype} of shape {tuple(probabilities.shape)}; expected floating point of "
-            "shape (items, classes), at least two classes"
-        )
-    if labels.shape != probabilities.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"labels: {labels.dtype} of shape {tuple(labels.shape)}; expected integers of shape "
-            f"({len(probabilities)},), one for each row of probabilities"
-        )
-    if not len(labels):
-        raise ValueError("probabilities: no items; expected at least one")
-    _refuse_rows(probabilities.isnan().any(1), probabilities, "no NaN")
-    _refuse_rows(((probabilities < 0) | (probabilities > 1)).any(1), probabilities, "values from 0 to 1 (not logits)")
-    sums = probabilities.double().sum(1)
-    _refuse_rows((sums - 1).abs() > 1e-3, probabilities, "a sum of 1")
-    wrong = ((labels < 0) | (labels >= probabilities.shape[1])).nonzero().flatten()
+        expected = "floating point of shape (items, classes), at least two classes"
+        raise refusal("probabilities", kind(probabilities), expected, "pass the probabilities of a prediction")
+    items, classes = probabilities.shape
+    if labels.shape != (items,) or not has_integers(labels):
+        raise refusal("labels", kind(labels), f"integers of shape ({items},)", "one for each row of probabilities")
+    if not items:
+        raise refusal("probabilities", "no items", "at least one", "leave an empty set out")
+    for bad, expected in (
+        (probabilities.isnan(), "no NaN"),
+        ((probabilities < 0) | (probabilities > 1), "values from 0 to 1"),
+        (((probabilities.double().sum(1) - 1).abs() > 1e-3)[:, None], "a sum of 1"),
+    ):
+        rows = bad.any(1).nonzero().flatten()
+        if len(rows):
+            got = f"{probabilities[rows[0]].tolist()} for item {int(rows[0])}"
+            raise refusal("probabilities", got, expected, "pass probabilities, not logits")
+    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
     if len(wrong):
-        raise ValueError(
-            f"labels: item {wrong[0].item()} is {labels[wrong[0]].item()}; expected 0 to {probabilities.shape[1] - 1}"
-        )
-
-
-def _refuse_rows(bad: Tensor, probabilities: Tensor, expected: str) -> None:
-    rows = bad.nonzero().flatten()
-    if len(rows):
-        row = probabilities[rows[0]]
-        raise ValueError(f"probabilities: item {rows[0].item()} is {row.tolist()}; expected {expected}")
+        got = f"{int(labels[wrong[0]])} for item {int(wrong[0])}"
+        raise refusal("labels", got, f"0 to {classes - 1}", "count from 0, and leave unlabelled items out")

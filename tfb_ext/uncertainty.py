@@ -1,7 +1,8 @@
-"""What uncertainty is worth: whether it tells strangers from the data's own items, and errors from right answers.
+"""What uncertainty is worth: whether it tells out-of-distribution items from in-distribution ones, and errors from right
+answers.
 
-Every score here is higher for the more uncertain item. Only the order of the scores counts, never their size, and equal scores
-stay equal: an area under a curve counts a tie half, a risk-coverage curve spreads the errors of tied items evenly.
+Every score is higher for the more uncertain item. Only the order of the scores counts, and equal scores stay equal: an area under
+a curve counts a tie half, a risk-coverage curve spreads the errors of tied items evenly.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .checks import check_number, check_tensor, kind
+from .errors import refusal
 
 if TYPE_CHECKING:
     from .prediction import Prediction
@@ -25,33 +29,30 @@ CURVE_POINTS = 100  # of a curve in JSON
 def uncertainty_scores(prediction: Prediction) -> dict[str, Tensor]:
     """The scores of ``prediction`` by name, each (N,) float64.
 
-    confidence: one minus the probability of the most probable class, added up from the other classes: the difference would
-        round to 0 for every sure item.
-    total, aleatoric, epistemic: the entropies in nats, as :class:`~tfb_ext.prediction.Prediction` has them. A single sample
-        cannot disagree with itself, so the mean adapter has no ``epistemic``.
+    confidence: one minus the probability of the most probable class.
+    total, aleatoric, epistemic: the entropies in nats, as :class:`~tfb_ext.prediction.Prediction` has them; a single sample
+        has no ``epistemic``.
     """
     p = prediction.probabilities.double()
     top = p.argmax(dim=-1, keepdim=True)
-    found = {
-        "confidence": p.scatter(-1, top, 0.0).sum(dim=-1),
-        "total": prediction.total.double(),
-        "aleatoric": prediction.aleatoric.double(),
-    }
-    if len(prediction.sample_probabilities) > 1:
-        found["epistemic"] = prediction.epistemic.double()
+    # Added up from the other classes: one minus the largest would round to 0 for every sure item.
+    found = {"confidence": p.scatter(-1, top, 0.0).sum(dim=-1)}
+    for name in ("total", "aleatoric", *(["epistemic"] if len(prediction.sample_probabilities) > 1 else [])):
+        found[name] = getattr(prediction, name).double()
     return found
 
 
 @dataclass(frozen=True)
 class Detection:
-    """What ``detection`` returns, all of it fractions; the strangers (out of distribution) are the positive class.
+    """What ``detection`` returns, all of it fractions; out-of-distribution items are the positive class.
 
     Attributes:
-        auroc: area under the ROC curve: the probability that a stranger's score is above an own item's, ties counted half.
-        aupr: area under the precision-recall curve (average precision); a score without use has the strangers' share.
-        aupr_in: the same with the own items as the positive class, and the score negated.
-        fpr95: the smallest share of own items taken for strangers at a threshold that finds at least 95 % of the strangers.
-        items_in, items_out: how many own items and strangers.
+        auroc: area under the ROC curve: the probability that an out-of-distribution item's score is above an in-distribution
+            item's, ties counted half.
+        aupr: area under the precision-recall curve (average precision); a score without use has the share of the positives.
+        aupr_in: the same with the in-distribution items as the positive class, and the score negated.
+        fpr95: the smallest share of in-distribution items above a threshold that finds at least 95 % of the others.
+        items_in, items_out: how many items in and out of distribution.
     """
 
     auroc: float
@@ -67,29 +68,27 @@ class Detection:
 
 
 def detection(scores_in: Tensor, scores_out: Tensor) -> Detection:
-    """How well a score of uncertainty tells strangers from the items of the data's own distribution.
+    """How well a score of uncertainty tells out-of-distribution items from the data's own.
 
     Args:
-        scores_in: (N_in,) floating point, the own items' scores, higher for the more uncertain.
-        scores_out: (N_out,) the strangers'.
+        scores_in: (N_in,) floating point, of in-distribution items, higher for the more uncertain.
+        scores_out: (N_out,) of out-of-distribution items.
 
     Raises:
         ValueError: wrong shapes or types, no items on either side, NaN.
     """
     from torchmetrics.functional.classification import binary_average_precision, binary_roc
 
-    _check_scores("scores_in", scores_in)
-    _check_scores("scores_out", scores_out)
-    n_in, n_out = len(scores_in), len(scores_out)
+    n_in, n_out = _check_scores("scores_in", scores_in), _check_scores("scores_out", scores_out)
     ranks = _ranks(torch.cat([scores_in.double().cpu(), scores_out.double().cpu()]))
-    strange = torch.cat([torch.zeros(n_in), torch.ones(n_out)]).long()
-    fpr, tpr, _ = binary_roc(ranks, strange)
-    # Counted in whole strangers: 19 of 20 are 95 %, whatever 0.95 rounds to.
+    out = torch.cat([torch.zeros(n_in), torch.ones(n_out)]).long()
+    fpr, tpr, _ = binary_roc(ranks, out)
+    # Counted in whole items: 19 of 20 are 95 %, whatever 0.95 rounds to.
     found = (tpr.double() * n_out).round() >= ceil(TPR * n_out - 1e-9)
     return Detection(
-        auroc=_auroc(ranks, strange),
-        aupr=binary_average_precision(ranks, strange).item(),
-        aupr_in=binary_average_precision(1 - ranks, 1 - strange).item(),
+        auroc=_auroc(ranks, out),
+        aupr=binary_average_precision(ranks, out).item(),
+        aupr_in=binary_average_precision(1 - ranks, 1 - out).item(),
         fpr95=fpr[found].min().item(),
         items_in=n_in,
         items_out=n_out,
@@ -98,15 +97,14 @@ def detection(scores_in: Tensor, scores_out: Tensor) -> Detection:
 
 @dataclass(frozen=True)
 class Selective:
-    """What ``selective`` returns: the error rate (risk) among the answers given, if only the surer items are answered.
+    """What ``selective`` returns: the error rate (risk) if only the surer items are answered.
 
     Attributes:
         coverage: (N,) float64, share of items answered: n / N for the n = 1 .. N least uncertain.
         risk: (N,) float64, error rate among these.
         aurc: area under the risk-coverage curve, the mean of ``risk`` (Geifman and El-Yaniv); lower is better.
         eaurc: excess of ``aurc`` over that of the best order, all errors last, at the same accuracy.
-        auroc: probability that an error's score is above a right answer's, ties counted half; ``None`` where there is no
-            error, or nothing but errors.
+        auroc: probability that an error's score is above a right answer's, ties counted half; ``None`` where all are of a kind.
     """
 
     coverage: Tensor
@@ -117,21 +115,18 @@ class Selective:
 
     def risk_at(self, coverage: float) -> float:
         """Error rate if at least this share of the items, in (0, 1], is answered."""
-        if not 0 < coverage <= 1:
-            raise ValueError(f"coverage is {coverage!r}; expected a share of the items above 0 and up to 1")
-        items = ceil(coverage * len(self.risk) - 1e-9)
+        share = check_number("coverage", coverage, lambda c: 0 < c <= 1, "a share of the items above 0 and up to 1")
+        items = ceil(share * len(self.risk) - 1e-9)
         return self.risk[max(items, 1) - 1].item()
 
     def coverage_at(self, risk: float) -> float:
         """The largest share of items that can be answered with an error rate of at most ``risk``, in [0, 1]; 0 if none."""
-        if not 0 <= risk <= 1:
-            raise ValueError(f"risk is {risk!r}; expected an error rate from 0 to 1")
-        below = (self.risk <= risk + 1e-12).nonzero().flatten()
+        most = check_number("risk", risk, lambda r: 0 <= r <= 1, "an error rate from 0 to 1")
+        below = (self.risk <= most + 1e-12).nonzero().flatten()
         return self.coverage[below[-1]].item() if len(below) else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: the areas, the risk at coverages of 50, 80, 90 and 95 %, the coverage at risks of 1, 5 and 10 %, and
-        the curve at up to 100 coverages."""
+        """Ready for JSON: the areas, the risk at ``COVERAGES``, the coverage at ``RISKS``, and the curve at up to 100 points."""
         step = max(len(self.risk) / CURVE_POINTS, 1.0)
         at = sorted({ceil(step * (i + 1) - 1e-9) - 1 for i in range(min(len(self.risk), CURVE_POINTS))})
         return {
@@ -145,7 +140,7 @@ class Selective:
 
 
 def selective(scores: Tensor, wrong: Tensor) -> Selective:
-    """Selective prediction by a score of uncertainty: answer the surest items first, leave the others to someone else.
+    """Selective prediction by a score of uncertainty: the surest items are answered first.
 
     Args:
         scores: (N,) floating point, higher for the more uncertain.
@@ -154,14 +149,11 @@ def selective(scores: Tensor, wrong: Tensor) -> Selective:
     Raises:
         ValueError: wrong shapes or types, no items, NaN.
     """
-    _check_scores("scores", scores)
+    items = _check_scores("scores", scores)
     if not isinstance(wrong, Tensor) or wrong.shape != scores.shape or wrong.dtype != torch.bool:
-        got = (
-            f"{wrong.dtype} of shape {tuple(wrong.shape)}" if isinstance(wrong, Tensor) else f"a {type(wrong).__name__}"
-        )
-        raise ValueError(f"wrong: {got}; expected torch.bool of shape {tuple(scores.shape)}, one for each score")
+        raise refusal("wrong", kind(wrong), f"bool of shape ({items},)", "one for each score")
     scores, wrong = scores.cpu(), wrong.cpu()
-    items, errors = len(wrong), int(wrong.sum())
+    errors = int(wrong.sum())
     n = torch.arange(1, items + 1, dtype=torch.float64)
     _, group, counts = scores.unique(return_inverse=True, return_counts=True)
     group_errors = torch.bincount(group, weights=wrong.double(), minlength=len(counts))
@@ -188,21 +180,18 @@ def _auroc(ranks: Tensor, positive: Tensor) -> float:
 
 
 def _ranks(scores: Tensor) -> Tensor:
-    """The order of the scores as float64 from 0 to 1, ties equal: torchmetrics squashes what lies outside, which ties large
-    scores, and a scale would tie close ones."""
+    """The order of the scores as float64 from 0 to 1, ties equal."""
+    # torchmetrics squashes what lies outside, which ties large scores, and a scale would tie close ones.
     values, inverse = scores.unique(return_inverse=True)
     return inverse.double() / max(len(values) - 1, 1)
 
 
-def _check_scores(name: str, scores: Tensor) -> None:
-    if not isinstance(scores, Tensor):
-        raise ValueError(f"{name}: got a {type(scores).__name__}, expected a tensor. Fix: torch.as_tensor({name})")
-    if scores.ndim != 1 or not scores.is_floating_point():
-        raise ValueError(
-            f"{name}: {scores.dtype} of shape {tuple(scores.shape)}; expected floating point of shape (items,)"
-        )
-    if not len(scores):
-        raise ValueError(f"{name}: no items; expected at least one")
+def _check_scores(name: str, scores: Tensor) -> int:
+    """How many scores there are."""
+    if check_tensor(name, scores).ndim != 1 or not scores.is_floating_point() or not len(scores):
+        expected = "floating point of shape (items,), at least one"
+        raise refusal(name, kind(scores), expected, "one score for each item")
     bad = scores.isnan().nonzero().flatten()
     if len(bad):
-        raise ValueError(f"{name}: item {bad[0].item()} is nan; expected no NaN")
+        raise refusal(name, f"NaN for item {bad[0].item()}", "none", "leave the item out")
+    return len(scores)

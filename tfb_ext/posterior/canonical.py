@@ -1,16 +1,13 @@
 """The low-rank Gaussian over one adapter matrix, in canonical form.
 
-A LoRA layer adds ``s B A`` to its weight, ``B`` (m, r), ``A`` (r, n). The Training-Free Bayesianization posterior
-(Shi et al., NeurIPS 2025, equation 5 and Theorem 4.1) is, with ``B = U diag(d) V^T``,
+A LoRA layer adds ``s B A`` to its weight, ``B`` (m, r), ``A`` (r, n). With ``B = U diag(d) V^T`` its posterior (Shi et al.,
+NeurIPS 2025, equation 5 and Theorem 4.1) is ::
 
     dW_k = s U (M + sigma E_k),   M = U^T B A (rank, n),   E_k ~ N(0, 1)
 
-because the division by ``d`` in the paper's ``Omega = sigma / d`` meets a multiplication by ``d`` in ``B'``. Only the
-range of ``B`` matters for the distribution. The individual samples depend on the basis of it, so the basis here is the
-one that every machine agrees on: Gram-Schmidt on the columns of ``B`` in their order, positive diagonal, float64, CPU.
-
-The other variance families (:mod:`tfb_ext.research.families`) differ in what is noisy: the entries of ``A`` themselves, or all
-entries of the update.
+because the division by ``d`` in the paper's ``Omega = sigma / d`` meets a multiplication by ``d`` in ``B'``. The samples
+depend on the basis of ``B``'s range, so it is one that every machine agrees on: Gram-Schmidt on the columns in their order,
+positive diagonal, float64, CPU. The other variance families are in :mod:`tfb_ext.research.families`.
 """
 
 from __future__ import annotations
@@ -25,14 +22,10 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 
-_WRAPPERS = ("base_model.model.", "_orig_mod.")
-
 
 def canonical_name(name: str) -> str:
-    """The module's name in the base model: PEFT's and ``torch.compile``'s wrappers are taken out of it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    """The module's name in the base model, without PEFT's and ``torch.compile``'s wrappers."""
+    return name.replace("base_model.model.", "").replace("_orig_mod.", "")
 
 
 def layer_id(name: str) -> int:
@@ -41,18 +34,19 @@ def layer_id(name: str) -> int:
 
 
 def unique_layer_ids(names: Iterable[str]) -> dict[str, int]:
-    """``layer_id`` of every name; two names with one CRC-32 would share their noise, so that is an error."""
-    ids: dict[str, int] = {}
+    """``layer_id`` of every name.
+
+    Raises:
+        UnsupportedModelError: two names have one CRC-32 and would draw the same noise.
+    """
+    ids = {name: layer_id(name) for name in names}
     owner: dict[int, str] = {}
-    for name in names:
-        number = layer_id(name)
-        if number in owner and owner[number] != name:
+    for name, number in ids.items():
+        if owner.setdefault(number, name) != name:
             raise UnsupportedModelError(
-                f"layers {owner[number]!r} and {name!r} have the same noise number {number:#010x} (CRC-32 of the name) and "
-                "would draw the same noise; rename one of the modules, or Bayesianise fewer layers with depth="
+                f"layers {owner[number]!r} and {name!r} have the same noise number {number:#010x} (CRC-32 of the name), expected "
+                "different ones. Fix: rename one of the modules, or Bayesianise fewer layers with depth="
             )
-        owner[number] = name
-        ids[name] = number
     return ids
 
 
@@ -63,11 +57,9 @@ class LayerPosterior:
     Attributes:
         name: canonical module name.
         layer: the noise counter's word for it (CRC-32 of the name).
-        basis: ``U`` (m, rank), float32, orthonormal columns spanning the range of ``B``; ``B`` itself for the family
-            ``"constant"``.
-        mean: ``M`` (rank, n), float32; ``A`` for the family ``"constant"``.
-        singular_values: ``d``, float64, of ``B``, descending, those that count as zero left out: for reports and for the
-            paper's ``Omega``.
+        basis: ``U`` (m, rank), float32, orthonormal columns spanning the range of ``B``; for the family ``"constant"`` ``B``.
+        mean: ``M`` (rank, n), float32; for the family ``"constant"`` ``A``.
+        singular_values: ``d`` of ``B``, float64, descending, without those that count as zero.
         scaling: LoRA's ``s``.
         family: variance family, see :mod:`tfb_ext.research.families`.
     """
@@ -91,49 +83,46 @@ class LayerPosterior:
         return rows * self.mean.shape[1]
 
     def omega(self, sigma: float) -> Tensor:
-        """Standard deviations of the rows of the paper's ``A'``, one a singular value, float64.
-
-        ``sigma / d_i`` (equation 5); ``sigma`` for the family ``"constant"``, whose law no rotation of ``A`` changes.
+        """Standard deviations of the rows of the paper's ``A'``, float64: ``sigma / d_i`` (equation 5), or ``sigma`` for the
+        family ``"constant"``.
 
         Raises:
             ValueError: the family is ``"full-rank"``, whose noise leaves the range of ``B``, so that no ``A'`` has it.
         """
         if self.family == "full-rank":
+            fix = "use the family 'low-rank' or 'constant'"
             raise ValueError(
-                f"layer {self.name!r}: a full-rank posterior has no Omega, as its noise is no noise of A; use the family "
-                "'low-rank' or 'constant'"
+                f"layer {self.name!r}: a full-rank posterior has no Omega, its noise is not of A. Fix: {fix}"
             )
-        return (
-            torch.full_like(self.singular_values, sigma) if self.family == "constant" else sigma / self.singular_values
-        )
+        d = self.singular_values
+        return torch.full_like(d, sigma) if self.family == "constant" else sigma / d
 
 
 def orthonormal_basis(b: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram-Schmidt basis of the range of ``b`` (m, r) and its singular values.
+    """Gram-Schmidt basis ``U`` (m, rank) of the range of ``b`` (m, r), and its singular values (rank,): float64, CPU.
 
-    Returns ``U`` (m, rank) and ``d`` (rank,), float64 on the CPU. Singular values ``<= 4 min(m, r) eps(float32) d_max``
-    count as zero; as many columns of ``b``, those that add least to the ones before them, bring no direction.
-
-    The bound covers what rounding to float32 leaves of a dependent column, whose error grows with its norm and not with
-    the number of its rows. A bound that grows with m would drop real directions of tall matrices, and with them a part of
-    the mean.
+    Singular values ``<= 4 min(m, r) eps(float32) d_max`` count as zero; as many columns of ``b``, those that add least to the
+    ones before them, bring no direction.
 
     Raises:
         ValueError: ``b`` is all zero (nothing was learnt) or not finite.
     """
     b64 = b.detach().to("cpu", torch.float64)
     if not torch.isfinite(b64).all():
-        raise ValueError("B holds NaN or infinite values")
+        raise ValueError("lora_B holds NaN or infinite values; the adapter file is damaged")
     if b64.numel() == 0 or not b64.any():
-        raise ValueError("B is all zero: its range is empty, so the posterior has no direction to vary in")
+        raise ValueError(
+            "lora_B is all zero, so that the posterior has no direction to vary in. Fix: train the adapter first, or take the layer "
+            "out of the adapter's target_modules"
+        )
     q, upper = torch.linalg.qr(b64)
     d = torch.linalg.svdvals(upper)
+    # What rounding to float32 leaves of a dependent column grows with its norm, not with its rows: a bound that grows with m
+    # would drop real directions of tall matrices.
     tolerance = 4 * min(b64.shape) * torch.finfo(torch.float32).eps * float(d[0])
     rank = int((d > tolerance).sum())
-    if rank == b64.shape[1]:
-        return q * upper.diagonal().sign(), d
-    kept = _independent_columns(b64, rank)
-    q, upper = torch.linalg.qr(b64[:, kept])
+    if rank < b64.shape[1]:
+        q, upper = torch.linalg.qr(b64[:, _independent_columns(b64, rank)])
     return q * upper.diagonal().sign(), d[:rank].clone()
 
 
@@ -161,27 +150,25 @@ def layer_posterior(name: str, a: Tensor, b: Tensor, scaling: float, family: str
             the message names the layer.
     """
     name = canonical_name(name)
-    if a.is_meta or b.is_meta:
-        raise UnsupportedModelError(
-            f"layer {name!r}: its adapter weights are on the meta device (offloaded); Bayesianise before dispatching or "
-            "offloading the model"
-        )
-    if b.shape[1] != a.shape[0]:
-        raise UnsupportedModelError(f"layer {name!r}: lora_B {tuple(b.shape)} and lora_A {tuple(a.shape)} do not chain")
-    if not math.isfinite(scaling) or scaling == 0:
-        raise UnsupportedModelError(f"layer {name!r}: LoRA scaling is {scaling}, expected a finite non-zero number")
-    a64 = a.detach().to("cpu", torch.float64)
-    if not torch.isfinite(a64).all():
-        raise UnsupportedModelError(f"layer {name!r}: lora_A holds NaN or infinite values; the adapter file is damaged")
     try:
+        if a.is_meta or b.is_meta:
+            raise ValueError(
+                "its adapter weights are on the meta device (offloaded); Bayesianise before dispatching the model"
+            )
+        if b.shape[1] != a.shape[0]:
+            raise ValueError(f"lora_B {tuple(b.shape)} and lora_A {tuple(a.shape)} do not chain")
+        if not math.isfinite(scaling) or scaling == 0:
+            raise ValueError(f"LoRA scaling is {scaling}, expected a finite non-zero number")
+        a64 = a.detach().to("cpu", torch.float64)
+        if not torch.isfinite(a64).all():
+            raise ValueError("lora_A holds NaN or infinite values; the adapter file is damaged")
         basis, d = orthonormal_basis(b)
     except ValueError as error:
-        raise UnsupportedModelError(
-            f"layer {name!r}: lora_{error}; train the adapter first, or take the layer out of the adapter's target_modules"
-        ) from None
+        raise UnsupportedModelError(f"layer {name!r}: {error}") from None
     if family == "constant":
-        a32, b32 = (t.detach().to("cpu", torch.float32, copy=True).contiguous() for t in (a, b))
-        return LayerPosterior(name, layer_id(name), b32, a32, d, float(scaling), family)
-    # (U^T B) A, never B A: that one has the full weight's size, 5 GB for a head of 150k rows.
-    mean = ((basis.T @ b.detach().to("cpu", torch.float64)) @ a64).float().contiguous()
-    return LayerPosterior(name, layer_id(name), basis.float().contiguous(), mean, d, float(scaling), family)
+        mean, basis = (t.detach().to("cpu", torch.float32, copy=True) for t in (a, b))
+    else:
+        # (U^T B) A, never B A: that one has the full weight's size, 5 GB for a head of 150k rows.
+        mean = (basis.T @ b.detach().to("cpu", torch.float64)) @ a64
+    parts = (basis.float().contiguous(), mean.float().contiguous(), d)
+    return LayerPosterior(name, layer_id(name), *parts, float(scaling), family)

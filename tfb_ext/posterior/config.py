@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import __version__
-from ..checks import check_sigma
+from ..checks import check_choice, check_count, check_seed, check_sigma
 from ..errors import ConfigError
 from ..files import CONFIG_NAME, read_json_object, write_atomically
 
-# Version 2 added the family, which a reader of version 1 would take for "low-rank" without a word. From version 3 on the
-# fingerprint is of the layers' scaling too.
+# Version 2 added the family: a reader of version 1 would take every family for "low-rank". From version 3 on the fingerprint is
+# of the layers' scaling too.
 FORMAT_VERSION = 3
 MODES = ("weight", "flipout", "token")
 FAMILIES = ("low-rank", "constant", "full-rank")
 
 
 def check_family(value: str) -> str:
-    if value not in FAMILIES:
-        raise ValueError(f"family is {value!r}, expected one of {', '.join(map(repr, FAMILIES))}")
+    check_choice("family", value, FAMILIES)
     return value
 
 
@@ -78,7 +78,7 @@ class TFBConfig:
 
     @classmethod
     def read(cls, folder: str | Path) -> TFBConfig:
-        """Read ``tfb_config.json`` from an adapter's folder.
+        """The configuration in an adapter's folder.
 
         Raises:
             ConfigError: no such file, not JSON, written by a newer format, or a field of the wrong type or value.
@@ -86,7 +86,7 @@ class TFBConfig:
         path = Path(folder) / CONFIG_NAME
         if not path.exists():
             raise ConfigError(
-                f"{path} does not exist: this adapter has no saved posterior; make one with tfb_ext.bayesianize and "
+                f"{path} does not exist: this adapter has no saved posterior. Fix: make one with tfb_ext.bayesianize and "
                 "save_pretrained, or `tfb search --save`"
             )
         raw = read_json_object(path, "write it again with a search")
@@ -95,73 +95,24 @@ class TFBConfig:
             raise ConfigError(f"{path}: format_version is {version!r}, expected an integer from 1 to {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise ConfigError(
-                f"{path} has format_version {version}, this tfb_ext {__version__} reads up to {FORMAT_VERSION}; "
-                f"upgrade tfb_ext (the file was written by {raw.get('package_version')})"
+                f"{path} has format_version {version}, this tfb_ext {__version__} reads up to {FORMAT_VERSION}; upgrade "
+                f"tfb_ext (the file was written by {raw.get('package_version')})"
             )
         if version == 1:
-            raw = {**raw, "family": "low-rank"}
-        fields: dict[str, Any] = {name: raw.get(name) for name in cls.__dataclass_fields__}
-        _check_fields(path, raw)
-        fields["layers"] = tuple(raw["layers"])
-        return cls(**fields)
+            raw["family"] = "low-rank"
+        for name, good, wanted in _FIELDS:
+            if not good(raw.get(name)):
+                _refuse(path, name, raw.get(name), wanted)
+        if raw["family"] == "full-rank" and raw["mode"] != "token":
+            _refuse(path, "mode", raw["mode"], "'token', the only one of family 'full-rank'")
+        return cls(**{name: raw.get(name) for name in cls.__dataclass_fields__} | {"layers": tuple(raw["layers"])})
 
 
-def _check_fields(path: Path, raw: dict[str, Any]) -> None:
-    def sigma(value: Any) -> bool:
-        with suppress(ValueError):
-            return check_sigma(value) > 0
-        return False
-
-    checks: list[tuple[str, bool, str]] = [
-        (
-            "sigma",
-            raw.get("sigma") is None or sigma(raw["sigma"]),
-            "within float32, a positive number or null",
-        ),
-        ("seed", type(raw.get("seed")) is int and 0 <= raw["seed"] < 2**64, "an integer in [0, 2**64)"),
-        ("mode", raw.get("mode") in MODES, " or ".join(map(repr, MODES))),
-        ("family", raw.get("family") in FAMILIES, " or ".join(map(repr, FAMILIES))),
-        (
-            "mode",
-            raw.get("family") != "full-rank" or raw.get("mode") == "token",
-            "'token', the only one of family 'full-rank'",
-        ),
-        ("antithetic", isinstance(raw.get("antithetic"), bool), "true or false"),
-        (
-            "depth",
-            raw.get("depth") in ("all", "head") or (type(raw.get("depth")) is int and raw["depth"] > 0),
-            "a positive number of blocks, 'all' or 'head'",
-        ),
-        (
-            "layers",
-            isinstance(raw.get("layers"), list)
-            and bool(raw["layers"])
-            and all(isinstance(n, str) for n in raw["layers"]),
-            "a list of layer names",
-        ),
-        (
-            "fingerprint",
-            raw.get("fingerprint") is None or isinstance(raw["fingerprint"], str),
-            "a SHA-256 in hexadecimal or null",
-        ),
-        (
-            "base_model",
-            raw.get("base_model") is None or isinstance(raw["base_model"], str),
-            "the base model's name or null",
-        ),
-        ("search", raw.get("search") is None or isinstance(raw["search"], dict), "an object or null"),
-        ("search", _is_plain(raw.get("search")), "finite numbers and text, at most 20 deep, or null"),
-    ]
-    for name, good, wanted in checks:
-        if not good:
-            raise ConfigError(
-                f"{path}: {name} is {_short(raw.get(name))}, expected {wanted}; write the file again with a search"
-            )
-
-
-def _short(value: Any) -> str:
-    text = "nested too deeply" if isinstance(value, dict | list) and not _is_plain(value) else repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+def _passes(check: Callable[[Any], object], value: Any) -> bool:
+    with suppress(ValueError, RecursionError):  # values may be nested too deeply to be shown
+        check(value)
+        return True
+    return False
 
 
 def _is_plain(value: Any, levels: int = 20) -> bool:
@@ -170,3 +121,33 @@ def _is_plain(value: Any, levels: int = 20) -> bool:
         parts = value.values() if isinstance(value, dict) else value
         return levels > 0 and all(_is_plain(part, levels - 1) for part in parts)
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def _is_depth(value: Any) -> bool:
+    return value in ("all", "head") or _passes(lambda number: check_count("depth", number), value)
+
+
+def _is_layers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+# Field, what holds for it, and that in words.
+_FIELDS: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("sigma", lambda v: v is None or _passes(check_sigma, v), "within float32, a positive number or null"),
+    ("seed", lambda v: _passes(check_seed, v), "an integer in [0, 2**64)"),
+    ("mode", lambda v: v in MODES, " or ".join(map(repr, MODES))),
+    ("family", lambda v: v in FAMILIES, " or ".join(map(repr, FAMILIES))),
+    ("antithetic", lambda v: isinstance(v, bool), "true or false"),
+    ("depth", _is_depth, "a positive number of blocks, 'all' or 'head'"),
+    ("layers", _is_layers, "a list of layer names"),
+    ("fingerprint", lambda v: isinstance(v, str | None), "a SHA-256 in hexadecimal or null"),
+    ("base_model", lambda v: isinstance(v, str | None), "the base model's name or null"),
+    ("search", lambda v: isinstance(v, dict | None), "an object or null"),
+    ("search", _is_plain, "finite numbers and text, at most 20 deep, or null"),
+]
+
+
+def _refuse(path: Path, name: str, value: Any, wanted: str) -> NoReturn:
+    got = repr(value) if _is_plain(value) or isinstance(value, float) else "nested too deeply"
+    got = got if len(got) <= 200 else f"{got[:200]}..."
+    raise ConfigError(f"{path}: {name} is {got}, expected {wanted}; write the file again with a search")
