@@ -5,19 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 # The kernels take sigma as float32, in which a smaller number is subnormal or 0 and a larger one is infinite.
 LEAST_SIGMA, MOST_SIGMA = 1.17549435e-38, 3.4028234e38
+# JSON also reads Infinity, NaN and integers beyond any float.
+MOST_NUMBER = 1e300
 # Sample numbers reach 2**31; so many of them at once would fill the memory of any machine before the first forward.
 MOST_SAMPLES = 2**16
 
 
-def is_integer(value: object) -> bool:
-    """Whether ``value`` is an integer of any library; a bool is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether ``value`` is an integer of any library from ``least`` to ``most``; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most
+
+
+def is_number(value: Any, least: float = -MOST_NUMBER, most: float = MOST_NUMBER) -> TypeGuard[float]:
+    """Whether ``value`` is a finite number from ``least`` to ``most``; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(least <= value <= most)  # type: ignore[operator]
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -36,6 +44,17 @@ def check_count(name: str, value: object, what: str = "a count", least: int = 1,
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} is {value!r}, expected {what} {bounds}. Fix: pass {name}={least} or more")
     return number
+
+
+def check_number(name: str, value: object, what: str, above: float = 0.0, below: float = math.inf) -> float:
+    """``value`` as a float between ``above`` and ``below``, which are outside.
+
+    Raises:
+        ValueError: it is no number, or outside.
+    """
+    if not is_number(value) or not above < value < below:
+        raise ValueError(f"{name} is {value!r}, expected {what}")
+    return float(value)
 
 
 def check_sigma(value: object) -> float:

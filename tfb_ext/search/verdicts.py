@@ -1,4 +1,4 @@
-"""From per-anchor records to a verdict, with its uncertainty over anchors."""
+"""From per-anchor records to verdicts by the criterion, each with its uncertainty over anchors."""
 
 from __future__ import annotations
 
@@ -11,22 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .methods import ROOT_USED
-from .plan import Plan
+from .criterion import Criterion
+from .plan import ROOT_USED, Plan
 from .records import FIELDS, Records
 from .result import Evaluation
 
 # Resamples of the anchors, fewer where there are very many anchors: their errors are small then.
 RESAMPLES, RESAMPLED_NUMBERS = 1000, 20_000_000
 SET_RESAMPLES = 100  # of a metric that is a function of the whole set and must be called for each
-# A comparison is also settled once the amount is known to this share of the tolerance: by the square law that is half of it
-# in sigma.
+# A comparison is also settled once the amount is known to this share of the tolerance: by the square law half of it in sigma.
 SETTLED_SHARE = 0.05
-# Metrics whose change at an anchor is a smooth function of sigma.
-SMOOTH = ("nll", "brier")
 # Where between this and its inverse of the tolerance is used up, the root finder's next sigma lies close by.
 NEAR = 0.7
-# Fewer anchors than this settle nothing: the normal approximation of their mean is not to be trusted.
+# Fewer anchors than this settle nothing: the normal approximation of their mean does not hold.
 SETTLING_ITEMS = 32
 
 
@@ -36,8 +33,9 @@ class _Change:
 
     Attributes:
         value: the metric itself.
-        amount: what the tolerance bounds: harm, or for a two-sided bound its size.
-        resampled: (R,) the same over resamples of the anchors, in units of what is allowed there; ``None`` below two anchors.
+        amount: what the tolerance bounds.
+        resampled: (R,) over resamples of the anchors: the used share of the tolerance, or the change where there is none;
+            ``None`` below two anchors.
         error: standard error of the change.
     """
 
@@ -49,7 +47,7 @@ class _Change:
 
 @dataclass(frozen=True)
 class _Guess:
-    """What the mean change over all anchors is, guessed from those seen.
+    """The mean change over all anchors, guessed from those seen.
 
     Attributes:
         value: the guess.
@@ -64,28 +62,24 @@ class _Guess:
     slope: float = 0.0
 
 
-class Rule:
-    """Judges records by a plan.
-
-    Args:
-        plan: what is looked for.
-        records: with the mean adapter's baseline in.
-    """
+class Verdicts:
+    """Judges ``records``, with the mean adapter's baseline in, by a plan."""
 
     def __init__(self, plan: Plan, records: Records) -> None:
         self.plan = plan
         self.records = records
         self.size = len(records)
+        name = plan.metric if isinstance(plan.metric, str) else ""
+        self.criterion = Criterion(name, plan.tolerance, plan.bound, plan.objective, self.size, plan.per_item)
         self._changes: dict[tuple[int, float], _Change] = {}
 
-    # Resamples --------------------------------------------------------------------------------------------------------
+    # Resamples of the anchors -----------------------------------------------------------------------------------------
 
     @cached_property
     def counts(self) -> Tensor:
         """(R, items) float64: how often each anchor is in each resample; the same for every sigma, so that they compare."""
         times = max(200, min(RESAMPLES, RESAMPLED_NUMBERS // max(self.size, 1)))
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(self.size, (times, self.size), generator=generator)
+        drawn = torch.randint(self.size, (times, self.size), generator=torch.Generator().manual_seed(0))
         counts = torch.zeros(times, self.size, dtype=torch.float32)
         counts.scatter_add_(1, drawn, torch.ones_like(counts))
         return counts.double()
@@ -96,47 +90,26 @@ class Rule:
 
     # Changes ----------------------------------------------------------------------------------------------------------
 
-    def column(self, name: str, values: Tensor) -> Tensor:
-        return values[:, FIELDS.index(name)]
+    def _metric(self, values: Tensor) -> Tensor:
+        """(items,) the records' column that the metric is the mean of."""
+        return _column({"accuracy": "right", "flips": "flip"}.get(self.criterion.metric, self.criterion.metric), values)
 
     def harm(self, values: Tensor) -> Tensor:
         """(items,) what each anchor adds to the change, in the direction that is worse; NaN where it was not run."""
-        base = self.records.baseline
-        return self.worse * (self.column(self.field, values) - self.column(self.field, base))
-
-    @property
-    def field(self) -> str:
-        """The records' column that the metric is the mean of."""
-        return {"accuracy": "right", "flips": "flip"}.get(self.plan.metric_name, self.plan.metric_name)
-
-    @property
-    def worse(self) -> float:
-        """1 where a higher metric is worse, else -1."""
-        return -1.0 if self.plan.metric == "accuracy" else 1.0
+        return self.criterion.worse * (self._metric(values) - self._metric(self.records.baseline))
 
     @cached_property
     def base_value(self) -> float:
         """The mean adapter's metric."""
-        if not isinstance(self.plan.metric, str):
+        if callable(self.plan.metric):
             return self._custom(0.0, -1, slice(None))
-        return float(self.column(self.field, self.records.baseline).mean())
-
-    def allowed(self, base: Any) -> Any:
-        """The greatest amount that satisfies the tolerance, for a mean adapter whose metric is ``base``."""
-        if self.plan.metric == "flips":
-            return self.plan.tolerance
-        width = self.plan.tolerance * abs(base)
-        return width * self.size if self.plan.per_item else width
-
-    def _amount(self, harm: Any) -> Any:
-        one_sided = self.plan.bound == "one-sided" or self.plan.metric == "flips"
-        return harm if one_sided else abs(harm)
+        return float(self._metric(self.records.baseline).mean())
 
     def change(self, first: int, sigma: float) -> _Change:
         """By the records as they are when it is asked for first: a sigma's run over the anchors has ended then."""
         if (first, sigma) not in self._changes:
-            own = not isinstance(self.plan.metric, str)
-            self._changes[first, sigma] = (self._custom_change if own else self._named_change)(first, sigma)
+            of = self._custom_change if callable(self.plan.metric) else self._named_change
+            self._changes[first, sigma] = of(first, sigma)
         return self._changes[first, sigma]
 
     def _named_change(self, first: int, sigma: float) -> _Change:
@@ -144,25 +117,26 @@ class Rule:
         seen = ~harm.isnan()
         guess = self.guess(first, harm)
         harm, mean = harm[seen], guess.value
-        value = self.base_value + self.worse * mean
+        value, amount = self.base_value + self.criterion.worse * mean, self.criterion.amount(mean)
         if len(harm) < 2:
-            return _Change(value, self._amount(mean), None, math.nan)
+            return _Change(value, amount, None, math.nan)
         drawn = self._resampled_mean(harm, seen)
         if guess.control is not None:
             other = self.harm(self.records.values[first, guess.control])
             more = ~other.isnan()
             drawn += guess.slope * (self._resampled_mean(other[more], more) - self._resampled_mean(other[seen], seen))
-        bases = self._resampled_mean(self.column(self.field, self.records.baseline)[seen], seen)
-        used = drawn if self.plan.objective != "tolerance" else self._used(self._amount(drawn), self.allowed(bases))
-        return _Change(value, self._amount(mean), used, float(drawn.std()))
+        bases = self._resampled_mean(self._metric(self.records.baseline)[seen], seen)
+        return _Change(
+            value, amount, self._used(drawn, bases) if self.criterion.tolerated else drawn, float(drawn.std())
+        )
 
     def guess(self, first: int, harm: Tensor) -> _Guess:
         """The mean of ``harm`` (items,), NaN where not seen, over all anchors.
 
         The noise is the same at every sigma, so an anchor's changes at two sigmas nearly lie on a line through all anchors. Where
         another sigma was seen on more of them, the line through the common ones says what the rest will add (the regression
-        estimator of two-phase sampling; Cochran, Sampling Techniques, chapter 12), and what is left to chance is the scatter
-        around it. Of the plain mean and every such line the guess with the least error is taken.
+        estimator of two-phase sampling; Cochran, Sampling Techniques, chapter 12). The error that is left is the scatter around
+        the line. Of the plain mean and every such line the guess with the least error is taken.
         """
         seen = ~harm.isnan()
         here, count, size = harm[seen], int(seen.sum()), self.size
@@ -171,12 +145,10 @@ class Rule:
             return _Guess(mean, 0.0 if count == size else math.inf)
         spread = float(here.var())
         best = _Guess(mean, math.sqrt(spread * (1 / count - 1 / size)))
-        if self.plan.objective != "tolerance" or self.plan.metric not in SMOOTH or count < SETTLING_ITEMS:
+        if not (self.criterion.tolerated and self.criterion.smooth) or count < SETTLING_ITEMS:
             return best
-        for block, sigma in self._changes:
-            if block != first:
-                continue
-            other = self.harm(self.records.values[block, sigma])
+        for sigma in [s for block, s in self._changes if block == first]:
+            other = self.harm(self.records.values[first, sigma])
             more = ~other.isnan()
             wider = int(more.sum())
             if wider <= count or bool((seen & ~more).any()):
@@ -194,34 +166,34 @@ class Rule:
                 best = _Guess(mean + slope * float(whole.mean() - common.mean()), error, sigma, slope)
         return best
 
-    @staticmethod
-    def _used(amount: Any, allowed: Any) -> Any:
-        return amount / torch.clamp(torch.as_tensor(allowed), min=1e-12)
+    def _used(self, harm: Any, base: Any) -> Tensor:
+        """The used share of the tolerance in resamples."""
+        allowed = torch.as_tensor(self.criterion.allowed(base))
+        return torch.as_tensor(self.criterion.amount(harm) / torch.clamp(allowed, min=1e-12))
 
     # A metric of the caller's own -------------------------------------------------------------------------------------
 
     def _custom(self, sigma: float, first: int, chosen: Any) -> float:
-        probabilities, targets = self.records.probabilities[first, sigma], self.records.targets
         assert callable(self.plan.metric)
-        result = torch.as_tensor(self.plan.metric(probabilities[chosen], targets[chosen])).double()
-        if result.dim() > 1 or (result.dim() == 1 and len(result) != len(targets[chosen])):
+        targets = self.records.targets[chosen]
+        result = torch.as_tensor(self.plan.metric(self.records.probabilities[first, sigma][chosen], targets)).double()
+        name = f"metric {self.plan.metric_name} returned"
+        if result.dim() > 1 or (result.dim() == 1 and len(result) != len(targets)):
             raise ValueError(
-                f"metric {self.plan.metric_name} returned a tensor of shape {tuple(result.shape)} for {len(targets[chosen])} "
-                "anchors, expected one number, or one for each anchor (lower is better)"
+                f"{name} a tensor of shape {tuple(result.shape)} for {len(targets)} anchors, expected one number, or one for "
+                "each anchor (lower is better)"
             )
         if not result.isfinite().all():
-            raise ValueError(f"metric {self.plan.metric_name} returned NaN or infinity at sigma {sigma:g}")
+            raise ValueError(f"{name} NaN or infinity at sigma {sigma:g}, expected finite numbers")
         return float(result.mean())
 
     def _custom_change(self, first: int, sigma: float) -> _Change:
         value = self._custom(sigma, first, slice(None))
-        amount = self._amount(value - self.base_value)
+        amount = self.criterion.amount(value - self.base_value)
         if self.size < 2:
             return _Change(value, amount, None, math.nan)
-        drawn, used = [], []
-        for chosen, before in self._custom_baselines:
-            drawn.append(self._custom(sigma, first, chosen) - before)
-            used.append(float(self._used(self._amount(drawn[-1]), self.allowed(before))))
+        drawn = [self._custom(sigma, first, chosen) - before for chosen, before in self._custom_baselines]
+        used = [float(self._used(d, before)) for d, (_, before) in zip(drawn, self._custom_baselines, strict=True)]
         return _Change(value, amount, torch.tensor(used), float(torch.tensor(drawn).std()))
 
     @cached_property
@@ -242,71 +214,84 @@ class Rule:
         known = dict(zip(("nll", "accuracy", "flips", "brier", "entropy"), metrics, strict=True))
         if sigma == 0:
             return Evaluation(0.0, self.base_value, 0.0, True, 1.0, **known, items=self.size, depth=depth)
-        change = self.change(first, sigma)
-        if self.plan.metric in SMOOTH:
-            known[self.plan.metric] = change.value
-        holds = self.holds(change)
+        change, asked = self.change(first, sigma), self.criterion
+        if asked.smooth:
+            known[asked.metric] = change.value
+        holds = asked.holds(change.value, change.amount, self.base_value)
         confidence = math.nan
         if change.resampled is not None:
-            same = (change.resampled < 0) if self.plan.objective != "tolerance" else (change.resampled <= 1)
-            confidence = float((same == holds).double().mean())
-        return Evaluation(
-            sigma, change.value, change.error, holds, confidence, **known, items=int(seen.sum()), depth=depth
-        )
-
-    def holds(self, change: _Change) -> bool:
-        if self.plan.objective != "tolerance":
-            return change.value < self.base_value
-        return change.amount <= self.allowed(self.base_value)
+            same = ((change.resampled <= 1) if asked.tolerated else (change.resampled < 0)) == holds
+            confidence = float(same.double().mean())
+        items = int(seen.sum())
+        return Evaluation(sigma, change.value, change.error, holds, confidence, **known, items=items, depth=depth)
 
     def used(self, evaluation: Evaluation) -> float:
-        """The share of the tolerance that is used up: 1 at its edge."""
-        allowed = float(self.allowed(self.base_value))
-        amount = float(self._amount(self.worse * (evaluation.value - self.base_value)))
-        return amount / allowed if allowed > 0 else math.inf if amount > 0 else 0.0
+        """The share of the tolerance that is used up."""
+        return self.criterion.used(evaluation.value, self.base_value)
+
+    def interval(self, first: int, evaluations: list[Evaluation]) -> tuple[float, float]:
+        """Sigmas between which the choice falls in 90 % of resamples of the anchors, from the sigmas that were tried."""
+        tried = sorted(e.sigma for e in evaluations)
+        drawn = [self.change(first, sigma).resampled for sigma in tried]
+        known = [d for d in drawn if d is not None]
+        if not tried or len(known) < len(drawn):
+            return math.nan, math.nan
+        curves = torch.stack(known, dim=1)
+        sigmas = torch.tensor(tried, dtype=curves.dtype)
+        if self.criterion.tolerated:
+            chosen = torch.stack([_largest(sigmas, curve) for curve in curves])
+        else:
+            chosen = sigmas[curves.argmin(dim=1)]
+        low, high = torch.quantile(chosen, torch.tensor([0.05, 0.95], dtype=chosen.dtype)).tolist()
+        return low, high
+
+    def behind(self, mine: tuple[int, float], other: tuple[int, float], score: str) -> tuple[float, float]:
+        """The paired difference of ``score`` between two (first random block, sigma), and its standard error."""
+        values, others = (_column(score, self.records.values[key]) for key in (mine, other))
+        difference = others - values if score == "entropy" else values - others
+        difference = difference[~difference.isnan()]
+        mean = float(difference.mean())
+        return mean, math.nan if len(difference) < 2 else float(difference.std() / math.sqrt(len(difference)))
 
     # Early stopping ---------------------------------------------------------------------------------------------------
 
     def settled(self, first: int, values: Tensor, confidence: float, looks: int, lowest: Tensor | None = None) -> bool:
         """Whether the anchors not seen yet can hardly change the verdict, or hardly the amount.
 
-        The anchors are a finite set in random order, so the error of a mean over those seen, as a guess of the mean over all,
-        shrinks by the square root of the share that is left; and by what a sigma judged before tells about it, see ``guess``.
-        ``looks`` such questions share the error ``1 - confidence``.
+        The anchors are a finite set in random order. So the error of a mean over those seen shrinks by the square root of the
+        share that is left, and by what a sigma judged before tells (``guess``). ``looks`` questions share the error
+        ``1 - confidence``.
 
         Args:
             first: the first random block; other sigmas judged there may help.
             values: (items, 5), NaN where not seen.
             lowest: without a tolerance, the records of the lowest NLL so far: settled means clearly above it.
         """
-        harm = self.harm(values)
+        asked = self.criterion
+        harm = self.harm(values) if lowest is None else values[:, 0] - lowest[:, 0]
         seen = ~harm.isnan()
-        if lowest is not None:
-            harm = values[:, 0] - lowest[:, 0]
-            seen = ~harm.isnan()
         count = int(seen.sum())
-        if count == self.size or (self.plan.objective != "tolerance" and lowest is None):
+        if count == self.size or (not asked.tolerated and lowest is None):
             return count == self.size
         if count < SETTLING_ITEMS:
             return False
         guess = self.guess(first, harm)
         mean, error = guess.value, guess.error
-        if self.plan.metric in ("flips", "accuracy"):
+        if asked.metric in ("flips", "accuracy"):
             # Of the first few anchors none may have changed; one that did and one that did not are added for what may come.
             share = (float(harm[seen].abs().sum()) + 1) / (count + 2)
             error = max(error, math.sqrt(share * (1 - share) * (1 / count - 1 / self.size)))
         error *= NormalDist().inv_cdf(1 - (1 - confidence) / (2 * max(looks, 1)))
-        if self.plan.objective != "tolerance":
+        if not asked.tolerated:
             return mean > error
-        allowed = float(self.allowed(self.base_value))
+        allowed, amount = float(asked.allowed(self.base_value)), asked.amount(mean)
         if error <= SETTLED_SHARE * allowed:
             return True
-        amount = self._amount(mean)
         if abs(amount - allowed) <= error:
             return False
         # The root finder goes on from here to a sigma nearby: with the amount known here, few anchors tell it there.
         next_is_near = NEAR * allowed <= amount < ROOT_USED * allowed or allowed < amount <= allowed / NEAR
-        return not (next_is_near and self.plan.method == "root" and self.plan.metric in SMOOTH)
+        return not (next_is_near and self.plan.method == "root" and asked.smooth)
 
     def gain(self, values: Tensor) -> float:
         """Mean change of NLL on the anchors seen; infinite where none was."""
@@ -314,41 +299,16 @@ class Rule:
         seen = ~change.isnan()
         return float(change[seen].mean()) if seen.any() else math.inf
 
-    # How sure the whole decision is -------------------------------------------------------------------------------------
 
-    def interval(self, first: int, evaluations: list[Evaluation]) -> tuple[float, float]:
-        """Sigmas between which the choice falls in 90 % of resamples of the anchors, from the sigmas that were tried."""
-        tried = sorted(evaluations, key=lambda e: e.sigma)
-        drawn = [self.change(first, e.sigma).resampled for e in tried]
-        if not tried or any(d is None for d in drawn):
-            return math.nan, math.nan
-        curves = torch.stack([d for d in drawn if d is not None], dim=1)
-        sigmas = torch.tensor([e.sigma for e in tried], dtype=curves.dtype)
-        if self.plan.objective != "tolerance":
-            chosen = sigmas[curves.argmin(dim=1)]
-        else:
-            chosen = torch.stack([_largest(sigmas, curve) for curve in curves])
-        low, high = torch.quantile(chosen, torch.tensor([0.05, 0.95], dtype=chosen.dtype)).tolist()
-        return low, high
-
-    def behind(self, mine: tuple[int, float], other: tuple[int, float], score: str) -> tuple[float, float]:
-        """The paired difference of ``score`` between two (first random block, sigma), and its standard error."""
-        sign = -1.0 if score == "entropy" else 1.0
-        values, others = (self.records.values[key] for key in (mine, other))
-        difference = sign * (self.column(score, values) - self.column(score, others))
-        difference = difference[~difference.isnan()]
-        if len(difference) < 2:
-            return (float(difference.mean()) if len(difference) else math.nan), math.nan
-        return float(difference.mean()), float(difference.std() / math.sqrt(len(difference)))
+def _column(name: str, values: Tensor) -> Tensor:
+    return values[:, FIELDS.index(name)]
 
 
 def _largest(sigmas: Tensor, used: Tensor) -> Tensor:
     """Where the used share of the tolerance crosses 1 above the largest sigma that holds, linear in log sigma."""
     holds = (used <= 1).nonzero().flatten()
-    if not len(holds):
-        return sigmas[0]
-    last = int(holds[-1])
-    if last == len(sigmas) - 1:
+    last = int(holds[-1]) if len(holds) else 0
+    if not len(holds) or last == len(sigmas) - 1:
         return sigmas[last]
     share = (1 - used[last]) / (used[last + 1] - used[last])
     return sigmas[last] * (sigmas[last + 1] / sigmas[last]) ** share
