@@ -595,7 +595,7 @@ def test_summary_ends_in_the_adapters_config(tmp_path: Any) -> None:
         ({"tolerance": 0}, "tolerance is 0, expected a positive fraction"),
         ({"tolerance": math.nan}, "tolerance is nan"),
         ({"tolerance": "1%"}, "tolerance is '1%'"),
-        ({"steps": 1}, "steps is 1, expected an integer of at least 2"),
+        ({"steps": 1}, "steps is 1, expected an integer from 2 to 1000"),
         ({"steps": 2.0}, "steps is 2.0"),
         ({"steps": True}, "steps is True"),
         ({"bracket": 0.1}, r"bracket is 0.1, expected \(lowest sigma, highest sigma\)"),

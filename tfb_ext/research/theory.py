@@ -1,23 +1,25 @@
 """What the paper proves, in closed form: KL to a prior, the KL's weight that a found sigma implies, and the form (B', A', Omega).
 
-A random layer's weight is ``W0 + s U (M + sigma E)`` (:mod:`tfb_ext.posterior`). The prior is the same family with mean zero
-and a scale of its own, ``s U (sigma_p E)``: for the family ``"low-rank"`` the low-rank isotropic prior of Shi et al. (NeurIPS
-2025, Theorem 4.2) and BLoB. ``W0``, LoRA's scaling ``s`` and ``U`` map the coordinates of posterior and prior alike, one to one,
-so they cancel, and the KL is that of ``N(M, sigma^2)`` to ``N(0, sigma_p^2)`` over ``D = rank n`` coordinates.
+A random layer's weight is ``W0 + s U (M + sigma E)`` (:mod:`tfb_ext.posterior`), the prior ``s U (sigma_p E)``: for the family
+``"low-rank"`` the low-rank isotropic prior of Shi et al. (NeurIPS 2025, Theorem 4.2) and BLoB. ``W0``, ``s`` and ``U`` cancel, and
+the KL is that of ``N(M, sigma^2)`` to ``N(0, sigma_p^2)`` over ``D = rank n`` coordinates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import BayesianAdapter, Depth
+from ..checks import check_number
 from ..posterior.canonical import LayerPosterior
+
+if TYPE_CHECKING:
+    from ..search import SigmaSearch
 
 
 @dataclass(frozen=True)
@@ -76,34 +78,13 @@ def _layer_kl(posterior: LayerPosterior, sigma: float, prior: float) -> float:
     return posterior.dimensions * (-math.log(ratio) - 0.5 + ratio**2 / 2) + distance / 2
 
 
-class Tried(Protocol):
-    """One sigma that a search has tried."""
-
-    @property
-    def sigma(self) -> float: ...
-    @property
-    def nll(self) -> float: ...
-
-
-class Searched(Protocol):
-    """What :func:`implied_weight` reads of a search; a :class:`~tfb_ext.search.SigmaSearch` has it."""
-
-    @property
-    def sigma(self) -> float: ...
-    @property
-    def baseline(self) -> Tried: ...
-    @property
-    def evaluations(self) -> Sequence[Tried]: ...
-
-
 @dataclass(frozen=True)
 class ImpliedWeight:
     """The weight of the KL under which a found sigma is optimal.
 
     Attributes:
         value: ``lambda``, in nats of mean NLL a nat of KL; NaN where none exists or is known.
-        sigma: the found posterior scale.
-        prior_sigma: the prior's.
+        sigma, prior_sigma: the found posterior scale, and the prior's.
         dimensions: coordinates ``D`` of the random layers.
         slope: derivative of the anchors' mean NLL at sigma; NaN where sigma is an edge of what was tried.
         curvature: its second derivative there.
@@ -120,29 +101,26 @@ class ImpliedWeight:
 
 
 def implied_weight(
-    search: Searched, adapter: BayesianAdapter, prior_sigma: float, depth: Depth | None = None
+    search: SigmaSearch, adapter: BayesianAdapter, prior_sigma: float, depth: Depth | None = None
 ) -> ImpliedWeight:
     """The ``lambda`` of Theorem 4.2: the found sigma minimises ``l(sigma) + lambda KL(sigma)``.
 
-    ``l`` is the anchors' mean NLL at sigma, as the search has measured it; the KL is :func:`kl_divergence`'s, whose mean term
-    does not depend on sigma. Where the derivative of their sum is zero::
+    ``l`` is the anchors' mean NLL at sigma, as the search has measured it. Where the derivative of the sum is zero::
 
         lambda = l'(sigma) / (D (1 / sigma - sigma / prior_sigma^2))
 
-    ``l'`` and ``l''`` are those of the parabola through sigma and its neighbours among the evaluations and the baseline (sigma
-    0). ``l`` is a mean over anchors, so against their summed NLL the KL's weight is ``lambda`` times their number; ordinary
-    variational inference has 1 there.
+    ``l'`` and ``l''`` are those of the parabola through sigma and its neighbours among the evaluations and the baseline.
+    Against the anchors' summed NLL the KL's weight is ``lambda`` times their number; variational inference has 1 there.
 
     Args:
-        search: the search, with ``sigma``, ``evaluations`` and ``baseline``, each of those with ``sigma`` and ``nll``.
+        search: what counts is the ``sigma`` and ``nll`` of its evaluations and baseline.
         adapter: the adapter that was searched.
         prior_sigma: standard deviation of the prior, in sigma's units; above the found sigma.
         depth: the search's, if it is not the adapter's now.
 
     Returns:
-        The weight, NaN with a reason if sigma is an edge of what was tried, if the NLL does not rise there (no positive weight
-        holds sigma back), if the prior is not wider than the posterior, or if the NLL bends down so much that the sum has a
-        maximum there (the theorem assumes it convex).
+        The weight. It is NaN with a reason if sigma is an edge of what was tried, if the NLL does not rise there, if the prior
+        is not wider than the posterior, or if the NLL bends down so much that the sum has a maximum there.
 
     Raises:
         ValueError: prior_sigma or depth is bad.
@@ -150,27 +128,24 @@ def implied_weight(
     prior = _check_prior(prior_sigma)
     sigma = float(search.sigma)
     dimensions = sum(p.dimensions for p in _random(adapter, depth))
-    slope, curvature, reason = _derivatives(search)
+    slope, curvature, unknown = _derivatives(search)
     pull = dimensions * (1 / sigma - sigma / prior**2)  # of the KL, towards larger sigma
     value = slope / pull if pull > 0 else math.nan
-    if sigma >= prior:
-        reason = (
-            f"the prior ({prior:g}) is not wider than the posterior ({sigma:g}), so the KL does not fall as sigma grows; pass a "
-            "larger prior_sigma"
-        )
-    elif not reason and slope <= 0:
-        reason = (
-            f"the NLL does not rise at sigma {sigma:g} (slope {slope:.3g}), so no positive weight makes it the minimum"
-        )
-    elif not reason and curvature + value * dimensions * (1 / sigma**2 + 1 / prior**2) <= 0:
-        reason = (
-            f"the NLL bends down at sigma {sigma:g} (second derivative {curvature:.3g}) more than the KL bends up, so the sum has "
-            "a maximum there"
-        )
+    bend = curvature + value * dimensions * (1 / sigma**2 + 1 / prior**2)
+    reasons = {
+        f"the prior ({prior:g}) is not wider than the posterior ({sigma:g}), so the KL does not fall as sigma grows; pass a "
+        "larger prior_sigma": sigma >= prior,
+        unknown: bool(unknown),
+        f"the NLL does not rise at sigma {sigma:g} (slope {slope:.3g}), so no positive weight makes it the minimum": slope
+        <= 0,
+        f"the NLL bends down at sigma {sigma:g} (second derivative {curvature:.3g}) more than the KL bends up, so the sum has "
+        "a maximum there": bend <= 0,
+    }
+    reason = next((text for text, holds in reasons.items() if holds), "")
     return ImpliedWeight(math.nan if reason else value, sigma, prior, dimensions, slope, curvature, reason)
 
 
-def _derivatives(search: Searched) -> tuple[float, float, str]:
+def _derivatives(search: SigmaSearch) -> tuple[float, float, str]:
     """First and second derivative of the NLL at the found sigma, and a reason where they are unknown."""
     sigma = float(search.sigma)
     tried = {float(e.sigma): float(e.nll) for e in (search.baseline, *search.evaluations)}
@@ -182,10 +157,10 @@ def _derivatives(search: Searched) -> tuple[float, float, str]:
         return math.nan, math.nan, f"sigma {sigma:g} is the {side} that was tried, so the NLL's slope there is unknown"
     own = [p for p in points if p[0] == sigma]
     others = sorted([*below[:-1], *above[1:]], key=lambda p: abs(p[0] - sigma))
-    chosen = [below[-1], above[0], *(own or others[:1])]
+    chosen = sorted([below[-1], above[0], *(own or others[:1])])
     if len(chosen) < 3:
         return math.nan, math.nan, f"only two sigmas were tried beside {sigma:g}, too few for the NLL's slope there"
-    (x0, y0), (x1, y1), (x2, y2) = sorted(chosen)
+    (x0, y0), (x1, y1), (x2, y2) = chosen
     first, second = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     bend = (second - first) / (x2 - x0)
     return first + bend * (2 * sigma - x0 - x1), 2 * bend, ""
@@ -212,7 +187,7 @@ def paper_form(adapter: BayesianAdapter, layer: str, sigma: float | None = None)
     """``(B', A', Omega)`` of one layer (equation 5): the same distribution as the adapter's samples, not the same samples.
 
     The family ``"constant"`` has ``Omega = sigma``, which is ``B (A + sigma E)`` turned by ``V``. Singular values that count
-    as zero (:func:`tfb_ext.posterior.orthonormal_basis`) are left out.
+    as zero are left out.
 
     Args:
         adapter: the Bayesian adapter.
@@ -242,6 +217,4 @@ def _random(adapter: BayesianAdapter, depth: Depth | None) -> list[LayerPosterio
 
 
 def _check_prior(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"prior_sigma is {value!r}, expected a finite number above 0, the prior's standard deviation")
-    return float(value)
+    return check_number("prior_sigma", value, "a finite number above 0, the prior's standard deviation")

@@ -7,22 +7,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import MOST_NUMBER, check_sigma, is_integer, is_number
+from ..checks import MOST_NUMBER, check_sigma, is_integer
 from ..errors import ConfigError
 from ..files import parse_json_object, write_atomically
 
 # Of each anchor, with its largest value: -log p(target); 1 where the answer is the target; 1 where it is not the mean adapter's;
 # sum over classes of (p - y)^2; entropy of the prediction. All are 0 or more.
-MOST = {"nll": math.inf, "right": 1.0, "flip": 1.0, "brier": 2.0, "entropy": math.inf}
+MOST = {"nll": MOST_NUMBER, "right": 1.0, "flip": 1.0, "brier": 2.0, "entropy": MOST_NUMBER}
 FIELDS = tuple(MOST)
 ROUNDING = 1e-3  # may cross these bounds by so much
 
-Part = TypeVar("Part")
 At = tuple[int, float]
 
 
@@ -79,24 +78,42 @@ class Records:
         Raises:
             ValueError: it is anything else: a part is missing or of the wrong kind, length or range.
         """
-        parts = _kind(dict, raw, "records")
-        key = _kind(dict, parts.get("key"), "key")
-        guesses, targets = (_classes(parts.get(n), n) for n in ("guesses", "targets"))
-        items = len(guesses)
-        if not items or len(targets) != items or key.get("items") != items:
-            found = f"{items}, {len(targets)} and {key.get('items')!r}"
-            raise ValueError(f"guesses, targets and key.items are of {found} items, expected one number, at least 1")
-        baseline = _table(parts.get("baseline"), "baseline", items)
-        if baseline.isnan().any() or bool(((guesses == targets) != (baseline[:, 1] == 1)).any()):
-            raise ValueError("baseline is not what guesses and targets say, expected a value for every item")
-        values = {
-            at: _table(entry, f"evaluations at {at}", items) for at, entry in _entries(parts, "evaluations", 0).items()
+        try:
+            records = cls(
+                raw["key"],
+                _table(raw["baseline"]),
+                torch.tensor(raw["guesses"], dtype=torch.int64),
+                torch.tensor(raw["targets"], dtype=torch.int64),
+                {(entry["first"], check_sigma(entry["sigma"])): _table(entry) for entry in raw["evaluations"]},
+                {(e["first"], float(e["sigma"])): _tensor(e["rows"]).float() for e in raw["probabilities"]},
+            )
+            written = records.to_dict()
+            # Where reading and writing gives another text, an entry is there twice, a class is no integer, ...
+            damaged = [name for name in written if _text(written[name]) != _text(raw[name])] or records._damaged()
+        except (AttributeError, LookupError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"records: got {shortened(error)}, expected what a search writes") from None
+        if damaged:
+            raise ValueError(f"records: got a damaged {', '.join(damaged)}, expected what a search writes")
+        return records
+
+    def _damaged(self) -> list[str]:
+        """Parts that no search gives: of the wrong shape or range, or that contradict each other."""
+        items, most = len(self.guesses), torch.tensor(list(MOST.values()), dtype=torch.float64) + ROUNDING
+        classes = torch.stack([self.guesses, self.targets])
+        fits = {
+            "key": items > 0 and self.key.get("items") == items,
+            "guesses": bool((classes >= 0).all() and (classes < 2**31).all()),
+            "baseline": torch.equal((self.guesses == self.targets).double(), self.baseline[:, 1]),
         }
-        probabilities = {
-            at: _rows(entry.get("rows"), f"probabilities at {at}", items)
-            for at, entry in _entries(parts, "probabilities", -1).items()
-        }
-        return cls(key, baseline, guesses, targets, values, probabilities)
+        for at, table in [((0, 0.0), self.baseline), *self.values.items()]:
+            seen = table[~table.isnan().all(1)]
+            inside = bool(((seen >= -ROUNDING) & (seen <= most)).all() and (seen[:, 1:3] % 1 == 0).all())
+            fits[f"evaluation at {at}"] = inside and len(table) == items and is_integer(at[0], 0)
+        for at, rows in self.probabilities.items():
+            seen = rows[~rows.isnan().all(1)]
+            inside = bool((seen >= -ROUNDING).all() and ((seen.sum(1) - 1).abs() <= ROUNDING).all())
+            fits[f"probabilities at {at}"] = inside and len(rows) == items
+        return [name for name, fit in fits.items() if not fit]
 
     def check(self, classes: int) -> None:
         """Whether they can be of a model with that many classes, and complete for the metric in their key.
@@ -136,13 +153,8 @@ def read_records(path: Path, key: Mapping[str, Any], classes: int) -> Records | 
     advice = "give another checkpoint, or delete this one to start anew"
     try:
         records = Records.from_dict(parse_json_object(path).get("records"))
-        different = [
-            f"{name} is {records.key[name]!r} there and {value!r} here"
-            if name in records.key
-            else f"{name} is not said there"
-            for name, value in key.items()
-            if name not in records.key or records.key[name] != value
-        ]
+        there = {name: f"{records.key[name]!r} there" if name in records.key else "not said there" for name in key}
+        different = [f"{n} is {there[n]} and {v!r} here" for n, v in key.items() if there[n] != f"{v!r} there"]
         if different:
             raise ConfigError(f"{path} is of another search: {'; '.join(different)}; {advice}")
         records.check(classes)
@@ -153,84 +165,24 @@ def read_records(path: Path, key: Mapping[str, Any], classes: int) -> Records | 
     return records
 
 
-# Reading a file -------------------------------------------------------------------------------------------------------
+def _table(columns: Any) -> Tensor:
+    """(items, 5) of the columns ``FIELDS``."""
+    return torch.stack([_tensor([columns[name]])[0] for name in FIELDS], dim=1)
 
 
-def shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+def _tensor(rows: Any) -> Tensor:
+    return torch.tensor([[math.nan if v is None else v for v in row] for row in rows], dtype=torch.float64)
 
 
 def _with_none(values: Tensor) -> list[float | None]:
     return [None if math.isnan(v) else v for v in values.tolist()]
 
 
-def _kind(kind: type[Part], value: Any, name: str) -> Part:
-    if not isinstance(value, kind):
-        raise ValueError(f"{name} is {shortened(value)}, expected a {kind.__name__}")
-    return value
+def _text(value: Any) -> str:
+    """JSON in which a number is written in one way, whether it was read as 1 or as 1.0."""
+    return json.dumps(json.loads(json.dumps(value, sort_keys=True), parse_int=float))
 
 
-def _numbers(value: Any, name: str, most: float, length: int) -> Tensor:
-    """(length,) float64 of numbers from 0 to ``most``; ``None`` is NaN."""
-    numbers = _kind(list, value, name)
-    if len(numbers) != length:
-        raise ValueError(f"{name} has {len(numbers)} values, expected {length}")
-    for number in numbers:
-        if number is not None and not is_number(number, -ROUNDING, min(most + ROUNDING, MOST_NUMBER)):
-            raise ValueError(f"{name} has {shortened(number)}, expected numbers from 0 to {most}")
-    return torch.tensor([math.nan if v is None else v for v in numbers], dtype=torch.float64)
-
-
-def _classes(value: Any, name: str) -> Tensor:
-    numbers = _kind(list, value, name)
-    for number in numbers:
-        if not is_integer(number, 0, 2**31 - 1):
-            raise ValueError(f"{name} has {shortened(number)}, expected numbers of classes")
-    return torch.tensor(numbers, dtype=torch.int64)
-
-
-def _entries(parts: dict[str, Any], name: str, least: int) -> dict[At, dict[str, Any]]:
-    """Each entry by the first random block and the sigma that it is of; (-1, 0) is the mean adapter."""
-    found: dict[At, dict[str, Any]] = {}
-    for raw in _kind(list, parts.get(name), name):
-        entry = _kind(dict, raw, name)
-        first: Any = entry.get("first")
-        sigma = entry.get("sigma")
-        if not is_integer(first, least, 2**31 - 1):
-            raise ValueError(f"{name} has first {shortened(first)}, expected the number of a block")
-        at = first, 0.0 if first < 0 and is_number(sigma, 0, 0) else check_sigma(sigma)
-        if at in found:
-            raise ValueError(f"{name} has {at} twice, expected it once")
-        found[at] = entry
-    return found
-
-
-def _table(value: Any, name: str, items: int) -> Tensor:
-    """(items, 5) of the columns ``FIELDS``."""
-    columns = _kind(dict, value, name)
-    table = torch.stack([_numbers(columns.get(n), f"{name}: {n}", most, items) for n, most in MOST.items()], dim=1)
-    right_and_flip = table[~_empty(table, name)][:, 1:3]
-    if bool(((right_and_flip != 0) & (right_and_flip != 1)).any()):
-        raise ValueError(f"{name}: right and flip have other values, expected 0 and 1")
-    return table
-
-
-def _rows(value: Any, name: str, items: int) -> Tensor:
-    """(items, C) float32 of probabilities."""
-    rows = _kind(list, value, name)
-    widths = {len(_kind(list, row, name)) for row in rows}
-    if len(rows) != items or len(widths) != 1:
-        raise ValueError(f"{name} has {len(rows)} rows of {sorted(widths)} values, expected {items} of one length")
-    table = torch.stack([_numbers(row, name, 1, len(row)) for row in rows]).float()
-    if bool(((table[~_empty(table, name)].sum(1) - 1).abs() > ROUNDING).any()):
-        raise ValueError(f"{name} has rows that are no probabilities, expected a sum of 1")
-    return table
-
-
-def _empty(table: Tensor, name: str) -> Tensor:
-    """(items,) where a row is NaN, which it must be in all columns or in none."""
-    empty = table.isnan()
-    if bool((empty.any(1) != empty.all(1)).any()):
-        raise ValueError(f"{name} has items with some values only, expected all or none")
-    return empty.all(1)
+def shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
