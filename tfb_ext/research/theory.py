@@ -21,14 +21,15 @@ from ..posterior.canonical import LayerPosterior
 if TYPE_CHECKING:
     from ..search import SigmaSearch
 
+PRIOR = "a finite number above 0, the prior's standard deviation"
+
 
 @dataclass(frozen=True)
 class KLDivergence:
     """KL of a posterior to its prior, in nats.
 
     Attributes:
-        sigma: the posterior's scale.
-        prior_sigma: the prior's, in the same units.
+        sigma, prior_sigma: scales of the posterior and the prior, in the same units.
         layers: KL of each random layer, by its name.
         dimensions: coordinates of all random layers together, the ``D`` of the formulas.
     """
@@ -56,26 +57,20 @@ def kl_divergence(
     the entries of A then), ``D = m n`` and ``B A`` for ``"full-rank"``. LoRA's scaling does not enter.
 
     Args:
-        adapter: the Bayesian adapter.
         prior_sigma: standard deviation of the prior, in sigma's units.
-        sigma: posterior scale instead of the adapter's own.
-        depth: random blocks instead of the adapter's own; layers below are the same for every sample and do not count.
+        sigma, depth: posterior scale and random blocks instead of the adapter's own; layers below do not count.
 
     Raises:
         ValueError: no sigma, a scale that is not a finite number above 0, or a bad depth.
     """
-    scale = adapter.scale(sigma)
-    prior = _check_prior(prior_sigma)
-    random = _random(adapter, depth)
-    layers = {p.name: _layer_kl(p, scale, prior) for p in random}
+    scale, prior = adapter.scale(sigma), check_number("prior_sigma", prior_sigma, PRIOR)
+    ratio, random = scale / prior, _random(adapter, depth)
+    layers = {}
+    for p in random:
+        # |U M|_F = |M|_F for an orthonormal U, so the full-rank family needs no m x n matrix.
+        distance = float(p.mean.double().square().sum()) / prior**2
+        layers[p.name] = p.dimensions * (-math.log(ratio) - 0.5 + ratio**2 / 2) + distance / 2
     return KLDivergence(scale, prior, layers, sum(p.dimensions for p in random))
-
-
-def _layer_kl(posterior: LayerPosterior, sigma: float, prior: float) -> float:
-    # |U M|_F = |M|_F for an orthonormal U, so the full-rank family needs no m x n matrix.
-    ratio = sigma / prior
-    distance = float(posterior.mean.double().square().sum()) / prior**2
-    return posterior.dimensions * (-math.log(ratio) - 0.5 + ratio**2 / 2) + distance / 2
 
 
 @dataclass(frozen=True)
@@ -83,12 +78,10 @@ class ImpliedWeight:
     """The weight of the KL under which a found sigma is optimal.
 
     Attributes:
-        value: ``lambda``, in nats of mean NLL a nat of KL; NaN where none exists or is known.
+        value: ``lambda``, in nats of mean NLL a nat of KL; NaN where none exists or is known, for the ``reason``.
         sigma, prior_sigma: the found posterior scale, and the prior's.
         dimensions: coordinates ``D`` of the random layers.
-        slope: derivative of the anchors' mean NLL at sigma; NaN where sigma is an edge of what was tried.
-        curvature: its second derivative there.
-        reason: why ``value`` is NaN, else empty.
+        slope, curvature: derivatives of the anchors' mean NLL at sigma; NaN where sigma is an edge of what was tried.
     """
 
     value: float
@@ -113,33 +106,27 @@ def implied_weight(
     Against the anchors' summed NLL the KL's weight is ``lambda`` times their number; variational inference has 1 there.
 
     Args:
-        search: what counts is the ``sigma`` and ``nll`` of its evaluations and baseline.
-        adapter: the adapter that was searched.
+        search: a search of this adapter.
         prior_sigma: standard deviation of the prior, in sigma's units; above the found sigma.
         depth: the search's, if it is not the adapter's now.
-
-    Returns:
-        The weight. It is NaN with a reason if sigma is an edge of what was tried, if the NLL does not rise there, if the prior
-        is not wider than the posterior, or if the NLL bends down so much that the sum has a maximum there.
 
     Raises:
         ValueError: prior_sigma or depth is bad.
     """
-    prior = _check_prior(prior_sigma)
-    sigma = float(search.sigma)
+    prior, sigma = check_number("prior_sigma", prior_sigma, PRIOR), float(search.sigma)
     dimensions = sum(p.dimensions for p in _random(adapter, depth))
     slope, curvature, unknown = _derivatives(search)
     pull = dimensions * (1 / sigma - sigma / prior**2)  # of the KL, towards larger sigma
     value = slope / pull if pull > 0 else math.nan
     bend = curvature + value * dimensions * (1 / sigma**2 + 1 / prior**2)
+    wide = f"the prior ({prior:g}) is not wider than the posterior ({sigma:g}), so the KL does not fall as sigma grows; pass a "
+    flat = f"the NLL does not rise at sigma {sigma:g} (slope {slope:.3g}), so no positive weight makes it the minimum"
+    bent = f"the NLL bends down at sigma {sigma:g} (second derivative {curvature:.3g}) more than the KL bends up, so the sum has "
     reasons = {
-        f"the prior ({prior:g}) is not wider than the posterior ({sigma:g}), so the KL does not fall as sigma grows; pass a "
-        "larger prior_sigma": sigma >= prior,
-        unknown: bool(unknown),
-        f"the NLL does not rise at sigma {sigma:g} (slope {slope:.3g}), so no positive weight makes it the minimum": slope
-        <= 0,
-        f"the NLL bends down at sigma {sigma:g} (second derivative {curvature:.3g}) more than the KL bends up, so the sum has "
-        "a maximum there": bend <= 0,
+        wide + "larger prior_sigma": sigma >= prior,
+        unknown: unknown,
+        flat: slope <= 0,
+        bent + "a maximum": bend <= 0,
     }
     reason = next((text for text, holds in reasons.items() if holds), "")
     return ImpliedWeight(math.nan if reason else value, sigma, prior, dimensions, slope, curvature, reason)
@@ -155,9 +142,9 @@ def _derivatives(search: SigmaSearch) -> tuple[float, float, str]:
     if not above or not below:
         side = "largest" if below else "smallest"
         return math.nan, math.nan, f"sigma {sigma:g} is the {side} that was tried, so the NLL's slope there is unknown"
-    own = [p for p in points if p[0] == sigma]
-    others = sorted([*below[:-1], *above[1:]], key=lambda p: abs(p[0] - sigma))
-    chosen = sorted([below[-1], above[0], *(own or others[:1])])
+    # With its neighbours goes the sigma itself, or the next nearest.
+    others = sorted([p for p in points if p not in (below[-1], above[0])], key=lambda p: abs(p[0] - sigma))
+    chosen = sorted([below[-1], above[0], *others[:1]])
     if len(chosen) < 3:
         return math.nan, math.nan, f"only two sigmas were tried beside {sigma:g}, too few for the NLL's slope there"
     (x0, y0), (x1, y1), (x2, y2) = chosen
@@ -189,13 +176,8 @@ def paper_form(adapter: BayesianAdapter, layer: str, sigma: float | None = None)
     The family ``"constant"`` has ``Omega = sigma``, which is ``B (A + sigma E)`` turned by ``V``. Singular values that count
     as zero are left out.
 
-    Args:
-        adapter: the Bayesian adapter.
-        layer: name of one of ``adapter.layers``.
-        sigma: posterior scale instead of the adapter's own.
-
     Raises:
-        ValueError: no such layer, no sigma, or the family ``"full-rank"``, which no noise of A' gives.
+        ValueError: no such layer in ``adapter.layers``, no sigma, or the family ``"full-rank"``, which no noise of A' gives.
     """
     posterior = adapter.posterior(layer)
     omega = posterior.omega(adapter.scale(sigma))
@@ -204,8 +186,7 @@ def paper_form(adapter: BayesianAdapter, layer: str, sigma: float | None = None)
     # The small factor's SVD: B itself may have a vocabulary of rows.
     q, upper = torch.linalg.qr(b)
     u, _, vt = torch.linalg.svd(upper)
-    rank = len(omega)
-    u, vt = q @ u[:, :rank], vt[:rank]
+    u, vt = q @ u[:, : len(omega)], vt[: len(omega)]
     sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
     means = (sign.T * vt) @ a
     return PaperForm(u * sign * posterior.singular_values, means, omega[:, None].expand_as(means), posterior.scaling)
@@ -214,7 +195,3 @@ def paper_form(adapter: BayesianAdapter, layer: str, sigma: float | None = None)
 def _random(adapter: BayesianAdapter, depth: Depth | None) -> list[LayerPosterior]:
     names = adapter.random_layers_at(adapter.depth if depth is None else depth)
     return [p for p in adapter.posteriors if p.name in names]
-
-
-def _check_prior(value: float) -> float:
-    return check_number("prior_sigma", value, "a finite number above 0, the prior's standard deviation")

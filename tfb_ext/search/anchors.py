@@ -30,18 +30,12 @@ class Anchors:
     """A data set under the mean adapter and at any sigmas.
 
     Args:
-        adapter: the Bayesian adapter.
-        data: the anchors.
-        ranks: the processes that share them.
-        depths: whose trunks are kept.
-        batch_size: anchors a forward.
-        shuffle: in random order.
+        depths: whose trunks are kept; deepest first.
+        shuffle: batches in random order.
         sharded: every rank brought its own anchors; otherwise all hold the same set and run a part of it.
         numbers, antithetic, mode: of the samples.
         pseudo: targets are the mean adapter's answers even where there are labels.
         metric: name of a metric of the caller's own, for which probabilities are kept.
-        checkpoint: file to go on from and to write to.
-        progress: show a progress bar.
 
     Raises:
         ValueError: no anchors.

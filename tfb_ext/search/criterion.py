@@ -6,11 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# Metrics whose change at an anchor is a smooth function of sigma.
-SMOOTH = ("nll", "brier")
 
-
-@dataclass(frozen=True)
+@dataclass
 class Criterion:
     """What is asked of one sigma. Numbers may be floats, or tensors of resampled anchors.
 
@@ -30,23 +27,11 @@ class Criterion:
     anchors: int
     per_item: bool = False
 
-    @property
-    def tolerated(self) -> bool:
-        """Whether there is a tolerance: else the lowest NLL is looked for."""
-        return self.objective == "tolerance"
-
-    @property
-    def smooth(self) -> bool:
-        return self.metric in SMOOTH
-
-    @property
-    def worse(self) -> float:
-        """1 where a higher metric is worse, else -1."""
-        return -1.0 if self.metric == "accuracy" else 1.0
-
-    @property
-    def one_sided(self) -> bool:
-        return self.bound == "one-sided" or self.metric == "flips"
+    def __post_init__(self) -> None:
+        self.tolerated = self.objective == "tolerance"  # else the lowest NLL is looked for
+        self.one_sided = self.bound == "one-sided" or self.metric == "flips"
+        self.smooth = self.metric in ("nll", "brier")  # whether the change at an anchor is a smooth function of sigma
+        self.worse = -1.0 if self.metric == "accuracy" else 1.0  # direction of the metric that is harm
 
     def allowed(self, base: Any) -> Any:
         """The largest amount that satisfies the tolerance, for a mean adapter whose metric is ``base``."""

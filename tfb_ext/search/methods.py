@@ -199,15 +199,9 @@ def _minimum(tried: Tried, plan: Plan) -> Found:
         stop += "; it lies on the edge of what was tried"
     sigma = found.sigma
     if plan.objective == "one-se":
-        near = [
-            e.sigma for e in tried.evaluations if e.satisfied and e.sigma < found.sigma and _within(tried, e, found)
-        ]
-        sigma = min([*near, found.sigma])
+        lower = [e for e in tried.evaluations if e.satisfied and e.sigma < found.sigma]
+        gaps = {e.sigma: tried.gap(e, found) for e in lower}
+        sigma = min([found.sigma, *(s for s, (gap, error) in gaps.items() if gap <= error)])
     if sigma != found.sigma:
         stop += f" ({found.sigma:.3g}); the smallest within a standard error of it"
     return Found(sigma, (low, high), stop)
-
-
-def _within(tried: Tried, evaluation: Evaluation, lowest: Evaluation) -> bool:
-    gap, error = tried.gap(evaluation, lowest)
-    return gap <= error

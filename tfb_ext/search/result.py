@@ -145,7 +145,7 @@ class SigmaSearch:
 
     @property
     def rule(self) -> str:
-        """The objective in words."""
+        """The criterion in words."""
         return str(self.criterion)
 
     def to_dict(self) -> dict[str, Any]:
