@@ -62,8 +62,8 @@ def search_sigma(
 
     Recipes fill in what is not given:
 
-    * ``"auto"`` looks at the anchors: labelled and not memorised: the smallest sigma whose NLL is within a standard error of the
-      lowest, by a fused grid; unlabelled or memorised: the largest sigma that changes at most 1 % of the mean adapter's predictions.
+    * ``"auto"`` looks at the anchors. Labelled and not memorised: the smallest sigma whose NLL is within a standard error of the
+      lowest, by a fused grid. Else: the largest sigma that changes at most 1 % of the mean adapter's predictions.
     * ``"paper"``: NLL within 0.3 % of the mean adapter's, two-sided, five bisection steps in [0.001, 0.015], independent
       samples; labels, or the mean adapter's own predictions where there are none.
     * ``"official"``: what the authors' code does. Flipout noise, the mean adapter's own predictions as labels, the relative
@@ -74,27 +74,24 @@ def search_sigma(
     Args:
         adapter: from :func:`tfb_ext.bayesianize`.
         anchors: an encoded set, or batches of model arguments; labels are optional.
-        metric: ``"nll"``, ``"brier"``, ``"accuracy"`` (relative tolerance), ``"flips"`` (fraction of changed predictions,
-            absolute), or a function of probabilities (items, C) and targets (items,) that gives one number, or one for each
-            item, lower is better (relative tolerance, 1 % by default).
-        tolerance: 0.003 for nll and brier, 0.01 for the others by default.
+        metric: ``"nll"``, ``"brier"``, ``"accuracy"`` (relative tolerance) or ``"flips"`` (changed predictions, absolute); or a
+            function of probabilities (items, C) and targets (items,) that gives one number, or one for each item, lower is better.
+        tolerance: by default 0.003 for nll and brier, 0.01 for the others.
         bound: ``"two-sided"`` (the paper: any change counts) or ``"one-sided"`` (only harm).
         objective: ``"tolerance"`` (the largest sigma that holds it), ``"minimum"`` (the sigma of the lowest NLL) or
             ``"one-se"`` (the smallest sigma whose NLL is within a standard error of the lowest).
-        method: ``"bisect"``; ``"grid"``: all sigmas in one fused batch, then a finer look where it matters; ``"root"``: regula
-            falsi on the smooth curve, the fewest evaluations; ``"official"``: the authors' bisection.
+        method: ``"bisect"``; ``"grid"``: all sigmas in one fused batch, then a finer look; ``"root"``: regula falsi on the
+            smooth curve, the fewest evaluations; ``"official"``: the authors' bisection.
         bracket: where to look first.
         steps: bisection steps, grid points, or the most steps of the root finder.
         samples: posterior samples at every sigma, the same ones.
-        depth: random blocks, if other than the adapter's; several to choose from: the one with the lowest NLL, or with a
-            tolerance the one that buys the most entropy within it, where depths within a standard error of the best are equal
-            and the cheapest of them is taken. Depths share the blocks below.
-        batch_size: anchors a forward, before the fan; halved by itself where memory runs out.
-        early_stop: stop a sigma's run over the anchors once its verdict is settled at this confidence, such as 0.99, or the
-            change is known to 5 % of the tolerance; sigmas tried before on more anchors help to know it. Anchors then go in
-            random order, and small batches give more occasions.
+        depth: random blocks, if other than the adapter's. Of several the one with the lowest NLL is taken, or with a tolerance
+            the one with most entropy within it; of those within a standard error of the best the cheapest.
+        batch_size: anchors a forward, before the fan; halved where memory runs out.
+        early_stop: leave out anchors once a sigma's verdict is settled at this confidence, such as 0.99, or its change is known
+            to 5 % of the tolerance. Anchors then go in random order; small batches give more occasions.
         checkpoint: file that holds every result as it comes; a search that finds it there goes on from it.
-        sharded: every process brings anchors of its own (as from ``accelerator.prepare`` with ``even_batches=False``).
+        sharded: every process brings its own anchors (as from ``accelerator.prepare`` with ``even_batches=False``).
         progress: show a progress bar.
         apply: set the result on the adapter.
 

@@ -31,12 +31,8 @@ SETTLING_ITEMS = 32
 class _Change:
     """The metric's change from the mean adapter at one sigma.
 
-    Attributes:
-        value: the metric itself.
-        amount: what the tolerance bounds.
-        resampled: (R,) over resamples of the anchors: the used share of the tolerance, or the change where there is none;
-            ``None`` below two anchors.
-        error: standard error of the change.
+    ``value`` is the metric itself, ``amount`` what the tolerance bounds, ``error`` the change's standard error. ``resampled`` (R,) is
+    over resamples of the anchors: the used share of the tolerance, or the change where there is none; ``None`` for one anchor.
     """
 
     value: float
@@ -47,13 +43,9 @@ class _Change:
 
 @dataclass(frozen=True)
 class _Guess:
-    """The mean change over all anchors, guessed from those seen.
+    """The mean change over all anchors, guessed from those seen, and its standard error; see ``Verdicts.guess``.
 
-    Attributes:
-        value: the guess.
-        error: its standard error; 0 once all anchors were seen.
-        control: a sigma judged before on more anchors, whose changes there correct the guess; ``None`` for the plain mean.
-        slope: change here for each unit of change at ``control``.
+    ``control`` is a sigma judged before on more anchors, ``slope`` the change here for each unit of change there.
     """
 
     value: float
@@ -262,10 +254,7 @@ class Verdicts:
         share that is left, and by what a sigma judged before tells (``guess``). ``looks`` questions share the error
         ``1 - confidence``.
 
-        Args:
-            first: the first random block; other sigmas judged there may help.
-            values: (items, 5), NaN where not seen.
-            lowest: without a tolerance, the records of the lowest NLL so far: settled means clearly above it.
+        Without a tolerance, ``lowest`` are the records of the lowest NLL so far, and settled means clearly above it.
         """
         asked = self.criterion
         harm = self.harm(values) if lowest is None else values[:, 0] - lowest[:, 0]
