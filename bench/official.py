@@ -5,10 +5,7 @@ relative change of the NLL divided once more by the number of anchors, five halv
 smallest sigma that violates the tolerance. The only thing done better than there is the head: it computes the last position
 alone (``logits_to_keep=1``) and not every position's logits.
 
-    python -m bench.official --adapter demo --runs 10 --out official.json
-
-runs our search with ``recipe="official"`` and this one on the same anchors and says in how many runs they agree
-(:mod:`bench.parity`).
+``bench/parity.py`` runs our search with ``recipe="official"`` and this one on the same anchors.
 """
 
 from __future__ import annotations
@@ -338,9 +335,3 @@ def official_search(
 def pseudo_nll(probabilities: Tensor, labels: Tensor) -> float:
     """Mean of ``-log(p + 1e-12)`` at the labels, nats."""
     return float(-(probabilities.gather(-1, labels[:, None]) + 1e-12).log().mean())
-
-
-if __name__ == "__main__":
-    from .parity import main
-
-    main()

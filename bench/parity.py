@@ -3,6 +3,8 @@ posteriors predict the same?
 
 With ``--noise shared`` the authors' algorithm gets our draws, so that nothing but the two codes differs. With ``--noise fresh``
 it draws its own, and the two have nothing in common but the distribution.
+
+    python -m bench.parity --adapter demo --runs 10 --out parity.json
 """
 
 from __future__ import annotations
@@ -235,7 +237,7 @@ def means(ours: Sequence[float], official: Sequence[float]) -> dict[str, float |
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.official", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__)
     parser.add_argument("--adapter", default=DEMO, help="'demo', or the folder of an adapter for the headlines")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--anchors", type=int, default=500)
@@ -257,7 +259,7 @@ def main() -> None:
     anchors = encode(load_split("anchor", options.anchors), loaded.tokenizer)
     test = encode(load_split("test", options.test), loaded.tokenizer)
     command = (
-        f"python -m bench.official --adapter {options.adapter} --runs {options.runs} --anchors {options.anchors} "
+        f"python -m bench.parity --adapter {options.adapter} --runs {options.runs} --anchors {options.anchors} "
         f"--test {options.test} --noise {options.noise} --dtype {options.dtype}"
     )
     facts = {
@@ -287,3 +289,7 @@ def main() -> None:
         if options.out is not None:  # after each, for they take long
             write_json(options.out, {"summary": summary(runs) | facts, "runs": rows})
     print(json.dumps(summary(runs), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import tfb_ext
 from tfb_ext import ops
-from tfb_ext.adapters import layer
 from tfb_ext.ops import reference
 
 SAMPLES, SIGMA = 4, 0.3

@@ -20,12 +20,13 @@ import tfb_ext
 from tfb_ext import search_sigma
 from tfb_ext.data import Encoded
 from tfb_ext.forward.batches import IGNORED
-from tfb_ext.search import LARGEST, SMALLEST, SigmaSearch, _AtDepth
+from tfb_ext.search import LARGEST, SMALLEST, SigmaSearch
 from tfb_ext.search import anchors as engine
+from tfb_ext.search.depths import AtDepth
 from tfb_ext.search.methods import Found, find
 from tfb_ext.search.plan import Options, Plan, make_plan
 from tfb_ext.search.records import Records
-from tfb_ext.search.rule import Rule
+from tfb_ext.search.verdicts import Verdicts
 
 SAMPLES = 4
 
@@ -103,15 +104,15 @@ def plan(**changes: Any) -> Plan:
     return Plan(**(fields | changes))
 
 
-def tried_on(curve: Curve, chosen: Plan) -> _AtDepth:
-    return _AtDepth(curve, Rule(chosen, curve.records), 0, "all", None)  # type: ignore[arg-type]
+def tried_on(curve: Curve, chosen: Plan) -> AtDepth:
+    return AtDepth(curve, Verdicts(chosen, curve.records), 0, "all")  # type: ignore[arg-type]
 
 
-def one(tried: _AtDepth, sigma: float) -> Any:
+def one(tried: AtDepth, sigma: float) -> Any:
     return tried.evaluate([sigma])[0]
 
 
-def run(curve: Curve, **changes: Any) -> tuple[float, tuple[float, float], str, _AtDepth]:
+def run(curve: Curve, **changes: Any) -> tuple[float, tuple[float, float], str, AtDepth]:
     chosen = plan(**changes)
     tried = tried_on(curve, chosen)
     found: Found = find(tried, chosen)
@@ -332,7 +333,7 @@ def test_tolerances_are_relative_but_for_flips(metric: str, bound: str, change: 
     tolerance = 0.001 if metric == "nll" else 0.01
     tried = tried_on(curve, plan(metric=metric, bound=bound, tolerance=tolerance))
     assert one(tried, 0.1).satisfied is holds
-    baseline = tried.rule.evaluation(0, 0.0, "all")
+    baseline = tried.verdicts.evaluation(0, 0.0, "all")
     assert baseline.satisfied and baseline.sigma == 0 and baseline.flips == 0
 
 
@@ -345,7 +346,7 @@ def test_standard_error_is_of_the_paired_change() -> None:
     assert one(tried, 0.1).standard_error == pytest.approx(float(change.std()) / math.sqrt(curve.size), rel=0.08)
     flips = tried_on(curve, plan(metric="flips"))
     assert one(flips, 0.1).standard_error == pytest.approx(math.sqrt(0.2 * 0.8 / 999), rel=0.08)
-    assert tried.rule.evaluation(0, 0.0, "all").standard_error == 0
+    assert tried.verdicts.evaluation(0, 0.0, "all").standard_error == 0
 
 
 def test_metrics_are_those_of_predict() -> None:
@@ -594,7 +595,7 @@ def test_summary_ends_in_the_adapters_config(tmp_path: Any) -> None:
         ({"tolerance": 0}, "tolerance is 0, expected a positive fraction"),
         ({"tolerance": math.nan}, "tolerance is nan"),
         ({"tolerance": "1%"}, "tolerance is '1%'"),
-        ({"steps": 1}, "steps is 1, expected an integer of at least 2"),
+        ({"steps": 1}, "steps is 1, expected an integer from 2 to 1000"),
         ({"steps": 2.0}, "steps is 2.0"),
         ({"steps": True}, "steps is True"),
         ({"bracket": 0.1}, r"bracket is 0.1, expected \(lowest sigma, highest sigma\)"),
@@ -721,7 +722,7 @@ def test_confidence_and_interval_come_from_resampled_anchors() -> None:
     edge = min(tried.evaluations, key=lambda e: abs(e.sigma - 0.01))
     assert edge.confidence == pytest.approx(0.5, abs=0.06)
     assert edge.standard_error == pytest.approx(0.03 / math.sqrt(1000), rel=0.1)
-    low, high = tried.rule.interval(0, tried.evaluations)
+    low, high = tried.verdicts.interval(0, tried.evaluations)
     # The mean's relative standard error is 10 / sqrt(1000) = 0.32: it crosses at 0.01 / (1 +- 1.64 * 0.32).
     assert 0.0055 < low < 0.0075 and high == pytest.approx(0.02, rel=0.15)
 
@@ -791,7 +792,7 @@ def seen_only(change: Tensor, seen: int) -> Tensor:
 def test_early_stop_is_right_as_often_as_it_says(level: float) -> None:
     """Many sets of anchors whose change lies near the tolerance, in random order, looked at every 20."""
     generator = torch.Generator().manual_seed(3)
-    rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.01)).rule
+    rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.01)).verdicts
     size, wrong, stopped = rule.size, 0, 0
     for _ in range(300):
         mean = 0.01 + 0.01 * float(torch.randn((), generator=generator))
@@ -806,7 +807,7 @@ def test_early_stop_is_right_as_often_as_it_says(level: float) -> None:
 
 def test_early_stop_near_the_edge_ends_once_the_amount_is_known() -> None:
     """The very edge of the tolerance: the verdict stays open to the end, the amount does not."""
-    rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1)).rule
+    rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1)).verdicts
     change = 0.1 + 0.01 * torch.randn(rule.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert rule.settled(0, seen_only(change, 100), 0.99, 10)
     assert not rule.settled(0, seen_only(0.1 + 10 * (change - 0.1), 100), 0.99, 10)
@@ -824,7 +825,7 @@ def two_sigmas(generator: torch.Generator, size: int, tails: bool) -> tuple[Tens
 def test_what_one_sigma_shows_on_all_anchors_sharpens_the_next() -> None:
     first, second = two_sigmas(torch.Generator().manual_seed(5), Curve.size, tails=False)
     tried = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1, method="root"))
-    rule = tried.rule
+    rule = tried.verdicts
     few = seen_only(second, 40)
     alone = rule.guess(0, rule.harm(few))
     assert alone.control is None and alone.value == pytest.approx(float(second[:40].mean()))
@@ -858,7 +859,7 @@ def test_early_stop_is_right_as_often_as_it_says_with_help(level: float, tails: 
     for _ in range(200):
         first, second = two_sigmas(generator, size, tails)
         allowed = float(second.mean()) * (0.75 + 0.5 * float(torch.rand((), generator=generator)))
-        rule = tried_on(Curve(), plan(bound="one-sided", tolerance=allowed, method="bisect")).rule
+        rule = tried_on(Curve(), plan(bound="one-sided", tolerance=allowed, method="bisect")).verdicts
         rule.records.values[0, 0.01] = seen_only(first, size)
         rule.evaluation(0, 0.01, "all")
         for count in range(40, size, 40):
@@ -885,7 +886,7 @@ def test_the_root_finder_knows_the_amount_near_the_edge_and_then_needs_few_ancho
         (1.3, 40, "root", False),
         (2.0, 40, "root", True),
     ):
-        rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1, method=method)).rule
+        rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1, method=method)).verdicts
         change = 0.02 * noise
         change += 0.1 * used - change[:count].mean()
         assert rule.settled(0, seen_only(change, count), 0.9, 10) is settled, (used, method)

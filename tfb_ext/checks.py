@@ -14,13 +14,20 @@ from .errors import refusal
 
 # The kernels take sigma as float32, in which a smaller number is subnormal or 0 and a larger one is infinite.
 LEAST_SIGMA, MOST_SIGMA = 1.17549435e-38, 3.4028234e38
+# JSON also reads Infinity, NaN and integers beyond any float.
+MOST_NUMBER = 1e300
 # Sample numbers reach 2**31; so many of them at once would fill the memory of any machine before the first forward.
 MOST_SAMPLES = 2**16
 
 
-def is_integer(value: object) -> TypeGuard[Integral]:
-    """Whether ``value`` is an integer of any library; a bool is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def is_integer(value: object, least: float = -math.inf, most: float = math.inf) -> TypeGuard[Integral]:
+    """Whether ``value`` is an integer of any library from ``least`` to ``most``; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most
+
+
+def is_number(value: object, least: float = -MOST_NUMBER, most: float = MOST_NUMBER) -> TypeGuard[float]:
+    """Whether ``value`` is a finite number from ``least`` to ``most``; a bool is none."""
+    return least <= as_number(value) <= most
 
 
 def as_number(value: object) -> float:

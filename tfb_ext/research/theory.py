@@ -1,23 +1,27 @@
 """What the paper proves, in closed form: KL to a prior, the KL's weight that a found sigma implies, and the form (B', A', Omega).
 
-A random layer's weight is ``W0 + s U (M + sigma E)`` (:mod:`tfb_ext.posterior`). The prior is the same family with mean zero
-and a scale of its own, ``s U (sigma_p E)``: for the family ``"low-rank"`` the low-rank isotropic prior of Shi et al. (NeurIPS
-2025, Theorem 4.2) and BLoB. ``W0``, LoRA's scaling ``s`` and ``U`` map the coordinates of posterior and prior alike, one to one,
-so they cancel, and the KL is that of ``N(M, sigma^2)`` to ``N(0, sigma_p^2)`` over ``D = rank n`` coordinates.
+A random layer's weight is ``W0 + s U (M + sigma E)`` (:mod:`tfb_ext.posterior`), the prior ``s U (sigma_p E)``: for the family
+``"low-rank"`` the low-rank isotropic prior of Shi et al. (NeurIPS 2025, Theorem 4.2) and BLoB. ``W0``, ``s`` and ``U`` cancel, and
+the KL is that of ``N(M, sigma^2)`` to ``N(0, sigma_p^2)`` over ``D = rank n`` coordinates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import BayesianAdapter, Depth
+from ..checks import check_number
 from ..posterior.canonical import LayerPosterior
+
+if TYPE_CHECKING:
+    from ..search import SigmaSearch
+
+PRIOR = "a finite number above 0, the prior's standard deviation"
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,7 @@ class KLDivergence:
     """KL of a posterior to its prior, in nats.
 
     Attributes:
-        sigma: the posterior's scale.
-        prior_sigma: the prior's, in the same units.
+        sigma, prior_sigma: scales of the posterior and the prior, in the same units.
         layers: KL of each random layer, by its name.
         dimensions: coordinates of all random layers together, the ``D`` of the formulas.
     """
@@ -54,46 +57,20 @@ def kl_divergence(
     the entries of A then), ``D = m n`` and ``B A`` for ``"full-rank"``. LoRA's scaling does not enter.
 
     Args:
-        adapter: the Bayesian adapter.
         prior_sigma: standard deviation of the prior, in sigma's units.
-        sigma: posterior scale instead of the adapter's own.
-        depth: random blocks instead of the adapter's own; layers below are the same for every sample and do not count.
+        sigma, depth: posterior scale and random blocks instead of the adapter's own; layers below do not count.
 
     Raises:
         ValueError: no sigma, a scale that is not a finite number above 0, or a bad depth.
     """
-    scale = adapter.scale(sigma)
-    prior = _check_prior(prior_sigma)
-    random = _random(adapter, depth)
-    layers = {p.name: _layer_kl(p, scale, prior) for p in random}
+    scale, prior = adapter.scale(sigma), check_number("prior_sigma", prior_sigma, lambda v: 0 < v < math.inf, PRIOR)
+    ratio, random = scale / prior, _random(adapter, depth)
+    layers = {}
+    for p in random:
+        # |U M|_F = |M|_F for an orthonormal U, so the full-rank family needs no m x n matrix.
+        distance = float(p.mean.double().square().sum()) / prior**2
+        layers[p.name] = p.dimensions * (-math.log(ratio) - 0.5 + ratio**2 / 2) + distance / 2
     return KLDivergence(scale, prior, layers, sum(p.dimensions for p in random))
-
-
-def _layer_kl(posterior: LayerPosterior, sigma: float, prior: float) -> float:
-    # |U M|_F = |M|_F for an orthonormal U, so the full-rank family needs no m x n matrix.
-    ratio = sigma / prior
-    distance = float(posterior.mean.double().square().sum()) / prior**2
-    return posterior.dimensions * (-math.log(ratio) - 0.5 + ratio**2 / 2) + distance / 2
-
-
-class Tried(Protocol):
-    """One sigma that a search has tried."""
-
-    @property
-    def sigma(self) -> float: ...
-    @property
-    def nll(self) -> float: ...
-
-
-class Searched(Protocol):
-    """What :func:`implied_weight` reads of a search; a :class:`~tfb_ext.search.SigmaSearch` has it."""
-
-    @property
-    def sigma(self) -> float: ...
-    @property
-    def baseline(self) -> Tried: ...
-    @property
-    def evaluations(self) -> Sequence[Tried]: ...
 
 
 @dataclass(frozen=True)
@@ -101,13 +78,10 @@ class ImpliedWeight:
     """The weight of the KL under which a found sigma is optimal.
 
     Attributes:
-        value: ``lambda``, in nats of mean NLL a nat of KL; NaN where none exists or is known.
-        sigma: the found posterior scale.
-        prior_sigma: the prior's.
+        value: ``lambda``, in nats of mean NLL a nat of KL; NaN where none exists or is known, for the ``reason``.
+        sigma, prior_sigma: the found posterior scale, and the prior's.
         dimensions: coordinates ``D`` of the random layers.
-        slope: derivative of the anchors' mean NLL at sigma; NaN where sigma is an edge of what was tried.
-        curvature: its second derivative there.
-        reason: why ``value`` is NaN, else empty.
+        slope, curvature: derivatives of the anchors' mean NLL at sigma; NaN where sigma is an edge of what was tried.
     """
 
     value: float
@@ -120,57 +94,45 @@ class ImpliedWeight:
 
 
 def implied_weight(
-    search: Searched, adapter: BayesianAdapter, prior_sigma: float, depth: Depth | None = None
+    search: SigmaSearch, adapter: BayesianAdapter, prior_sigma: float, depth: Depth | None = None
 ) -> ImpliedWeight:
     """The ``lambda`` of Theorem 4.2: the found sigma minimises ``l(sigma) + lambda KL(sigma)``.
 
-    ``l`` is the anchors' mean NLL at sigma, as the search has measured it; the KL is :func:`kl_divergence`'s, whose mean term
-    does not depend on sigma. Where the derivative of their sum is zero::
+    ``l`` is the anchors' mean NLL at sigma, as the search has measured it. Where the derivative of the sum is zero::
 
         lambda = l'(sigma) / (D (1 / sigma - sigma / prior_sigma^2))
 
-    ``l'`` and ``l''`` are those of the parabola through sigma and its neighbours among the evaluations and the baseline (sigma
-    0). ``l`` is a mean over anchors, so against their summed NLL the KL's weight is ``lambda`` times their number; ordinary
-    variational inference has 1 there.
+    ``l'`` and ``l''`` are those of the parabola through sigma and its neighbours among the evaluations and the baseline.
+    Against the anchors' summed NLL the KL's weight is ``lambda`` times their number; variational inference has 1 there.
 
     Args:
-        search: the search, with ``sigma``, ``evaluations`` and ``baseline``, each of those with ``sigma`` and ``nll``.
-        adapter: the adapter that was searched.
+        search: a search of this adapter.
         prior_sigma: standard deviation of the prior, in sigma's units; above the found sigma.
         depth: the search's, if it is not the adapter's now.
-
-    Returns:
-        The weight, NaN with a reason if sigma is an edge of what was tried, if the NLL does not rise there (no positive weight
-        holds sigma back), if the prior is not wider than the posterior, or if the NLL bends down so much that the sum has a
-        maximum there (the theorem assumes it convex).
 
     Raises:
         ValueError: prior_sigma or depth is bad.
     """
-    prior = _check_prior(prior_sigma)
-    sigma = float(search.sigma)
+    prior, sigma = check_number("prior_sigma", prior_sigma, lambda v: 0 < v < math.inf, PRIOR), float(search.sigma)
     dimensions = sum(p.dimensions for p in _random(adapter, depth))
-    slope, curvature, reason = _derivatives(search)
+    slope, curvature, unknown = _derivatives(search)
     pull = dimensions * (1 / sigma - sigma / prior**2)  # of the KL, towards larger sigma
     value = slope / pull if pull > 0 else math.nan
-    if sigma >= prior:
-        reason = (
-            f"the prior ({prior:g}) is not wider than the posterior ({sigma:g}), so the KL does not fall as sigma grows; pass a "
-            "larger prior_sigma"
-        )
-    elif not reason and slope <= 0:
-        reason = (
-            f"the NLL does not rise at sigma {sigma:g} (slope {slope:.3g}), so no positive weight makes it the minimum"
-        )
-    elif not reason and curvature + value * dimensions * (1 / sigma**2 + 1 / prior**2) <= 0:
-        reason = (
-            f"the NLL bends down at sigma {sigma:g} (second derivative {curvature:.3g}) more than the KL bends up, so the sum has "
-            "a maximum there"
-        )
+    bend = curvature + value * dimensions * (1 / sigma**2 + 1 / prior**2)
+    wide = f"the prior ({prior:g}) is not wider than the posterior ({sigma:g}), so the KL does not fall as sigma grows; pass a "
+    flat = f"the NLL does not rise at sigma {sigma:g} (slope {slope:.3g}), so no positive weight makes it the minimum"
+    bent = f"the NLL bends down at sigma {sigma:g} (second derivative {curvature:.3g}) more than the KL bends up, so the sum has "
+    reasons = {
+        wide + "larger prior_sigma": sigma >= prior,
+        unknown: unknown,
+        flat: slope <= 0,
+        bent + "a maximum": bend <= 0,
+    }
+    reason = next((text for text, holds in reasons.items() if holds), "")
     return ImpliedWeight(math.nan if reason else value, sigma, prior, dimensions, slope, curvature, reason)
 
 
-def _derivatives(search: Searched) -> tuple[float, float, str]:
+def _derivatives(search: SigmaSearch) -> tuple[float, float, str]:
     """First and second derivative of the NLL at the found sigma, and a reason where they are unknown."""
     sigma = float(search.sigma)
     tried = {float(e.sigma): float(e.nll) for e in (search.baseline, *search.evaluations)}
@@ -180,12 +142,12 @@ def _derivatives(search: Searched) -> tuple[float, float, str]:
     if not above or not below:
         side = "largest" if below else "smallest"
         return math.nan, math.nan, f"sigma {sigma:g} is the {side} that was tried, so the NLL's slope there is unknown"
-    own = [p for p in points if p[0] == sigma]
-    others = sorted([*below[:-1], *above[1:]], key=lambda p: abs(p[0] - sigma))
-    chosen = [below[-1], above[0], *(own or others[:1])]
+    # With its neighbours goes the sigma itself, or the next nearest.
+    others = sorted([p for p in points if p not in (below[-1], above[0])], key=lambda p: abs(p[0] - sigma))
+    chosen = sorted([below[-1], above[0], *others[:1]])
     if len(chosen) < 3:
         return math.nan, math.nan, f"only two sigmas were tried beside {sigma:g}, too few for the NLL's slope there"
-    (x0, y0), (x1, y1), (x2, y2) = sorted(chosen)
+    (x0, y0), (x1, y1), (x2, y2) = chosen
     first, second = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     bend = (second - first) / (x2 - x0)
     return first + bend * (2 * sigma - x0 - x1), 2 * bend, ""
@@ -212,15 +174,10 @@ def paper_form(adapter: BayesianAdapter, layer: str, sigma: float | None = None)
     """``(B', A', Omega)`` of one layer (equation 5): the same distribution as the adapter's samples, not the same samples.
 
     The family ``"constant"`` has ``Omega = sigma``, which is ``B (A + sigma E)`` turned by ``V``. Singular values that count
-    as zero (:func:`tfb_ext.posterior.orthonormal_basis`) are left out.
-
-    Args:
-        adapter: the Bayesian adapter.
-        layer: name of one of ``adapter.layers``.
-        sigma: posterior scale instead of the adapter's own.
+    as zero are left out.
 
     Raises:
-        ValueError: no such layer, no sigma, or the family ``"full-rank"``, which no noise of A' gives.
+        ValueError: no such layer in ``adapter.layers``, no sigma, or the family ``"full-rank"``, which no noise of A' gives.
     """
     posterior = adapter.posterior(layer)
     omega = posterior.omega(adapter.scale(sigma))
@@ -229,8 +186,7 @@ def paper_form(adapter: BayesianAdapter, layer: str, sigma: float | None = None)
     # The small factor's SVD: B itself may have a vocabulary of rows.
     q, upper = torch.linalg.qr(b)
     u, _, vt = torch.linalg.svd(upper)
-    rank = len(omega)
-    u, vt = q @ u[:, :rank], vt[:rank]
+    u, vt = q @ u[:, : len(omega)], vt[: len(omega)]
     sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
     means = (sign.T * vt) @ a
     return PaperForm(u * sign * posterior.singular_values, means, omega[:, None].expand_as(means), posterior.scaling)
@@ -239,9 +195,3 @@ def paper_form(adapter: BayesianAdapter, layer: str, sigma: float | None = None)
 def _random(adapter: BayesianAdapter, depth: Depth | None) -> list[LayerPosterior]:
     names = adapter.random_layers_at(adapter.depth if depth is None else depth)
     return [p for p in adapter.posteriors if p.name in names]
-
-
-def _check_prior(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"prior_sigma is {value!r}, expected a finite number above 0, the prior's standard deviation")
-    return float(value)

@@ -1,4 +1,7 @@
-"""The anchors: run at any sigmas and depths, on one process or several, and remembered item by item."""
+"""The anchors: run at any sigmas and depths, on one process or several, and remembered item by item.
+
+The only module of the search that knows the engine (:class:`~tfb_ext.forward.scoring.Scorer`).
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapters.adapter import BayesianAdapter
+from ..adapters.adapter import BayesianAdapter, Depth
 from ..adapters.samples import MEAN, SampleBatch
-from ..data import Encoded
 from ..errors import SamplingError
-from ..forward.batches import IGNORED, Batch, item_labels
+from ..forward.batches import IGNORED, Batch, Data, item_labels
 from ..forward.engine import MANY_CLASSES, Scorer
 from .model_key import content, model_key
 from .ranks import Ranks
@@ -29,15 +31,12 @@ class Anchors:
     """A data set under the mean adapter and at any sigmas.
 
     Args:
-        adapter: the Bayesian adapter.
-        scorer: with this rank's share of the anchors.
-        ranks: the processes that share them.
+        depths: whose trunks are kept; deepest first.
+        shuffle: batches in random order.
         sharded: every rank brought its own anchors; otherwise all hold the same set and run a part of it.
         numbers, antithetic, mode: of the samples.
         pseudo: targets are the mean adapter's answers even where there are labels.
-        keep_probabilities: for a metric of the caller's own.
-        checkpoint: file to go on from and to write to.
-        progress: show a progress bar.
+        metric: name of a metric of the caller's own, for which probabilities are kept.
 
     Raises:
         ValueError: no anchors.
@@ -47,9 +46,12 @@ class Anchors:
     def __init__(
         self,
         adapter: BayesianAdapter,
-        scorer: Scorer,
+        data: Data,
         ranks: Ranks,
         *,
+        depths: Sequence[Depth],
+        batch_size: int | None,
+        shuffle: bool,
         sharded: bool,
         numbers: tuple[int, ...],
         antithetic: bool,
@@ -59,28 +61,35 @@ class Anchors:
         checkpoint: Path | None,
         progress: bool,
     ) -> None:
+        self.scorer = scorer = Scorer(
+            adapter,
+            data,
+            depth=depths[0],
+            batch_size=batch_size,
+            samples=len(numbers),
+            keep_trunk=depths,
+            shuffle=shuffle,
+            shard=(0, 1) if sharded else (ranks.rank, ranks.size),
+            may_be_empty=ranks.size > 1,
+        )
         self.adapter = adapter
-        self.scorer = scorer
         self.ranks = ranks
-        self.numbers = numbers
-        self.antithetic = antithetic
-        self.mode = mode
-        self.keep_probabilities = metric is not None
-        self.checkpoint = checkpoint
         self.sharded = sharded
-        own = scorer.classes if scorer.batches else 0
+        self.noise = numbers, antithetic, mode
+        self.keep_probabilities = metric is not None
+        self.checkpoint = checkpoint if ranks.rank == 0 else None
         by_token = any(b.token_labelled for b in scorer.batches)
-        facts = ranks.every([scorer.labelled, own, len(scorer.batches), by_token])
-        self.labelled = all(row[0] for row in facts)
-        self.classes = int(max(row[1] for row in facts))
-        self.rounds = int(max(row[2] for row in facts))  # batches of the rank that has most
-        self.positions, self.size = self._lay_out(sharded or any(row[3] for row in facts))
+        classes = scorer.classes if scorer.batches else 0
+        facts = zip(*ranks.every([scorer.labelled, classes, len(scorer.batches), by_token]), strict=True)
+        labelled, heads, batches, in_turn = (list(map(int, fact)) for fact in facts)
+        self.labelled = all(labelled)
+        self.classes = max(heads)
+        self.rounds = max(batches)  # of the rank that has most
+        self.positions, self.size = self._lay_out(sharded or any(in_turn))
+        if self.size == 0 and scorer.batches:
+            raise ValueError("the anchors hold no label to score (all are -100), expected at least one")
         if self.size == 0:
-            raise ValueError(
-                "the anchors hold no label to score (all are -100), expected at least one"
-                if scorer.batches
-                else "the data set is empty, expected at least one example"
-            )
+            raise ValueError("the data set is empty, expected at least one example")
         self.local = sum(len(p) for p in self.positions)
         self.bar = tqdm(total=self.local, desc="search sigma", unit="anchor", disable=not progress or ranks.rank != 0)
         if not adapter.attached.is_on:
@@ -88,24 +97,30 @@ class Anchors:
                 f"adapter {adapter.name!r} is switched off, so no sigma changes anything, expected it on. Fix: search outside "
                 "disable_adapter(), or call model.enable_adapter_layers()"
             )
+        self.use_labels = self.labelled and not pseudo
+        choices = scorer.sequences
         key = {
             "adapter": adapter.fingerprint(),
             "family": adapter.family,
             **model_key(adapter),
             "anchors": self._digest(),
             "items": self.size,
-            "targets": "labels" if self.labelled and not pseudo else "the mean adapter's answers",
+            "targets": "labels" if self.use_labels else "the mean adapter's answers",
             "samples": list(numbers),
             "seed": adapter.seed,
             "antithetic": antithetic,
             "mode": mode,
             "metric": metric,
-            "score": _score_name(scorer.sequences),
+            "score": None if choices is None else choices.score + " by length" * choices.by_length,
         }
-        self.use_labels = self.labelled and not pseudo
-        known = read_records(checkpoint, key, self.classes) if checkpoint is not None and ranks.rank == 0 else None
+        known = None if self.checkpoint is None else read_records(self.checkpoint, key, self.classes)
         known = ranks.from_first(known)
-        self.records = self._baseline(key) if known is None else known
+        self.records: Records = self._baseline(key) if known is None else known
+
+    @property
+    def tokens(self) -> int:
+        """Tokens times samples that went through the random blocks."""
+        return self.scorer.tokens_run
 
     # Who has which anchors --------------------------------------------------------------------------------------------
 
@@ -118,17 +133,14 @@ class Anchors:
         if not in_turn:
             return [b.items for b in batches], int(sum(row[0] for row in self.ranks.every([self.scorer.size])))
         counts = [len(item_labels(b)) if b.token_labelled else len(b.items) for b in batches]
-        mine = torch.tensor([[b.key, c] for b, c in zip(batches, counts, strict=True)], dtype=torch.int64).reshape(
-            -1, 2
-        )
-        parts = self.ranks.gather(mine)
+        rows = [[b.key, count] for b, count in zip(batches, counts, strict=True)]
+        parts = self.ranks.gather(torch.tensor(rows, dtype=torch.int64).reshape(-1, 2))
         turns = sorted((key, rank, count) for rank, part in enumerate(parts) for key, count in part.tolist())
-        starts, total = {}, 0
+        places, total = {}, 0
         for key, rank, count in turns:
-            starts[key, rank] = total
+            places[key, rank] = torch.arange(total, total + count)
             total += count
-        firsts = [starts[b.key, self.ranks.rank] for b in batches]
-        return [torch.arange(first, first + count) for first, count in zip(firsts, counts, strict=True)], total
+        return [places[b.key, self.ranks.rank] for b in batches], total
 
     def _digest(self) -> str:
         """Of all anchors in their order: every argument of the model, labels and classes, however they are batched and split."""
@@ -140,7 +152,7 @@ class Anchors:
                 start = int(positions[0]) if len(positions) else -1
                 places = [(start, row) for row in range(len(places))]
             columns = None if batch.columns is None else batch.columns.tolist()
-            inputs = {name: value.cpu() for name, value in batch.inputs.items() if isinstance(value, Tensor)}
+            inputs = {name: v.cpu() for name, v in sorted(batch.inputs.items()) if isinstance(v, Tensor)}
             ids, mask = inputs["input_ids"], inputs.get("attention_mask")
             attended = mask.bool() if mask is not None and mask.shape == ids.shape else torch.ones_like(ids).bool()
             for row, place in enumerate(places):
@@ -149,7 +161,7 @@ class Anchors:
                 if batch.targets is not None:
                     wanted = (row % batch.rows_per_item, batch.targets[row][batch.targets[row] != IGNORED].tolist())
                 digest = hashlib.sha256(repr((place, label, columns, wanted)).encode())
-                for name, value in sorted(inputs.items()):
+                for name, value in inputs.items():
                     if value.shape == ids.shape:  # padding does not count
                         digest.update(repr((name, value[row][attended[row]].tolist())).encode())
                     else:
@@ -165,15 +177,14 @@ class Anchors:
         """The mean adapter, by the kernels that the samples go through; the trunk is kept on the way."""
         rows: list[Tensor] = []
         kept: list[Tensor] = []
-        head = len(self.adapter.anatomy.blocks)
         for batch in self.scorer.batches:
-            logs = self.scorer.average(batch, MEAN, first=head)
+            logs = self.scorer.average(batch, MEAN, first=len(self.adapter.anatomy.blocks))
             guesses = logs.argmax(-1)
             targets = item_labels(batch) if self.use_labels else guesses
             numbers = torch.stack([guesses.cpu(), targets.cpu()], dim=1).double()
             rows.append(torch.cat([_measure(logs, targets, guesses, 0.0), numbers], dim=1))
             if self.keep_probabilities:
-                kept.append(self._checked(logs))
+                kept.append(_probabilities(logs))
             self.bar.update(len(guesses))
         table = self._everywhere(rows, len(FIELDS) + 2)
         records = Records(key, table[:, : len(FIELDS)].clone(), table[:, -2].long(), table[:, -1].long())
@@ -204,13 +215,14 @@ class Anchors:
                     self._score(i, first, active)
                     self.bar.update(len(self.positions[i]) * len(active))
                 if settled is not None:
-                    self._share(first, active, range(i, i + 1))
+                    self._share(first, active, self.positions[i : i + 1])
                     done = settled(active)
                     active = [s for s in active if s not in done]
             if settled is None:
-                self._share(first, active, range(len(self.scorer.batches)))
+                self._share(first, active, self.positions)
         finally:
-            self.save()
+            if self.checkpoint is not None:
+                self.records.write(self.checkpoint)
 
     def expect(self, sigmas: int) -> None:
         """Tell the progress bar how many more sigmas are likely to come."""
@@ -221,21 +233,15 @@ class Anchors:
         self.bar.refresh()
         self.bar.close()
 
-    def save(self) -> None:
-        if self.checkpoint is not None and self.ranks.rank == 0:
-            self.records.write(self.checkpoint)
-
     def _score(self, number: int, first: int, sigmas: Sequence[float]) -> None:
         """One batch into the records, at those sigmas that lack it."""
         batch, at = self.scorer.batches[number], self.positions[number]
-        if not len(at):
-            return
         missing = [s for s in sigmas if self.records.at(first, s)[at, 0].isnan().any()]
         guesses, targets = self.records.guesses[at], self.records.targets[at]
         for sigma, logs in zip(missing, self._log_probabilities(batch, first, missing), strict=True):
             self.records.at(first, sigma)[at] = _measure(logs, targets.to(logs.device), guesses.to(logs.device), sigma)
             if self.keep_probabilities:
-                self.records.probabilities[first, sigma][at] = self._checked(logs)
+                self.records.probabilities[first, sigma][at] = _probabilities(logs)
 
     def _log_probabilities(self, batch: Batch, first: int, sigmas: Sequence[float]) -> list[Tensor]:
         """Log mean probability (items, C) at each sigma; small heads take all sigmas in one fused batch."""
@@ -246,53 +252,41 @@ class Anchors:
         return list(self.scorer.averages(batch, self._samples(sigmas), len(sigmas), first))
 
     def _samples(self, sigmas: Sequence[float]) -> SampleBatch:
-        return self.adapter.batch(self.numbers, list(sigmas), self.antithetic, self.mode)
-
-    def _checked(self, logs: Tensor) -> Tensor:
-        if logs.shape[-1] > MANY_CLASSES:
-            raise ValueError(
-                f"a metric of your own gets every anchor's probabilities, and {logs.shape[-1]} classes are too many to keep "
-                f"(more than {MANY_CLASSES}); use metric='nll', 'accuracy', 'flips' or 'brier'"
-            )
-        return logs.exp().float().cpu()
+        numbers, antithetic, mode = self.noise
+        return self.adapter.batch(numbers, list(sigmas), antithetic, mode)
 
     # Between ranks ----------------------------------------------------------------------------------------------------
 
     def _everywhere(self, rows: Sequence[Tensor], width: int) -> Tensor:
         """This rank's rows, batch by batch, and those of all others, in the order of the anchors."""
-        at = [p.double()[:, None] for p in self.positions]
-        mine = [torch.cat([p, r.double()], dim=1) for p, r in zip(at, rows, strict=True)]
+        mine = [torch.cat([p.double()[:, None], r.double()], dim=1) for p, r in zip(self.positions, rows, strict=True)]
         table = torch.full((self.size, width), math.nan, dtype=torch.float64)
-        empty = torch.zeros(0, width + 1, dtype=torch.float64)
-        for part in self.ranks.gather(torch.cat([empty, *mine])):
+        for part in self.ranks.gather(torch.cat([torch.zeros(0, width + 1, dtype=torch.float64), *mine])):
             table[part[:, 0].long()] = part[:, 1:]
         return table
 
-    def _share(self, first: int, sigmas: Sequence[float], numbers: range) -> None:
-        """Exchange what the ranks found for their batches ``numbers``."""
+    def _share(self, first: int, sigmas: Sequence[float], positions: Sequence[Tensor]) -> None:
+        """Exchange what the ranks found for their items at these positions."""
         if self.ranks.size == 1 or not sigmas:
             return
-        own = [self.positions[i] for i in numbers if i < len(self.positions)]
-        at = torch.cat([torch.zeros(0, dtype=torch.int64), *own])
+        at = torch.cat([torch.zeros(0, dtype=torch.int64), *positions])
         tables = [self.records.at(first, s) for s in sigmas]
         if self.keep_probabilities:
-            tables += [self.records.probabilities[first, s].double() for s in sigmas]
-        mine = torch.cat([at.double()[:, None], *(t[at] for t in tables)], dim=1)
+            tables += [self.records.probabilities[first, s] for s in sigmas]
+        mine = torch.cat([at.double()[:, None], *(t[at].double() for t in tables)], dim=1)
         for part in self.ranks.gather(mine):
-            where, start = part[:, 0].long(), 1
-            for s in sigmas:
-                self.records.at(first, s)[where] = part[:, start : start + len(FIELDS)]
-                start += len(FIELDS)
-            for s in sigmas if self.keep_probabilities else ():
-                self.records.probabilities[first, s][where] = part[:, start : start + self.classes].float()
-                start += self.classes
+            columns = part[:, 1:].split([t.shape[1] for t in tables], dim=1)
+            for table, found in zip(tables, columns, strict=True):
+                table[part[:, 0].long()] = found.to(table.dtype)
 
 
-def _score_name(sequences: Encoded | None) -> str | None:
-    """What the classes' probabilities are made from, where choices are scored as sequences."""
-    if sequences is None:
-        return None
-    return f"{sequences.score} by length" if sequences.by_length else sequences.score
+def _probabilities(logs: Tensor) -> Tensor:
+    if logs.shape[-1] > MANY_CLASSES:
+        raise ValueError(
+            f"a metric of your own gets every anchor's probabilities: got {logs.shape[-1]} classes, expected at most "
+            f"{MANY_CLASSES}. Fix: metric='nll', 'accuracy', 'flips' or 'brier'"
+        )
+    return logs.exp().float().cpu()
 
 
 def _measure(logs: Tensor, targets: Tensor, guesses: Tensor, sigma: float) -> Tensor:

@@ -1,26 +1,20 @@
-"""Ways to the sigma: bisection, a grid, a root of the smooth curve, the lowest NLL, and the authors' own bisection.
-
-All of them see the anchors through :class:`Tried` alone, so they are tested on curves that are known.
-"""
+"""Ways to the sigma: bisection, a grid, a root of the smooth curve, the lowest NLL; they see the anchors through ``Tried``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
-from .plan import LARGEST, SMALLEST, Plan
+from .plan import LARGEST, ROOT_USED, SMALLEST, Plan
 from .result import Evaluation
 
-# The root finder stops where the tolerance is used up to this share, or where sigma is known to this factor.
-ROOT_USED, ROOT_FACTOR = 0.9, 1.05
-# It aims a little inside the tolerance, so that what it ends on holds.
-ROOT_AIM = 0.97
+# The root finder also stops where sigma is known to this factor, and aims a little inside the tolerance.
+ROOT_FACTOR, ROOT_AIM = 1.05, 0.97
 
 
 class Tried(Protocol):
-    """Every sigma tried at one depth, judged by the plan's rule."""
+    """Every sigma tried at one depth, judged by the plan's criterion."""
 
     evaluations: list[Evaluation]
 
@@ -34,8 +28,7 @@ class Tried(Protocol):
         """How far the NLL is above the lowest one, and the paired standard error of that."""
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """The chosen sigma, the interval looked at, and why the search stopped."""
 
     sigma: float
@@ -46,76 +39,57 @@ class Found:
 def find(tried: Tried, plan: Plan) -> Found:
     if plan.objective != "tolerance":
         return _minimum(tried, plan)
-    ways: dict[str, Callable[[Tried, Plan], Found]] = {
-        "bisect": _bisect,
-        "grid": _grid,
-        "root": _root,
-        "official": _official,
-    }
-    return ways[plan.method](tried, plan)
+    if plan.method == "official":
+        from ..research.recipe import smallest_violation
+
+        return smallest_violation(tried, plan)
+    return {"bisect": _bisect, "grid": _grid, "root": _root}[plan.method](tried, plan)
 
 
-def _one(tried: Tried, sigma: float) -> Evaluation:
-    return tried.evaluate([sigma])[0]
-
-
-def _official(tried: Tried, plan: Plan) -> Found:
-    """The smallest midpoint that violates, or the bracket's upper end if none does: what the authors' code returns."""
-    low, high = plan.bracket
-    violated = False
-    for _ in range(plan.steps):
-        middle = (low + high) / 2
-        if _one(tried, middle).satisfied:
-            low = middle
-        else:
-            high, violated = middle, True
-    stop = f"{plan.steps} bisection steps; the smallest sigma that violates"
-    if not violated:
-        stop = f"{plan.steps} bisection steps, none of which violates: the bracket's upper bound ({high:g}), not tried itself"
-    return Found(high, (low, high), stop)
+def _holds(tried: Tried, sigma: float) -> bool:
+    return tried.evaluate([sigma])[0].satisfied
 
 
 def _bisect(tried: Tried, plan: Plan) -> Found:
     low, high = plan.bracket
     holds = False
     if plan.widen:
-        while _one(tried, high).satisfied:
+        while _holds(tried, high):
             low, holds = high, True
             if high >= LARGEST:
-                return Found(
-                    high, (low, high), f"every sigma up to the largest allowed ({LARGEST:g}) holds the tolerance"
-                )
+                stop = f"every sigma up to the largest allowed ({LARGEST:g}) holds the tolerance"
+                return Found(high, (low, high), stop)
             high = min(2 * high, LARGEST)
-        while not holds and not _one(tried, low).satisfied:
+        while not holds and not _holds(tried, low):
             if low <= SMALLEST:
-                return Found(
-                    low, (low, high), f"no sigma down to {SMALLEST:g} holds the tolerance; this is the lower bound"
-                )
+                return Found(low, (low, high), _none_down_to(SMALLEST))
             low, high = max(low / 2, SMALLEST), low
         holds = True
     for _ in range(plan.steps):
         # The paper's bracket is narrow and halved in sigma; a widened one spans decades and is halved in log sigma.
         middle = math.sqrt(low * high) if plan.widen else (low + high) / 2
-        if _one(tried, middle).satisfied:
+        if _holds(tried, middle):
             low, holds = middle, True
         else:
             high = middle
-    if not holds and not _one(tried, low).satisfied:
-        return Found(
-            low, (low, high), f"no sigma tried holds the tolerance; this is the lower bound of the bracket ({low:g})"
-        )
     stop = f"{plan.steps} bisection steps"
-    if high == plan.bracket[1] and not plan.widen:
+    if not holds and not _holds(tried, low):
+        stop = f"no sigma tried holds the tolerance; this is the lower bound of the bracket ({low:g})"
+    elif high == plan.bracket[1] and not plan.widen:
         stop += f"; every sigma tried holds the tolerance, so a larger one beyond the bracket's upper bound ({high:g}) may too"
     return Found(low, (low, high), stop)
+
+
+def _none_down_to(sigma: float) -> str:
+    return f"no sigma down to {sigma:g} holds the tolerance; this is the lower bound"
 
 
 def _root(tried: Tried, plan: Plan) -> Found:
     """Regula falsi on the used share of the tolerance, both axes logarithmic, where the curve is nearly straight.
 
-    The noise is the same at every sigma, so the curve is smooth. A change of the metric begins with the square of sigma,
-    which is what a first step from one point goes by. On one side for the second time it bisects, so that a curve with steps
-    (changed predictions) is no worse than bisection.
+    The noise is the same at every sigma, so the curve is smooth. A change of the metric begins with the square of sigma, so
+    the first step goes by that. On one side for the second time it bisects: a curve with steps (changed predictions) is no
+    worse than bisection.
     """
     first, last = (SMALLEST, LARGEST) if plan.widen else plan.bracket
     below: tuple[float, float] | None = None  # the largest sigma that holds, below any that violates; its used share
@@ -123,7 +97,7 @@ def _root(tried: Tried, plan: Plan) -> Found:
     sigma = math.sqrt(plan.bracket[0] * plan.bracket[1])
     sides: list[bool] = []
     for step in range(plan.steps):
-        evaluation = _one(tried, sigma)
+        evaluation = tried.evaluate([sigma])[0]
         used = tried.used(evaluation)
         sides.append(evaluation.satisfied)
         if evaluation.satisfied:
@@ -135,9 +109,7 @@ def _root(tried: Tried, plan: Plan) -> Found:
         else:
             above = sigma, used
             if sigma <= first:
-                return Found(
-                    sigma, (sigma, sigma), f"no sigma down to {first:g} holds the tolerance; this is the lower bound"
-                )
+                return Found(sigma, (sigma, sigma), _none_down_to(first))
         if below and above and above[0] / below[0] <= ROOT_FACTOR:
             return Found(below[0], (below[0], above[0]), f"sigma known to a factor of {above[0] / below[0]:.3f}")
         if step + 1 < plan.steps:
@@ -165,92 +137,71 @@ def _aim(below: tuple[float, float] | None, above: tuple[float, float] | None, s
     return low * (high / low) ** min(max(share, margin), 1 - margin)
 
 
-def log_grid(low: float, high: float, points: int) -> list[float]:
+def _log_grid(low: float, high: float, points: int) -> tuple[list[float], float]:
+    """The points with both ends exactly as given, and the ratio of neighbours."""
     ratio = (high / low) ** (1 / (points - 1))
-    return [low, *(low * ratio**i for i in range(1, points - 1)), high]  # both ends exactly as given
+    return [low, *(low * ratio**i for i in range(1, points - 1)), high], ratio
 
 
 def _grid(tried: Tried, plan: Plan) -> Found:
     """Fused grid, then piecewise-linear interpolation between the largest sigma that holds and the next one."""
     low, high = plan.bracket
-    grid = tried.evaluate(log_grid(low, high, plan.steps))
+    grid = tried.evaluate(_log_grid(low, high, plan.steps)[0])
     while plan.widen and grid[-1].satisfied:
         if high >= LARGEST:
             return Found(high, (low, high), f"the largest sigma allowed ({LARGEST:g}) holds the tolerance")
-        more = [min(2 * high, LARGEST), min(4 * high, LARGEST)]
-        grid += tried.evaluate(sorted(set(more)))
-        high = more[-1]
+        grid += tried.evaluate(sorted({min(2 * high, LARGEST), min(4 * high, LARGEST)}))
+        high = grid[-1].sigma
     while plan.widen and not any(e.satisfied for e in grid):
         if low <= SMALLEST:
-            return Found(
-                low, (low, high), f"no sigma down to {SMALLEST:g} holds the tolerance; this is the lower bound"
-            )
-        more = [max(low / 4, SMALLEST), max(low / 2, SMALLEST)]
-        grid = tried.evaluate(sorted(set(more))) + grid
-        low = more[0]
+            return Found(low, (low, high), _none_down_to(SMALLEST))
+        grid = tried.evaluate(sorted({max(low / 4, SMALLEST), max(low / 2, SMALLEST)})) + grid
+        low = grid[0].sigma
     last = max((i for i, e in enumerate(grid) if e.satisfied), default=None)
     if last is None:
         return Found(low, (low, high), f"no sigma of the grid holds the tolerance; this is its lower bound ({low:g})")
     if last == len(grid) - 1:
-        return Found(
-            high,
-            (low, high),
-            f"the largest sigma of the grid holds the tolerance; this is its upper bound ({high:g})",
-        )
+        stop = f"the largest sigma of the grid holds the tolerance; this is its upper bound ({high:g})"
+        return Found(high, (low, high), stop)
     below, above = grid[last], grid[last + 1]
-    between = _crossing(below, above, tried)
-    if between is not None and _one(tried, between).satisfied:
+    used, more = tried.used(below), tried.used(above)
+    # Where the line through the two meets the edge of the tolerance, unless that is one of them.
+    share = (1 - used) / (more - used) if math.isfinite(more) else 0.0
+    between = below.sigma + share * (above.sigma - below.sigma)
+    if 0.02 < share < 0.98 and _holds(tried, between):
         return Found(between, (below.sigma, above.sigma), "interpolated between grid points, and checked there")
     return Found(below.sigma, (below.sigma, above.sigma), "largest grid point that holds the tolerance")
-
-
-def _crossing(below: Evaluation, above: Evaluation, tried: Tried) -> float | None:
-    """Where the line through two neighbours meets the edge of the tolerance; ``None`` where that is one of them."""
-    used, more = tried.used(below), tried.used(above)
-    share = (1 - used) / (more - used) if math.isfinite(more) else 0.0
-    if not 0.02 < share < 0.98:
-        return None
-    return below.sigma + share * (above.sigma - below.sigma)
 
 
 def _minimum(tried: Tried, plan: Plan) -> Found:
     """The sigma of the lowest NLL: a grid, widened while the lowest is at its end, then both sides of the lowest."""
     low, high = plan.bracket
-    tried.evaluate(log_grid(low, high, plan.steps))
-    ratio = (high / low) ** (1 / (plan.steps - 1))
+    grid, ratio = _log_grid(low, high, plan.steps)
+    tried.evaluate(grid)
 
     def best() -> Evaluation:
         return min(tried.evaluations, key=lambda e: e.nll)
 
     while plan.widen and best().sigma >= high / 1.001 and high < LARGEST:
         high = min(high * ratio, LARGEST)
-        _one(tried, high)
+        tried.evaluate([high])
     while plan.widen and best().sigma <= low * 1.001 and low > SMALLEST:
         low = max(low / ratio, SMALLEST)
-        _one(tried, low)
-    centre = best().sigma
-    half = math.sqrt(ratio)
+        tried.evaluate([low])
+    centre, half = best().sigma, math.sqrt(ratio)
     tried.evaluate([s for s in (centre / half, centre * half) if low <= s <= high])
     found = best()
     if not found.satisfied:
-        return Found(
-            found.sigma,
-            (low, high),
-            f"no sigma lowers the anchors' NLL; this is the best of those tried ({found.sigma:.3g})",
-        )
+        stop = f"no sigma lowers the anchors' NLL; this is the best of those tried ({found.sigma:.3g})"
+        return Found(found.sigma, (low, high), stop)
     stop = f"lowest NLL of {len(tried.evaluations)} sigmas, known to a factor of {half:.2f}"
     if found.sigma in (low, high):
         stop += "; it lies on the edge of what was tried"
+    sigma = found.sigma
     if plan.objective == "one-se":
-        smallest = min((e for e in tried.evaluations if e.satisfied), key=lambda e: _rank(tried, e, found))
-        if smallest.sigma != found.sigma:
-            stop += f" ({found.sigma:.3g}); the smallest within a standard error of it"
-        found = smallest
-    return Found(found.sigma, (low, high), stop)
-
-
-def _rank(tried: Tried, evaluation: Evaluation, lowest: Evaluation) -> tuple[bool, float]:
-    """Those within a standard error of the lowest NLL come first, the smallest sigma of them foremost."""
-    gap, error = tried.gap(evaluation, lowest)
-    within = evaluation.sigma == lowest.sigma or (evaluation.sigma < lowest.sigma and gap <= error)
-    return not within, evaluation.sigma
+        lower = [e for e in tried.evaluations if e.satisfied and e.sigma < found.sigma]
+        gaps = {e.sigma: tried.gap(e, found) for e in lower}
+        sigma = min([found.sigma, *(s for s, (gap, error) in gaps.items() if gap <= error)])
+    if sigma != found.sigma:
+        stop += f" ({found.sigma:.3g}); the smallest within a standard error of it"
+    return Found(sigma, (low, high), stop)

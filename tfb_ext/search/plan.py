@@ -1,15 +1,15 @@
-"""What is looked for: a recipe with its blanks filled in by the caller or by a look at the anchors."""
+"""What is looked for: the caller's arguments, and a recipe's settings that fill in the rest."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ..checks import check_sigma
+from ..checks import check_count, check_number, check_sigma
 
 MetricName = Literal["nll", "accuracy", "flips", "brier"]
 MetricFunction = Callable[[Tensor, Tensor], Tensor]
@@ -23,16 +23,17 @@ MEMORISED_NLL = 0.01
 # Bracket and grid are widened by doubling, up to these; a weight noise of 10 leaves nothing of any adapter.
 SMALLEST, LARGEST = 1e-5, 10.0
 MOST_STEPS = 1000  # the grid's points are evaluated at once
-TOLERANCES = {"nll": 0.003, "brier": 0.003, "accuracy": 0.01, "flips": 0.01}
-CUSTOM_TOLERANCE = 0.01
-PAPER_BRACKET = (1e-3, 1.5e-2)
+# The root finder stops where the tolerance is used up to this share.
+ROOT_USED = 0.9
+TOLERANCES = {"nll": 0.003, "brier": 0.003}
+USUAL_TOLERANCE = 0.01  # of all other metrics
 
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "recipe": ("auto", "paper", "official"),
-    "metric": ("nll", "accuracy", "flips", "brier"),
-    "bound": ("two-sided", "one-sided"),
-    "objective": ("tolerance", "minimum", "one-se"),
-    "method": ("bisect", "grid", "root", "official"),
+    "metric": get_args(MetricName),
+    "bound": get_args(Bound),
+    "objective": get_args(Objective),
+    "method": get_args(Method),
 }
 
 
@@ -52,34 +53,43 @@ class Options:
     method: Method | None = None
     bracket: tuple[float, float] | None = None
     steps: int | None = None
+    early_stop: float | None = None
 
     def check(self) -> None:
         """Raise ``ValueError`` for a value outside what ``search_sigma`` documents."""
         for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
-            if value is None or value in allowed or (name == "metric" and callable(value)):
-                continue
-            or_function = ", or a function of probabilities and targets" if name == "metric" else ""
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}{or_function}")
-        if self.tolerance is not None and not (
-            isinstance(self.tolerance, int | float) and 0 < self.tolerance < math.inf
-        ):
-            raise ValueError(f"tolerance is {self.tolerance!r}, expected a positive fraction such as 0.003 (0.3 %)")
-        if self.steps is not None and (
-            isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 2 <= self.steps <= MOST_STEPS
-        ):
-            raise ValueError(f"steps is {self.steps!r}, expected an integer of at least 2 and at most {MOST_STEPS}")
+            if value not in (None, *allowed) and not (name == "metric" and callable(value)):
+                expected = f"one of {', '.join(map(repr, allowed))}" + ", or a function" * (name == "metric")
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
+        if self.tolerance is not None:
+            check_number(
+                "tolerance", self.tolerance, lambda v: 0 < v < math.inf, "a positive fraction such as 0.003 (0.3 %)"
+            )
+        if self.steps is not None:
+            check_count("steps", self.steps, "an integer", 2, MOST_STEPS)
         if self.bracket is not None:
             if not isinstance(self.bracket, tuple | list) or len(self.bracket) != 2:
                 raise ValueError(f"bracket is {self.bracket!r}, expected (lowest sigma, highest sigma)")
-            low, high = (check_sigma(b) for b in self.bracket)
-            if low >= high:
+            if check_sigma(self.bracket[0]) >= check_sigma(self.bracket[1]):
                 raise ValueError(f"bracket is {self.bracket!r}, expected a lowest sigma below the highest")
+        if self.early_stop is not None:
+            check_number(
+                "early_stop",
+                self.early_stop,
+                lambda v: 0.5 < v < 1,
+                "a confidence such as 0.99, or None to see all anchors",
+            )
+            if callable(self.metric):
+                raise ValueError(
+                    f"early_stop is {self.early_stop!r} with a metric of your own, which is a function of all anchors, expected "
+                    "None. Fix: metric='nll', 'brier', 'accuracy' or 'flips'"
+                )
 
     @property
-    def given(self) -> dict[str, object]:
+    def given(self) -> dict[str, Any]:
         """What is not left to the recipe, in the order of the arguments."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "recipe"}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("recipe", "early_stop")}
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -93,6 +103,7 @@ class Plan:
         pseudo: targets are the mean adapter's own answers, even where there are labels.
         per_item: divide the change by the number of anchors once more (the authors' code).
         antithetic, mode: of the noise; ``None`` is the adapter's own.
+        early_stop: confidence at which a sigma needs no more anchors.
     """
 
     metric: Metric
@@ -108,44 +119,23 @@ class Plan:
     per_item: bool = False
     antithetic: bool | None = None
     mode: str | None = None
+    early_stop: float | None = None
 
     @property
     def metric_name(self) -> str:
         return metric_name(self.metric)
 
 
-def fixed_recipe(recipe: str) -> Plan | None:
-    """The recipes that do not look at the anchors."""
-    if recipe == "paper":
-        return Plan(
-            "nll",
-            0.003,
-            "two-sided",
-            "tolerance",
-            "bisect",
-            PAPER_BRACKET,
-            5,
-            False,
-            "the paper's rule",
-            antithetic=False,
-        )
-    if recipe == "official":
-        return Plan(
-            "nll",
-            0.003,
-            "two-sided",
-            "tolerance",
-            "official",
-            PAPER_BRACKET,
-            5,
-            False,
-            "the rule of the authors' code",
-            pseudo=True,
-            per_item=True,
-            antithetic=False,
-            mode="flipout",
-        )
-    return None
+_AUTO = Plan("nll", 0.0, "two-sided", "tolerance", "root", (0.01, 0.16), 10, True, "")
+
+
+def settings_of(recipe: str) -> Plan:
+    """A recipe before it has looked at the anchors."""
+    if recipe == "auto":
+        return _AUTO
+    from ..research.recipe import RECIPES
+
+    return RECIPES[recipe]
 
 
 def make_plan(options: Options, labelled: bool, nll: float) -> Plan:
@@ -154,32 +144,30 @@ def make_plan(options: Options, labelled: bool, nll: float) -> Plan:
     Raises:
         ValueError: a minimum is asked for in a way, or on anchors, that cannot give one.
     """
-    plan = fixed_recipe(options.recipe) or _auto(options, labelled, nll)
-    given = {name: value for name, value in options.given.items() if name != "tolerance"}
-    if options.method == "bisect" and plan.widen and options.steps is None:
-        given["steps"] = 6  # a bracket of several octaves, halved in log sigma
-    plan = replace(plan, **given)  # type: ignore[arg-type]
+    plan = settings_of(options.recipe) if options.recipe != "auto" else _auto(options, labelled, nll)
+    given = options.given
+    if options.method == "bisect" and plan.widen:
+        given.setdefault("steps", 6)  # a bracket of several octaves, halved in log sigma
+    plan = replace(plan, **given, early_stop=options.early_stop)
     if plan.method == "official":
         plan = replace(plan, per_item=True, widen=False)
     if options.given:
         plan = replace(plan, reason=f"{plan.reason}; given by the caller: {', '.join(options.given)}")
     if plan.objective != "tolerance":
         _check_minimum(plan, labelled)
-    usual = TOLERANCES[plan.metric] if isinstance(plan.metric, str) else CUSTOM_TOLERANCE
+    usual = TOLERANCES.get(plan.metric, USUAL_TOLERANCE) if isinstance(plan.metric, str) else USUAL_TOLERANCE
     return replace(plan, tolerance=usual if options.tolerance is None else float(options.tolerance))
 
 
 def _check_minimum(plan: Plan, labelled: bool) -> None:
     asked = f"objective={plan.objective!r}"
     if plan.metric != "nll":
-        raise ValueError(f"{asked} looks for the lowest NLL, got metric={plan.metric_name!r}; use metric='nll'")
+        raise ValueError(f"{asked} looks for the lowest NLL, got metric={plan.metric_name!r}, expected metric='nll'")
     if plan.method != "grid":
-        raise ValueError(
-            f"{asked} needs method='grid', got {plan.method!r}: the others look for a crossing, not for a minimum"
-        )
+        raise ValueError(f"{asked} needs method='grid', got {plan.method!r}, which looks for a crossing")
     if not labelled or plan.pseudo:
         raise ValueError(
-            f"{asked} needs labelled anchors: the mean adapter's own predictions have their lowest NLL at sigma 0; give "
+            f"{asked} needs labelled anchors: the mean adapter's own predictions have their lowest NLL at sigma 0. Fix: give "
             "labels, or use metric='flips'"
         )
 
@@ -187,6 +175,7 @@ def _check_minimum(plan: Plan, labelled: bool) -> None:
 def _auto(options: Options, labelled: bool, nll: float) -> Plan:
     """What the anchors suggest, within what the caller asked for."""
     usable = labelled and nll >= MEMORISED_NLL
+    good = f"the anchors are labelled and not memorised (NLL {nll:.3g} nats), so"
     # Arguments that mean something to a tolerance only.
     asks_tolerance = (
         options.objective == "tolerance"
@@ -196,21 +185,15 @@ def _auto(options: Options, labelled: bool, nll: float) -> Plan:
         or options.metric not in (None, "nll")
     )
     if options.objective in ("minimum", "one-se") or (usable and not asks_tolerance):
-        reason = (
-            f"the anchors are labelled and not memorised (NLL {nll:.3g} nats), so the NLL on them decides"
-            if usable
-            else f"the NLL decides, though the mean adapter has memorised the anchors (NLL {nll:.2g} nats)"
-        )
-        return Plan("nll", 0.0, "two-sided", "one-se", "grid", (0.02, 0.08), 3, True, reason)
+        reason = f"the NLL decides, though the mean adapter has memorised the anchors (NLL {nll:.2g} nats)"
+        reason = f"{good} the NLL on them decides" if usable else reason
+        return replace(_AUTO, objective="one-se", method="grid", bracket=(0.02, 0.08), steps=3, reason=reason)
     if usable:
-        reason = f"the anchors are labelled and not memorised (NLL {nll:.3g} nats), so their NLL may be held"
-    elif labelled:
+        return replace(_AUTO, reason=f"{good} their NLL may be held")
+    reason = "not all anchors have labels, so changes of the mean adapter's predictions are counted"
+    if labelled:
         reason = (
             f"the mean adapter has memorised the anchors (NLL {nll:.2g} nats < {MEMORISED_NLL}), so their labels say nothing and "
             "changed predictions are counted"
         )
-    else:
-        reason = "not all anchors have labels, so changes of the mean adapter's predictions are counted"
-    if usable:
-        return Plan("nll", 0.0, "two-sided", "tolerance", "root", (0.01, 0.16), 10, True, reason)
-    return Plan("flips", 0.0, "two-sided", "tolerance", "grid", (0.01, 0.16), 5, True, reason)
+    return replace(_AUTO, metric="flips", method="grid", steps=5, reason=reason)

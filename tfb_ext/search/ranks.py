@@ -1,12 +1,13 @@
 """Several processes with one search: anchors are split among them, and every one of them sees all results.
 
-Only what ``torch.distributed`` has: whoever started the processes (torchrun, accelerate) has made its default group. Results
-are gathered item by item, not as sums, so that every rank judges the same numbers in the same order as one process would.
+Whoever started the processes (torchrun, accelerate) has made the default group of ``torch.distributed``. Results are gathered
+item by item, not as sums: every rank judges the same numbers in the same order as one process would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +22,10 @@ TIMEOUT = timedelta(minutes=10)
 
 
 class Ranks:
-    """The processes of the search; one alone where ``torch.distributed`` has not been started."""
+    """The processes of the search; one alone where ``torch.distributed`` has not been started.
+
+    Its methods raise a ``SamplingError`` where another rank has died or hangs.
+    """
 
     def __init__(self) -> None:
         started = dist.is_available() and dist.is_initialized()
@@ -36,24 +40,16 @@ class Ranks:
             self._group = None
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, in their order: same type and same shape but for the first axis.
-
-        Raises:
-            SamplingError: another rank has died or hangs.
-        """
+        """The tensors of all ranks, in their order: same type and same shape but for the first axis."""
         if self.size == 1:
             return [values]
-        values = values.contiguous()
-        try:
-            counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with self._watched():
             dist.all_gather(counts, torch.tensor([len(values)]), group=self._group)
-            most = max(int(c) for c in counts)
-            room = values.new_zeros(most, *values.shape[1:])
+            room = values.new_zeros(max(map(int, counts)), *values.shape[1:])
             room[: len(values)] = values
             rooms = [torch.empty_like(room) for _ in range(self.size)]
             dist.all_gather(rooms, room, group=self._group)
-        except RuntimeError as error:
-            raise self._lost(error) from error
         return [r[: int(c)] for r, c in zip(rooms, counts, strict=True)]
 
     def every(self, values: Sequence[float]) -> list[list[float]]:
@@ -62,17 +58,19 @@ class Ranks:
 
     def from_first(self, value: Any) -> Any:
         """The first rank's ``value``, everywhere."""
-        if self.size == 1:
-            return value
         box = [value]
-        try:
-            dist.broadcast_object_list(box, src=0, group=self._group)
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        if self.size > 1:
+            with self._watched():
+                dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
-    def _lost(self, error: Exception) -> SamplingError:
-        return SamplingError(
-            f"rank {self.rank} of {self.size} lost another rank during the search for sigma ({str(error).splitlines()[0]}): a "
-            "process died or hangs; its own error says why. Start all of them again, with checkpoint= to go on from what is done"
-        )
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise SamplingError(
+                f"rank {self.rank} of {self.size} lost another rank during the search for sigma ({str(error).splitlines()[0]}): a "
+                "process died or hangs; its own error says why. Start all of them again, with checkpoint= to go on from what is "
+                "done"
+            ) from error

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_sigma
+from ..checks import MOST_NUMBER, check_sigma, is_integer
 from ..errors import ConfigError
 from ..files import parse_json_object, write_atomically
 
-# Of each anchor: -log p(target); 1 where the answer is the target; 1 where it is not the mean adapter's; sum over classes of
-# (p - y)^2; entropy of the prediction.
-FIELDS = ("nll", "right", "flip", "brier", "entropy")
-# Between which they lie; rounding may cross an end by ``ROUNDING``.
-_RANGES = {"nll": (0, math.inf), "right": (0, 1), "flip": (0, 1), "brier": (0, 2), "entropy": (0, math.inf)}
-ROUNDING = 1e-3
+# Of each anchor, with its largest value: -log p(target); 1 where the answer is the target; 1 where it is not the mean adapter's;
+# sum over classes of (p - y)^2; entropy of the prediction. All are 0 or more.
+MOST = {"nll": MOST_NUMBER, "right": 1.0, "flip": 1.0, "brier": 2.0, "entropy": MOST_NUMBER}
+FIELDS = tuple(MOST)
+ROUNDING = 1e-3  # may cross these bounds by so much
+
+At = tuple[int, float]
 
 
 @dataclass
@@ -31,9 +32,9 @@ class Records:
     Attributes:
         key: what they depend on: adapter, anchors, samples, seed, mode, ... Records of one key fit each other.
         baseline: (items, 5), of the mean adapter; columns are ``FIELDS``.
-        values: by (first random block, sigma), (items, 5).
         guesses: (items,) int64, the mean adapter's answers.
         targets: (items,) int64, the labels, or the guesses again.
+        values: by (first random block, sigma), (items, 5).
         probabilities: by (first random block, sigma), (items, C) float32; the mean adapter's under (-1, 0). Empty unless a
             metric of the caller's own asks for them.
     """
@@ -42,8 +43,8 @@ class Records:
     baseline: Tensor
     guesses: Tensor
     targets: Tensor
-    values: dict[tuple[int, float], Tensor] = field(default_factory=dict)
-    probabilities: dict[tuple[int, float], Tensor] = field(default_factory=dict)
+    values: dict[At, Tensor] = field(default_factory=dict)
+    probabilities: dict[At, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.baseline)
@@ -56,14 +57,14 @@ class Records:
         """Ready for JSON: NaN is ``None``, a column is a list."""
 
         def columns(values: Tensor) -> dict[str, list[float | None]]:
-            return {name: _numbers(values[:, i]) for i, name in enumerate(FIELDS)}
+            return dict(zip(FIELDS, map(_with_none, values.T), strict=True))
 
         return {
             "key": self.key,
             "baseline": columns(self.baseline),
             "evaluations": [{"first": f, "sigma": s, **columns(v)} for (f, s), v in self.values.items()],
             "probabilities": [
-                {"first": f, "sigma": s, "rows": [_numbers(row) for row in p]}
+                {"first": f, "sigma": s, "rows": [_with_none(row) for row in p]}
                 for (f, s), p in self.probabilities.items()
             ],
             "guesses": self.guesses.tolist(),
@@ -77,27 +78,42 @@ class Records:
         Raises:
             ValueError: it is anything else: a part is missing or of the wrong kind, length or range.
         """
-        parts = _object(raw, "records")
-        key = _object(parts.get("key"), "key")
-        guesses, targets = (_classes(parts.get(name), name) for name in ("guesses", "targets"))
-        items = len(guesses)
-        if not items or len(targets) != items or key.get("items") != items:
-            raise ValueError(
-                f"guesses, targets and key.items are of {items}, {len(targets)} and {key.get('items')!r} items, expected one "
-                "number, at least 1"
+        try:
+            records = cls(
+                raw["key"],
+                _table(raw["baseline"]),
+                torch.tensor(raw["guesses"], dtype=torch.int64),
+                torch.tensor(raw["targets"], dtype=torch.int64),
+                {(entry["first"], check_sigma(entry["sigma"])): _table(entry) for entry in raw["evaluations"]},
+                {(e["first"], float(e["sigma"])): _tensor(e["rows"]).float() for e in raw["probabilities"]},
             )
-        baseline = _table(parts.get("baseline"), "baseline", items)
-        if baseline.isnan().any() or bool(((guesses == targets) != (baseline[:, 1] == 1)).any()):
-            raise ValueError("baseline is not what guesses and targets say, expected a value for every item")
-        values = {
-            at: _table(entry, f"evaluations at {at}", items)
-            for at, entry in _entries(parts.get("evaluations"), "evaluations", 0)
+            written = records.to_dict()
+            # Where reading and writing gives another text, an entry is there twice, a class is no integer, ...
+            damaged = [name for name in written if _text(written[name]) != _text(raw[name])] or records._damaged()
+        except (AttributeError, LookupError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"records: got {shortened(error)}, expected what a search writes") from None
+        if damaged:
+            raise ValueError(f"records: got a damaged {', '.join(damaged)}, expected what a search writes")
+        return records
+
+    def _damaged(self) -> list[str]:
+        """Parts that no search gives: of the wrong shape or range, or that contradict each other."""
+        items, most = len(self.guesses), torch.tensor(list(MOST.values()), dtype=torch.float64) + ROUNDING
+        classes = torch.stack([self.guesses, self.targets])
+        fits = {
+            "key": items > 0 and self.key.get("items") == items,
+            "guesses": bool((classes >= 0).all() and (classes < 2**31).all()),
+            "baseline": torch.equal((self.guesses == self.targets).double(), self.baseline[:, 1]),
         }
-        probabilities = {
-            at: _rows(entry.get("rows"), f"probabilities at {at}", items)
-            for at, entry in _entries(parts.get("probabilities"), "probabilities", -1)
-        }
-        return cls(key, baseline, guesses, targets, values, probabilities)
+        for at, table in [((0, 0.0), self.baseline), *self.values.items()]:
+            seen = table[~table.isnan().all(1)]
+            inside = bool(((seen >= -ROUNDING) & (seen <= most)).all() and (seen[:, 1:3] % 1 == 0).all())
+            fits[f"evaluation at {at}"] = inside and len(table) == items and is_integer(at[0], 0)
+        for at, rows in self.probabilities.items():
+            seen = rows[~rows.isnan().all(1)]
+            inside = bool((seen >= -ROUNDING).all() and ((seen.sum(1) - 1).abs() <= ROUNDING).all())
+            fits[f"probabilities at {at}"] = inside and len(rows) == items
+        return [name for name, fit in fits.items() if not fit]
 
     def check(self, classes: int) -> None:
         """Whether they can be of a model with that many classes, and complete for the metric in their key.
@@ -108,25 +124,13 @@ class Records:
         most = int(max(self.guesses.max(), self.targets.max()))
         if most >= classes:
             raise ValueError(f"guesses and targets reach class {most}, expected 0 to {classes - 1}")
-        widths = {p.shape[1] for p in self.probabilities.values()}
-        if widths - {classes}:
-            raise ValueError(f"probabilities are of {sorted(widths)} classes, expected {classes}")
-        wanted = set() if self.key.get("metric") is None else {(-1, 0.0), *self.values}
-        if set(self.probabilities) != wanted:
-            raise ValueError(f"probabilities are there at {sorted(self.probabilities)}, expected {sorted(wanted)}")
-        gaps = (
-            [
-                at
-                for at in self.values
-                if not torch.equal(self.probabilities[at].isnan()[:, 0], self.values[at].isnan()[:, 0])
-            ]
-            if wanted
-            else []
-        )
-        if gaps or (wanted and self.probabilities[-1, 0.0].isnan().any()):
-            raise ValueError(
-                f"probabilities at {gaps or (-1, 0.0)} are of other items than the evaluations, expected the same"
-            )
+        runs = {} if self.key.get("metric") is None else {(-1, 0.0): self.baseline, **self.values}
+        if set(self.probabilities) != set(runs):
+            raise ValueError(f"probabilities are there at {sorted(self.probabilities)}, expected {sorted(runs)}")
+        for at, run in runs.items():
+            rows = self.probabilities[at]
+            if rows.shape[1] != classes or not torch.equal(rows.isnan()[:, 0], run.isnan()[:, 0]):
+                raise ValueError(f"probabilities at {at}: expected {classes} classes, and the items of the evaluation")
 
     def write(self, path: Path) -> None:
         """As the file of a search that has not ended: ``SigmaSearch.save`` writes the same with the result around it."""
@@ -147,112 +151,38 @@ def read_records(path: Path, key: Mapping[str, Any], classes: int) -> Records | 
     if not path.exists():
         return None
     advice = "give another checkpoint, or delete this one to start anew"
-
-    def damaged(error: ValueError) -> ConfigError:
-        return ConfigError(f"{path} holds no records of a search ({error}); {advice}")
-
     try:
         records = Records.from_dict(parse_json_object(path).get("records"))
-    except ValueError as error:
-        raise damaged(error) from None
-    different = [
-        f"{name} is {records.key[name]!r} there and {value!r} here"
-        if name in records.key
-        else f"{name} is not said there"
-        for name, value in key.items()
-        if records.key.get(name, _NOTHING) != value
-    ]
-    if different:
-        raise ConfigError(f"{path} is of another search: {'; '.join(different)}; {advice}")
-    try:
+        there = {name: f"{records.key[name]!r} there" if name in records.key else "not said there" for name in key}
+        different = [f"{n} is {there[n]} and {v!r} here" for n, v in key.items() if there[n] != f"{v!r} there"]
+        if different:
+            raise ConfigError(f"{path} is of another search: {'; '.join(different)}; {advice}")
         records.check(classes)
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise damaged(error) from None
+        raise ConfigError(f"{path} holds no records of a search ({error}); {advice}") from None
     return records
 
 
-_NOTHING = object()
+def _table(columns: Any) -> Tensor:
+    """(items, 5) of the columns ``FIELDS``."""
+    return torch.stack([_tensor([columns[name]])[0] for name in FIELDS], dim=1)
 
 
-def _numbers(values: Tensor) -> list[float | None]:
+def _tensor(rows: Any) -> Tensor:
+    return torch.tensor([[math.nan if v is None else v for v in row] for row in rows], dtype=torch.float64)
+
+
+def _with_none(values: Tensor) -> list[float | None]:
     return [None if math.isnan(v) else v for v in values.tolist()]
 
 
-def _object(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {_short(value)}, expected an object")
-    return value
+def _text(value: Any) -> str:
+    """JSON in which a number is written in one way, whether it was read as 1 or as 1.0."""
+    return json.dumps(json.loads(json.dumps(value, sort_keys=True), parse_int=float))
 
 
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{name} is {_short(value)}, expected a list")
-    return value
-
-
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _classes(value: Any, name: str) -> Tensor:
-    numbers = _list(value, name)
-    for number in numbers:
-        if type(number) is not int or not 0 <= number < 2**31:
-            raise ValueError(f"{name} has {_short(number)}, expected numbers of classes")
-    return torch.tensor(numbers, dtype=torch.int64)
-
-
-def _entries(value: Any, name: str, lowest: int) -> list[tuple[tuple[int, float], dict[str, Any]]]:
-    """Each entry with the first random block and the sigma that it is of; (-1, 0) is the mean adapter."""
-    found: dict[tuple[int, float], dict[str, Any]] = {}
-    for raw in _list(value, name):
-        entry = _object(raw, name)
-        first, sigma = entry.get("first"), entry.get("sigma")
-        if type(first) is not int or not lowest <= first < 2**31:
-            raise ValueError(f"{name} has first {_short(first)}, expected the number of a block")
-        at = first, sigma if first < 0 and sigma == 0 and not isinstance(sigma, bool) else check_sigma(sigma)
-        if at in found:
-            raise ValueError(f"{name} has {at} twice, expected it once")
-        found[at] = entry
-    return list(found.items())
-
-
-def _table(value: Any, name: str, items: int) -> Tensor:
-    """(items, 5) of the columns ``FIELDS``, NaN in all of a row or in none."""
-    columns = _object(value, name)
-    table = torch.stack(
-        [_column(columns.get(field), f"{name}: {field}", items, *_RANGES[field]) for field in FIELDS], dim=1
-    )
-    empty = table.isnan()
-    if bool((empty.any(1) != empty.all(1)).any()):
-        raise ValueError(f"{name} has items with some values only, expected all or none")
-    if bool(((table[:, 1:3] != 0) & (table[:, 1:3] != 1) & ~empty[:, 1:3]).any()):
-        raise ValueError(f"{name}: right and flip have other values, expected 0 and 1")
-    return table
-
-
-def _rows(value: Any, name: str, items: int) -> Tensor:
-    rows = _list(value, name)
-    widths = {len(_list(row, name)) for row in rows}
-    if len(rows) != items or len(widths) != 1:
-        raise ValueError(f"{name} has {len(rows)} rows of {sorted(widths)} values, expected {items} of one length")
-    table = torch.stack([_column(row, name, len(row), 0, 1) for row in rows]).float()
-    empty = table.isnan()
-    if bool((empty.any(1) != empty.all(1)).any()) or bool(
-        ((table.nan_to_num().sum(1) - 1).abs() > ROUNDING)[~empty[:, 0]].any()
-    ):
-        raise ValueError(f"{name} has rows that are no probabilities, expected a sum of 1")
-    return table
-
-
-def _column(value: Any, name: str, length: int, low: float, high: float) -> Tensor:
-    """A list of numbers in a range, ``None`` as NaN."""
-    numbers = _list(value, name)
-    if len(numbers) != length:
-        raise ValueError(f"{name} has {len(numbers)} values, expected {length}")
-    for number in numbers:
-        known = isinstance(number, int | float) and not isinstance(number, bool)
-        if number is not None and not (known and low - ROUNDING <= number <= high + ROUNDING and abs(number) < 1e300):
-            raise ValueError(f"{name} has {_short(number)}, expected numbers from {low} to {high}")
-    return torch.tensor([math.nan if v is None else v for v in numbers], dtype=torch.float64)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from ..checks import check_sigma
+from ..checks import check_sigma, is_number
 from ..errors import ConfigError
 from ..files import read_json_object, write_atomically
-from .records import Records
+from .criterion import Criterion
+from .records import Records, shortened
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The anchors at one sigma.
 
-    Where the comparison was settled before all anchors were seen (``items`` of them were), every metric is the mean adapter's
-    on all anchors plus the change on those seen; NLL or Brier score, where it is the search's metric, is corrected by what a sigma
-    nearby showed on more anchors.
+    An early stop leaves anchors out. Every metric is then the mean adapter's on all anchors plus the change on those seen; a
+    smooth metric that the search asks for is corrected by what a sigma nearby showed on more anchors.
 
     Attributes:
         sigma: posterior scale; 0 is the mean adapter.
@@ -134,22 +134,25 @@ class SigmaSearch:
         return next((e for e in self.evaluations if e.sigma == self.sigma), None)
 
     @property
+    def criterion(self) -> Criterion:
+        per_item = "official" in (self.recipe, self.method)
+        return Criterion(self.metric, self.tolerance, self.bound, self.objective, self.anchors, per_item)
+
+    @property
     def band(self) -> tuple[float, float]:
         """Values of the metric that satisfy the tolerance."""
-        width = self.tolerance if self.metric == "flips" else self.tolerance * abs(self.baseline.value)
-        if self.method == "official":
-            width *= self.anchors
-        low, high = self.baseline.value - width, self.baseline.value + width
-        if self.bound == "one-sided" or self.metric == "flips":
-            return (low, math.inf) if self.metric == "accuracy" else (-math.inf, high)
-        return low, high
+        return self.criterion.band(self.baseline.value)
+
+    @property
+    def rule(self) -> str:
+        """The criterion in words."""
+        return str(self.criterion)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name without the records, ready for JSON, which has no NaN: such numbers are ``None``."""
-        fields = asdict(replace(self, records=None))
-        del fields["records"]
-        finite: dict[str, Any] = _finite(fields)
-        return finite
+        found: dict[str, Any] = _finite(asdict(replace(self, records=None)))
+        del found["records"]
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write the result and, where they are known, its records as JSON, whole or not at all.
@@ -166,9 +169,8 @@ class SigmaSearch:
         Raises:
             ConfigError: the file cannot be read, or is no finished search.
         """
-        path = Path(path)
         advice = "restore it, or search again"
-        raw = read_json_object(path, advice)
+        raw = read_json_object(Path(path), advice)
         if raw.get("sigma") is None:
             raise ConfigError(
                 f"{path} holds no finished search; give it to search_sigma(..., checkpoint={str(path)!r}) to go on with it"
@@ -189,20 +191,9 @@ class SigmaSearch:
 
     def summary(self) -> dict[str, Any]:
         """The part that is worth keeping in ``tfb_config.json``."""
-        keep = "recipe metric tolerance bound objective method mode samples anchors labelled reason stop".split()
-        kept: dict[str, Any] = _finite({name: getattr(self, name) for name in (*keep, "confidence", "interval")})
-        return kept | {"interval": list(kept["interval"])}
-
-    @property
-    def rule(self) -> str:
-        """The objective in words."""
-        if self.objective == "minimum":
-            return "lowest NLL on the anchors"
-        if self.objective == "one-se":
-            return "the smallest within a standard error of the lowest NLL on the anchors"
-        if self.method == "official":
-            return f"NLL change / NLL / {self.anchors} anchors within {self.tolerance:.2%} of the mean adapter"
-        return f"{self.metric} within {self.tolerance:.2%} ({self.bound}) of the mean adapter"
+        keep = "recipe metric tolerance bound objective method mode samples anchors labelled reason stop confidence".split()
+        kept: dict[str, Any] = _finite({name: getattr(self, name) for name in keep})
+        return kept | {"interval": _finite(list(self.interval))}
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -216,24 +207,22 @@ class SigmaSearch:
             f"  {'sigma':>10} {'nll':>9} {'accuracy':>9} {'flips':>7} {'anchors':>8}   meets the rule",
         ]
         for e in (self.baseline, *self.evaluations):
-            mark = ""
-            if e.sigma:
-                mark = f"{'yes' if e.satisfied else 'no'} ({_percent(e.confidence)})"
-                mark += "   <- chosen" if e.sigma == self.sigma else ""
-            lines.append(
-                f"  {e.sigma:>10.4g} {e.nll:>9.4f} {e.accuracy:>9.3f} {e.flips:>7.3f} {e.items:>8}   {mark}".rstrip()
-            )
+            verdict = f"{'yes' if e.satisfied else 'no'} ({_percent(e.confidence)})" if e.sigma else ""
+            verdict += _CHOSEN if 0 < e.sigma == self.sigma else ""
+            numbers = f"{e.sigma:>10.4g} {e.nll:>9.4f} {e.accuracy:>9.3f} {e.flips:>7.3f} {e.items:>8}"
+            lines.append(f"  {numbers}   {verdict}".rstrip())
         if self.depths:
-            lines.append(
-                f"  {'depth':>10} {'sigma':>9} {'nll':>9} {'accuracy':>9} {'flips':>7} {'entropy':>8} {'forwards':>9}   behind"
-            )
+            names = f"{'depth':>10} {'sigma':>9} {'nll':>9} {'accuracy':>9} {'flips':>7} {'entropy':>8} {'forwards':>9}"
+            lines.append(f"  {names}   behind")
         for d in self.depths:
-            mark = "   <- chosen" if d.depth == self.depth else ""
             lines.append(
                 f"  {d.depth!s:>10} {d.sigma:>9.4g} {d.nll:>9.4f} {d.accuracy:>9.3f} {d.flips:>7.3f} {d.entropy:>8.4f} "
-                f"{d.forwards:>9.2f}   {d.behind[0]:.4f} +- {d.behind[1]:.4f}{mark}"
+                f"{d.forwards:>9.2f}   {d.behind[0]:.4f} +- {d.behind[1]:.4f}{_CHOSEN if d.depth == self.depth else ''}"
             )
         return "\n".join(lines)
+
+
+_CHOSEN = "   <- chosen"
 
 
 def _percent(share: float) -> str:
@@ -250,7 +239,7 @@ def _finite(value: Any) -> Any:
 
 def _restored(kind: type, raw: Any, name: str) -> Any:
     """The dataclass ``kind`` from the JSON of its fields, each of the type that it is declared with."""
-    wanted = {f.name: hint for f in fields(kind) if (hint := get_type_hints(kind)[f.name]) != (Records | None)}
+    wanted = {field: hint for field, hint in get_type_hints(kind).items() if hint != (Records | None)}
     if not isinstance(raw, dict) or set(raw) != set(wanted):
         given = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f"{name} has {given}, expected the fields {sorted(wanted)}")
@@ -258,27 +247,16 @@ def _restored(kind: type, raw: Any, name: str) -> Any:
 
 
 def _as(hint: Any, value: Any, name: str) -> Any:
-    if hint is float and value is None:
-        return math.nan  # JSON has none
-    parts = get_args(hint)
-    if isinstance(hint, UnionType):
-        kinds = [part for part in parts if part is type(None) and value is None or part is type(value)]
-        if kinds:
-            return value
-    elif parts and isinstance(value, list):
-        if parts[-1] is Ellipsis:
-            return tuple(_as(parts[0], v, name) for v in value)
-        if len(parts) == len(value):
-            return tuple(_as(part, v, name) for part, v in zip(parts, value, strict=True))
-    elif hint in (Evaluation, DepthResult):
+    """``value`` as a field of that type; JSON has no NaN and no tuples."""
+    kinds = get_args(hint)
+    if is_dataclass(hint) and isinstance(hint, type):
         return _restored(hint, value, name)
-    elif type(value) is hint or (hint is float and type(value) is int):
-        return hint(value) if hint is not float else _float(value, name)
-    text = repr(value)
-    raise ValueError(f"{name} is {text[:60]}, expected {getattr(hint, '__name__', hint)}")
-
-
-def _float(value: float, name: str) -> float:
-    if not -1e300 < value < 1e300:  # json also reads NaN, Infinity and integers beyond any float
-        raise ValueError(f"{name} is no finite number, expected one")
-    return float(value)
+    if hint is float and (value is None or is_number(value)):
+        return math.nan if value is None else float(value)
+    if hint is not float and type(value) in (kinds if isinstance(hint, UnionType) else (hint,)):
+        return value
+    if kinds and isinstance(value, list):
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        if len(kinds) == len(value):
+            return tuple(_as(kind, v, name) for kind, v in zip(kinds, value, strict=True))
+    raise ValueError(f"{name} is {shortened(value)}, expected {getattr(hint, '__name__', hint)}")
