@@ -446,7 +446,7 @@ def test_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.Mo
     adapter = tfb_ext.bayesianize(zoo.peft_model("llama-head"), sigma=0.2)
     adapter.save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    adapter._modules["lm_head"].lora_A["default"].weight.data.zero_()
+    zoo.lora_layers(adapter)["lm_head"].lora_A["default"].weight.data.zero_()
     adapter.refresh()
     adapter.sigma = 0.5
 

@@ -62,7 +62,7 @@ def head_input(adapter: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def adapter_weights(adapter: Any, name: str) -> tuple[Tensor, Tensor, float]:
     """``A``, ``B`` in float64 and ``s`` of one layer."""
-    module = adapter._modules[name]
+    module = zoo.lora_layers(adapter)[name]
     a, b = module.lora_A[adapter.name].weight, module.lora_B[adapter.name].weight
     return a.detach().double(), b.detach().double(), module.scaling[adapter.name]
 
@@ -238,7 +238,7 @@ def test_half_types_are_within_their_own_rounding(family: str, dtype: torch.dtyp
     adapter = tfb_ext.bayesianize(model, depth="head", family=family, sigma=SIGMA)
     with adapter.sampling(3):  # whose guard runs once
         pass
-    module = adapter._modules["lm_head"]
+    module = zoo.lora_layers(adapter)["lm_head"]
     assert module.tfb_basis_default.dtype == dtype
     assert module.tfb_mean_default.dtype == torch.float32
     batch = zoo.inputs(2, padded=False)

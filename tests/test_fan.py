@@ -529,7 +529,7 @@ def test_rescaled_adapter_is_rescaled_in_samples_too() -> None:
     adapter = bayesian("qwen2")
     batch = zoo.batch_for("qwen2")
     keep = batch["attention_mask"].bool()
-    for module in adapter._modules.values():
+    for module in zoo.lora_layers(adapter).values():
         module.set_scale("default", 0.5)
     low = zoo.average(zoo.separate_passes(adapter, range(SAMPLES), SIGMA, log_probabilities(adapter, batch)))
     with adapter.predictive(SAMPLES):

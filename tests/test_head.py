@@ -80,7 +80,7 @@ def test_equals_float64_by_hand(name: str, family: str, batch_size: int | None) 
     x, logits = alone(adapter, data)
     found = tfb_ext.research.head_gaussian(adapter, data, batch_size=batch_size)
     assert torch.allclose(found.mean, logits, atol=2e-5)
-    module = adapter._modules[adapter.anatomy.head_name]
+    module = zoo.lora_layers(adapter)[adapter.anatomy.head_name]
     b = module.lora_B["default"].weight.detach().double()
     u = torch.linalg.svd(b, full_matrices=False)[0]
     rows = class_rows(adapter, data)

@@ -75,7 +75,7 @@ def other_adapter(adapter: Any, anchors: Any) -> tuple[Any, Any]:
 
 
 def bias(adapter: Any, anchors: Any) -> tuple[Any, Any]:
-    for module in adapter._modules.values():
+    for module in zoo.lora_layers(adapter).values():
         module.lora_B["default"].bias = torch.nn.Parameter(torch.ones(module.out_features))
     return tfb_ext.bayesianize(adapter.unload()), anchors
 

@@ -138,7 +138,7 @@ def test_changed_weights_are_noticed_and_refreshed(how: str, tmp_path: Path) -> 
 @given(st.integers(0, 27), st.booleans(), st.integers(0, 3), st.integers(0, 31), st.sampled_from([0.02, -0.5, 3.0]))
 def test_any_entry_counts(layer: int, upper: bool, i: int, j: int, change: float) -> None:
     adapter = SHARED[0] if SHARED else SHARED.append(bayesian()) or SHARED[0]
-    module = adapter._modules[adapter.layers[layer]]
+    module = zoo.lora_layers(adapter)[adapter.layers[layer]]
     weight = (module.lora_B if upper else module.lora_A)["default"].weight
     place = (j % weight.shape[0], i) if upper else (i, j % weight.shape[1])
     before = float(weight[place])
@@ -159,7 +159,7 @@ SHARED: list[Any] = []
 def test_moving_and_copying_weights_is_no_change() -> None:
     adapter = bayesian()
     with torch.no_grad():
-        for module in adapter._modules.values():
+        for module in zoo.lora_layers(adapter).values():
             for part in (module.lora_A, module.lora_B):
                 part["default"].weight = torch.nn.Parameter(part["default"].weight.clone())
     adapter.model.load_state_dict(copy.deepcopy(adapter.model.state_dict()))
@@ -171,7 +171,7 @@ def test_moving_and_copying_weights_is_no_change() -> None:
 
 def test_a_file_certifies_the_scaling_that_sigma_was_set_for(tmp_path: Path) -> None:
     adapter = bayesian()
-    for module in adapter._modules.values():
+    for module in zoo.lora_layers(adapter).values():
         module.scaling["default"] *= 2
     assert_right(adapter)  # which the samples follow
     with pytest.raises(ConfigError, match="set for another LoRA scaling"):

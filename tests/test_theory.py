@@ -29,7 +29,7 @@ def bayesian(name: str = "llama-head", **options: Any) -> Any:
 
 def mean_of(adapter: Any, name: str) -> Tensor:
     """The mean of the noisy coordinates of one layer, from the adapter's own weights, float64."""
-    module = adapter._modules[name]
+    module = zoo.lora_layers(adapter)[name]
     a, b = (part["default"].weight.detach().double() for part in (module.lora_A, module.lora_B))
     if adapter.family == "constant":
         return a
@@ -215,7 +215,7 @@ def test_weight_of_a_real_search() -> None:
 
 
 def matrices(adapter: Any, name: str) -> tuple[Tensor, Tensor]:
-    module = adapter._modules[name]
+    module = zoo.lora_layers(adapter)[name]
     return module.lora_A["default"].weight.detach().double(), module.lora_B["default"].weight.detach().double()
 
 
