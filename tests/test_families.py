@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ import pytest
 import torch
 import zoo
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfb_ext
 from tfb_ext import ops
-from tfb_ext.adapters import layers
 from tfb_ext.errors import ConfigError, SamplingError
 from tfb_ext.ops import reference
 from tfb_ext.posterior.canonical import layer_posterior
@@ -358,25 +355,11 @@ def test_noise_is_standard_normal_across_parts(monkeypatch: pytest.MonkeyPatch) 
         assert abs(float(shifted.mean())) < 5 / math.sqrt(shifted.numel())
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation makes new."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 def test_memory_beside_the_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 4 * families.NOISE_ELEMENTS == 64 * 2**20
     monkeypatch.setattr(families, "NOISE_ELEMENTS", 1000)
     y, x = torch.zeros(5 * 90, 100, dtype=torch.bfloat16), torch.ones(5 * 90, 700, dtype=torch.bfloat16)
-    with Largest() as largest:
+    with zoo.Largest() as largest:
         add_full_rank_noise_(
             y, x, 100, 1.0, torch.ones(5), torch.arange(5, dtype=torch.int32), torch.tensor([0]), 1, False
         )
@@ -411,29 +394,23 @@ def test_noise_of_half_outputs_is_added_in_float32() -> None:
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
 @pytest.mark.parametrize("name", ["llama-head", "gpt2", "bert"])
-def test_the_model_equals_the_definitions_in_plain_torch(
-    name: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_equals_the_definitions_in_plain_torch(name: str, device: str) -> None:
     # With a larger sigma rounding would grow from block to block.
     adapter = bayesian(name, device=device, family="full-rank", depth=3, sigma=0.05)
     batch = zoo.batch_for(name, device=device)
     keep = zoo.real_positions(name, batch)
     found = predict(adapter, batch)[:, keep]
     assert found.std(0).max() > 0.01
-    monkeypatch.setattr(layers, "ops", reference)
-    monkeypatch.setattr(families, "ops", reference)
-    assert torch.allclose(found, predict(adapter, batch)[:, keep], atol=1e-4)
+    with zoo.Operators(plain=True):
+        assert torch.allclose(found, predict(adapter, batch)[:, keep], atol=1e-4)
 
 
-def test_random_layers_take_the_slot_and_layers_below_the_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_layers_take_the_slot_and_layers_below_the_direct_way() -> None:
     adapter = zoo.compared(bayesian("llama", family="full-rank", depth=1))
-    calls: list[str] = []
-    for name in ("linear", "expand_"):
-        real: Callable[..., Any] = getattr(ops, name)
-        monkeypatch.setattr(layers.ops, name, lambda *a, f=real, n=name: (calls.append(n), f(*a))[1])
-    predict(adapter, zoo.batch_for("llama"))
+    with zoo.Operators() as operators:
+        predict(adapter, zoo.batch_for("llama"))
     random = len(adapter.random_layers)
-    assert calls.count("expand_") == random and calls.count("linear") == len(adapter.layers) - random
+    assert (operators.calls["expand_"], operators.calls["linear"]) == (random, len(adapter.layers) - random)
 
 
 def test_samples_in_pieces_are_the_same_samples() -> None:

@@ -39,13 +39,13 @@ def pooled(name: str, outputs: Tensor) -> Tensor:
 
 def footprint(adapter: Any) -> dict[str, Any]:
     """Everything a context changes and must put back."""
-    model, state = adapter.model, adapter._state
+    model = adapter.model
     return {
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
         "own": sorted(name for name, m in model.named_modules() if "forward" in m.__dict__),
         "casts": sorted(name for name, m in model.named_modules() if getattr(m, "cast_input_dtype_enabled", True)),
         "cap": getattr(adapter.anatomy.model.config, "final_logit_softcapping", None),
-        "state": (state.batch, state.fanned, list(state.missed), state.probed),
+        "state": (adapter.is_sampling, adapter.open_context),
         "grad": torch.is_grad_enabled(),
     }
 

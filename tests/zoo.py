@@ -241,6 +241,20 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation inside makes new."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
 def batch_for(name: str, rows: int = 3, device: str = "cpu") -> dict[str, Tensor]:
     """Left-padded inputs with position ids for decoders, right-padded ones for BERT."""
     batch = inputs(rows, left=name != "bert")
