@@ -124,7 +124,7 @@ def test_draws_are_pairs_only_of_mirrored_samples() -> None:
 # Against the fixed run ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, None])
+@pytest.mark.parametrize("batch_size", zoo.slow_but([1, 7, None], 7))
 @pytest.mark.parametrize("depth", ["all", 2, "head"])
 def test_every_item_has_the_fixed_runs_first_samples(depth: int | str, batch_size: int | None) -> None:
     adapter, data = bayesian("llama-head", depth=depth), small_sets.encoded(24)
@@ -237,7 +237,7 @@ def test_refuses_what_cannot_stop() -> None:
 # The scorer's part --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most", [2, 9, 1000])
+@pytest.mark.parametrize("most", zoo.slow_but([2, 9, 1000], 9))
 def test_out_of_memory_keeps_the_trunk_in_halves(most: int) -> None:
     """Whether the first batches or the packed ones do not fit: rows below run once, and samples are the same."""
     adapter, data = bayesian(depth=2), small_sets.encoded(12)

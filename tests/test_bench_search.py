@@ -15,6 +15,8 @@ from bench import test_search as bench
 from bench.rows import by_case, load_if_there
 from tfb_ext import search_sigma
 
+pytestmark = pytest.mark.slow
+
 DEPTHS = list(bench.DEPTHS)
 stops_early = pytest.mark.skipif(
     "early_stop" not in inspect.signature(search_sigma).parameters, reason="search_sigma has no early_stop"

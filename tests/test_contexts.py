@@ -69,7 +69,7 @@ def slot(adapter: Any, folder: Path) -> None:
     adapter.anatomy.blocks[3].self_attn.v_proj.lora_variant.pop("default")
 
 
-@pytest.mark.parametrize("context", ["predictive", "sampling"])
+@pytest.mark.parametrize("context", zoo.slow_but(["predictive", "sampling"], "predictive"))
 @pytest.mark.parametrize("how", [other_weights, written, taken_off, merged, one_layer, slot], ids=lambda f: f.__name__)
 def test_a_change_inside_a_context_is_noticed_before_it_ends(
     how: Callable[[Any, Path], None], context: str, tmp_path: Path

@@ -125,9 +125,10 @@ def test_full_rank_keeps_the_mean_in_its_basis() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank_deficient", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
+    ("rank_deficient", "dtype"),
+    zoo.slow_but([(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)], (False, torch.float32)),
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", zoo.slow_but(FAMILIES, "constant"))
 def test_moments_of_the_outputs(family: str, rank_deficient: bool, dtype: torch.dtype) -> None:
     """Mean, covariance at a token, and covariance between tokens of one call, of the head's raw outputs."""
     model = zoo.peft_model("llama-head", dtype=dtype)
@@ -191,7 +192,7 @@ def test_mirrored_samples_average_to_the_mean(family: str) -> None:
     assert ((independent[0] + independent[1]) / 2 - mean).abs().max() > 0.5
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "gpt2", "bert"], "llama"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_sigma_is_the_adapter(family: str, name: str) -> None:
     adapter = bayesian(name, family=family)
@@ -429,6 +430,7 @@ def test_label_columns_get_their_own_noise() -> None:
     assert torch.allclose(predict(adapter, batch, columns=columns)[:, keep], whole[:, keep], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_noise_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "NOISE_ELEMENTS", 40)  # several parts
     y, x = torch.zeros(12, 8), torch.ones(12, 5)
@@ -438,7 +440,7 @@ def test_noise_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(compiled(y.clone(), *arguments), add_full_rank_noise_(y.clone(), *arguments))
 
 
-@pytest.mark.parametrize("family", ["constant", "full-rank"])
+@pytest.mark.parametrize("family", zoo.slow_but(["constant", "full-rank"], "constant"))
 def test_predict_and_search_serve_every_family(family: str) -> None:
     import small_sets
 

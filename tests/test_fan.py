@@ -20,7 +20,10 @@ from tfb_ext.forward import fan
 from tfb_ext.forward.fan import Predictive
 
 SAMPLES, SIGMA = 4, 0.3
-DEPTHS = [(name, depth) for name in zoo.MODELS for depth in ("all", 2)] + [("llama-head", "head")]
+DEPTHS = zoo.slow_but(
+    [(name, depth) for name in zoo.MODELS for depth in ("all", 2)] + [("llama-head", "head")],
+    ("llama", "all"), ("llama", 2), ("gpt2", "all"), ("bert", 2), ("llama-head", "head"),
+)  # fmt: skip
 
 
 def log_probabilities(adapter: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
@@ -79,7 +82,7 @@ def test_equals_separate_passes(name: str, depth: str | int, device: str) -> Non
 
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
-@pytest.mark.parametrize("name", ["llama-head", "gemma3", "gpt2", "llama-cls"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama-head", "gemma3", "gpt2", "llama-cls"], "llama-head"))
 def test_bfloat16_is_within_its_own_rounding(name: str, device: str) -> None:
     adapter = bayesian(name, device, dtype=torch.bfloat16, depth=2)
     batch = zoo.batch_for(name, device=device)
@@ -141,7 +144,7 @@ def test_seed_and_sigma_reach_the_layers() -> None:
 # Views: columns, groups, pieces, trunk ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-head", "gemma2", "bert"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "llama-head", "gemma2", "bert"], "llama-head", "bert"))
 @pytest.mark.parametrize("depth", ["all", 1])
 def test_columns_are_the_full_distribution_renormalised(name: str, depth: str | int) -> None:
     adapter = bayesian(name, depth=depth)
@@ -196,7 +199,7 @@ def test_groups_are_separate_contexts(depth: str) -> None:
     assert torch.equal(logits, view.folded[0])
 
 
-@pytest.mark.parametrize("name", ["llama-head", "gemma2", "bert"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama-head", "gemma2", "bert"], "llama-head"))
 @pytest.mark.parametrize("groups", [1, 2])
 def test_head_in_pieces_equals_whole(name: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = bayesian(name)
@@ -232,7 +235,7 @@ def test_head_in_pieces_equals_whole(name: str, groups: int, monkeypatch: pytest
         assert torch.allclose(whole.sample_outputs[:, keep], parts.sample_outputs[:, keep], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert", "llama-cls"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "gemma3", "gpt2", "bert", "llama-cls"], "llama", "bert"))
 @pytest.mark.parametrize("depth", [1, 3])
 def test_trunk_recorded_and_replayed_equals_none(name: str, depth: int) -> None:
     adapter = bayesian(name, depth=depth)
@@ -415,6 +418,7 @@ def test_soft_cap_is_not_put_on_classification_scores() -> None:
 # What the model goes on being ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_full_graph_compile_equals_eager() -> None:
     adapter = bayesian("llama-head", depth=2)
     batch = zoo.batch_for("llama-head")
@@ -721,7 +725,7 @@ def places(adapter: Any) -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("place", ["trunk", "first", "last", "head"])
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "gemma2"], "llama"))
 def test_an_exception_leaves_nothing_behind(name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = bayesian(name, depth=2)
     batch = zoo.batch_for(name)

@@ -47,6 +47,7 @@ def test_splits_never_change() -> None:
     assert split_of("naïve café") == "test"
 
 
+@pytest.mark.slow
 def test_order_of_the_file_and_repeats_do_not_matter(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_split("train")
     lines = headline_lines(600)
@@ -60,6 +61,7 @@ def test_labels_follow_their_headlines(shop: Path) -> None:
         assert CHOICES[example.label] == (" yes" if "area man" in example.prompt else " no")
 
 
+@pytest.mark.slow
 def test_limit_takes_the_first(shop: Path) -> None:
     assert load_split("anchor", 7) == load_split("anchor")[:7]
     count = len(load_split("anchor"))
@@ -73,6 +75,7 @@ def test_unknown_split_lists_the_splits() -> None:
         load_split("dev")
 
 
+@pytest.mark.slow
 def test_answers_are_single_tokens_of_the_model(shop: Path) -> None:
     tokenizer = assets.load_base()[1]
     encoded = encode(load_split("anchor", 3), tokenizer)

@@ -79,8 +79,8 @@ def accuracy(prediction: tf.EvalPrediction) -> dict[str, float]:
 # Trainer ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("depth", ["all", 2])
-@pytest.mark.parametrize("name", ["bert", "llama-cls", "llama", "gpt2"])
+@pytest.mark.parametrize("depth", zoo.slow_but(["all", 2], 2))
+@pytest.mark.parametrize("name", zoo.slow_but(["bert", "llama-cls", "llama", "gpt2"], "bert", "llama"))
 def test_trainer_predicts_and_evaluates_the_posterior(name: str, depth: Any, tmp_path: Path) -> None:
     adapter, batch = bayesian(name, depth=depth), labelled_batch(name)
     expected = oracle(adapter, batch)
@@ -200,7 +200,7 @@ def test_text_generation_pipeline(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("depth", ["all", 2])
-@pytest.mark.parametrize("name", ["bert", "llama", "mixtral"])
+@pytest.mark.parametrize("name", zoo.slow_but(["bert", "llama", "mixtral"], "llama"))
 def test_inference_mode(name: str, depth: Any) -> None:
     """Inside out and outside in; and what was made in there does not hinder gradients later."""
     adapter, batch = bayesian(name, depth=depth), zoo.batch_for(name)

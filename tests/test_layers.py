@@ -65,7 +65,7 @@ def test_groups_are_the_layers_that_share_an_input() -> None:
 
 
 @pytest.mark.parametrize("mode", ["weight", "flipout", "token"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "bert"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "qwen2", "gemma3", "bert"], "llama", "bert"))
 def test_grouped_layers_equal_ungrouped_ones(name: str, mode: str) -> None:
     adapter = bayesian(name, mode=mode)
     batch, alone = zoo.batch_for(name), ungrouped(name, mode=mode)

@@ -124,6 +124,7 @@ def growth(which: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_peak_of_the_process_grows_by_less_than_the_noise() -> None:
     fused, materialised = growth("ops"), growth("reference")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -102,6 +102,13 @@ def peft_model(
     peft = get_peft_model(model.to(dtype), config)
     randomise(peft, scale)
     return peft.eval()
+
+
+def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test, all but ``quick`` marked slow."""
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    kept = [value if isinstance(value, tuple) else (value,) for value in quick]
+    return [pytest.param(*row, marks=() if row in kept else pytest.mark.slow) for row in rows]
 
 
 def moved(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
