@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,17 +12,13 @@ import torch
 import zoo
 from torch import Tensor
 
-import tfb_ext
 from tfb_ext import predict
 from tfb_ext.adaptive import FIRST_LOOK, StoppingRule, draw_size, student_quantile
 from tfb_ext.forward.scoring import Scorer
 from tfb_ext.prediction import Prediction
 
 SIGMA, MOST = 0.05, 30
-
-
-def bayesian(name: str = "llama", **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name), **{"sigma": SIGMA, **options})
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def assert_prefix(found: Prediction, fixed: Prediction) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,7 @@ from tfb_ext.errors import SamplingError, TFBError
 from tfb_ext.forward.caches import cache_argument
 
 SIGMA, SAMPLES = 0.3, 3
-
-
-def bayesian(name: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name, dtype=dtype), sigma=SIGMA, **options)
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def logs(adapter: Any, given: dict[str, Tensor]) -> Tensor:

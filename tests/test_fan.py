@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,9 +31,7 @@ def log_probabilities(adapter: Any, batch: dict[str, Tensor]) -> Callable[[], Te
     return lambda: torch.log_softmax(adapter.model(**batch).logits.double(), dim=-1)
 
 
-def bayesian(name: str, device: str = "cpu", **options: Any) -> Any:
-    dtype = options.pop("dtype", torch.float32)
-    return tfb_ext.bayesianize(zoo.peft_model(name, dtype=dtype).to(device), sigma=SIGMA, **options)
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def pooled(name: str, outputs: Tensor) -> Tensor:

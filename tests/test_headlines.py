@@ -34,6 +34,7 @@ def test_every_headline_is_in_one_split(shop: Path) -> None:
     assert sorted(bucket for buckets in BUCKETS.values() for bucket in buckets) == list(range(100))
 
 
+@pytest.mark.slow
 def test_split_sizes_follow_the_buckets(shop: Path) -> None:
     for name, buckets in BUCKETS.items():
         expected = 6 * len(buckets)
@@ -56,6 +57,7 @@ def test_order_of_the_file_and_repeats_do_not_matter(shop: Path, monkeypatch: py
     assert texts("train") != sorted(texts("train"))  # in the order of the hash, not of the alphabet
 
 
+@pytest.mark.slow
 def test_labels_follow_their_headlines(shop: Path) -> None:
     for example in load_split("test"):
         assert CHOICES[example.label] == (" yes" if "area man" in example.prompt else " no")

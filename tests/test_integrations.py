@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,7 @@ from tfb_ext.errors import SamplingError
 SIGMA, SAMPLES, ROWS = 0.3, 4, 5
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
-
-
-def bayesian(name: str, **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name), **{"sigma": SIGMA, **options})
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def labelled_batch(name: str) -> dict[str, Tensor]:

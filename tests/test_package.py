@@ -52,6 +52,7 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_missing_extension_names_the_command() -> None:
     code = "import sys; sys.modules['tfb_ext._C'] = None\nimport tfb_ext\ntfb_ext.bayesianize"
     done = run(code)

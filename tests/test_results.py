@@ -33,6 +33,7 @@ def test_every_row_says_where_it_is_from() -> None:
             assert row["device"] and len(row["commit"]) == 40 and row["torch"], row["case"]
 
 
+@pytest.mark.slow
 def test_plots_come_from_the_results(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     models = by_case(load(RESULTS / "models.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,10 +21,7 @@ from tfb_ext.errors import SamplingError
 from tfb_ext.forward.scoring import IGNORED, Scorer, item_labels, original_order
 
 SIGMA, SAMPLES = 0.3, 5
-
-
-def bayesian(name: str = "llama", **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name), sigma=SIGMA, **options)
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def sampled(scorer: Scorer, samples: int = SAMPLES) -> Tensor:
@@ -61,7 +59,7 @@ class Results(TorchDispatchMode):
 # Equal to separate passes, however it is cut ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("depth", ["all", 2, 1, "head"])
+@pytest.mark.parametrize("depth", zoo.slow_but(["all", 2, 1, "head"], 1))
 def test_equals_separate_passes_however_it_is_cut(depth: int | str) -> None:
     adapter = bayesian("llama-head", depth=depth)
     data = small_sets.encoded()

@@ -675,6 +675,7 @@ def test_official_without_a_violation_is_the_upper_bound() -> None:
     assert sigma == 0.015 and "none of which violates" in stop and all(e.satisfied for e in tried.evaluations)
 
 
+@pytest.mark.slow
 def test_official_end_to_end() -> None:
     adapter, anchors = overconfident(factor=1.0)
     with warnings.catch_warnings():
@@ -709,6 +710,7 @@ def test_one_standard_error_takes_a_smaller_sigma_that_is_as_good() -> None:
 # How sure, metrics of one's own, early stops --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_confidence_and_interval_come_from_resampled_anchors() -> None:
     """A change of known mean and spread: the share of resamples below the tolerance is the normal distribution's."""
     curve = Curve()
@@ -787,6 +789,7 @@ def seen_only(change: Tensor, seen: int) -> Tensor:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0.9, 0.99])
 def test_early_stop_is_right_as_often_as_it_says(level: float) -> None:
     """Many sets of anchors whose change lies near the tolerance, in random order, looked at every 20."""
@@ -849,6 +852,7 @@ def test_what_one_sigma_shows_on_all_anchors_sharpens_the_next() -> None:
     assert judged.standard_error < float(second.std()) / math.sqrt(40) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tails", [False, True])
 @pytest.mark.parametrize("level", [0.9, 0.99])
 def test_early_stop_is_right_as_often_as_it_says_with_help(level: float, tails: bool) -> None:
@@ -891,6 +895,7 @@ def test_the_root_finder_knows_the_amount_near_the_edge_and_then_needs_few_ancho
         assert rule.settled(0, seen_only(change, count), 0.9, 10) is settled, (used, method)
 
 
+@pytest.mark.slow
 def test_early_root_search_ends_on_few_anchors_and_goes_on_from_its_file(tmp_path: Path) -> None:
     adapter, anchors = overconfident(300)
     options: dict[str, Any] = {"metric": "nll", "tolerance": 0.02, "method": "root", "bound": "two-sided"}
@@ -906,6 +911,7 @@ def test_early_root_search_ends_on_few_anchors_and_goes_on_from_its_file(tmp_pat
 # Several depths -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_depths_share_one_trunk_and_the_cheapest_of_equals_is_taken() -> None:
     adapter, anchors = overconfident()
     zoo.compared(adapter, "all", 0.5, 1)

@@ -45,8 +45,8 @@ class Interrupt:
             raise self.error
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("at", [4, 6, 11])
+@pytest.mark.parametrize("error", zoo.slow_but([KeyboardInterrupt, RuntimeError], KeyboardInterrupt))
+@pytest.mark.parametrize("at", zoo.slow_but([4, 6, 11], 6))
 def test_goes_on_where_it_was_interrupted(error: type[BaseException], at: int, tmp_path: Path) -> None:
     adapter, anchors = prepared()
     whole = search_sigma(adapter, anchors, **OPTIONS, apply=False)

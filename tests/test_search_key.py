@@ -198,6 +198,7 @@ def test_damaged_records_are_refused(name: str, finished: Path, tmp_path: Path) 
             SigmaSearch.load(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_a_sentence_or_harmless(data: Any, finished: Path, tmp_path: Path) -> None:

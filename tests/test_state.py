@@ -8,6 +8,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,7 @@ from tfb_ext.errors import ConfigError, SamplingError, TFBError
 from tfb_ext.forward.caches import cache_argument
 
 SIGMA, SAMPLES = 0.3, 3
-
-
-def bayesian(name: str = "llama", **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name), sigma=SIGMA, **options)
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def logs(adapter: Any, given: dict[str, Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tfb_ext.adapters.adapter import BayesianAdapter, bayesianize
 from tfb_ext.ops import reference
 from tfb_ext.posterior.canonical import canonical_name
 
@@ -102,6 +103,13 @@ def peft_model(
     peft = get_peft_model(model.to(dtype), config)
     randomise(peft, scale)
     return peft.eval()
+
+
+def bayesian(
+    name: str = "llama", device: str = "cpu", *, dtype: torch.dtype = torch.float32, **options: Any
+) -> BayesianAdapter:
+    """A Bayesian adapter of a tiny model."""
+    return bayesianize(peft_model(name, dtype=dtype).to(device), **options)
 
 
 def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
