@@ -42,7 +42,7 @@ def run(rule: StoppingRule, draws: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.99])
-@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("classes", zoo.slow_but([2, 3, 10], 3))
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_answers_change_less_often_than_promised(confidence: float, classes: int, probabilities: bool) -> None:
     """At every distance between the two best classes, ties included: normal values, and probabilities of normal logits."""
@@ -151,7 +151,7 @@ def test_uncertainty_of_an_item_is_that_of_its_own_samples(antithetic: bool) -> 
             assert torch.allclose(getattr(found, name)[i], getattr(alone, name)[0], atol=2e-5), name
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "bert", "llama-cls"])
+@pytest.mark.parametrize("name", zoo.slow_but(["gpt2", "gemma2", "bert", "llama-cls"], "bert"))
 def test_other_architectures(name: str) -> None:
     adapter = bayesian(name, sigma=0.1, depth=2)
     data = small_sets.encoded(16, head=name in zoo.CLASSIFIERS)

@@ -133,7 +133,9 @@ def test_quantised_copies_are_right_or_refused() -> None:
 # Types --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", ["float", "bfloat16", "bfloat16 float", "double float"])
+@pytest.mark.parametrize(
+    "steps", zoo.slow_but(["float", "bfloat16", "bfloat16 float", "double float"], "bfloat16 float")
+)
 def test_a_converted_model_keeps_its_posterior(steps: str) -> None:
     adapter = bayesian(dtype=torch.bfloat16)
     adapter.model.to(torch.bfloat16)
@@ -211,7 +213,7 @@ def at(adapter: Any, depth: Any) -> Any:
 
 
 @pytest.mark.parametrize("case", OTHERS)
-@pytest.mark.parametrize("kind", ["dynamic", "pair"])
+@pytest.mark.parametrize("kind", zoo.slow_but(["dynamic", "pair"], "dynamic"))
 def test_a_cache_of_one_sample_serves_no_other_posterior(case: str, kind: str) -> None:
     """Of one sample the rows fit, so nothing else would say so."""
     adapter = bayesian("llama-head")
@@ -249,7 +251,7 @@ def test_the_cache_of_a_tuple_goes_on() -> None:
     assert torch.allclose(found, whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("depth", ["all", 2, "head"])
+@pytest.mark.parametrize("depth", zoo.slow_but(["all", 2, "head"], 2))
 @pytest.mark.parametrize("picked", [[1], [2, 0], [False, True, True], [0, 0, 1, 2, 2]])
 def test_rows_picked_out_of_a_cache_are_those_of_every_sample(depth: Any, picked: list[Any]) -> None:
     adapter = bayesian("llama-head", depth=depth)

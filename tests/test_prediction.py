@@ -32,7 +32,7 @@ def random_probabilities(*shape: int) -> Tensor:
 # Against the oracle -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, None])
+@pytest.mark.parametrize("batch_size", zoo.slow_but([1, 3, None], 3))
 @pytest.mark.parametrize("name", ["llama-head", "bert"])
 def test_equals_separate_passes_in_the_data_sets_order(name: str, batch_size: int | None) -> None:
     adapter = bayesian(name, depth=2)

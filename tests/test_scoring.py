@@ -97,7 +97,7 @@ def test_depth_of_the_scorer_overrules_the_adapters() -> None:
     assert torch.equal(sampled(Scorer(adapter, data)), upper)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "bert", "llama-cls"])
+@pytest.mark.parametrize("name", zoo.slow_but(["gpt2", "gemma2", "bert", "llama-cls"], "bert"))
 def test_other_architectures_equal_separate_passes(name: str) -> None:
     adapter = bayesian(name, depth=2)
     data = small_sets.encoded(7, head=name in zoo.CLASSIFIERS)
@@ -125,7 +125,7 @@ def test_classification_heads_equal_the_models_own_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 6, 1000])
-@pytest.mark.parametrize("depth", ["all", 2])
+@pytest.mark.parametrize("depth", zoo.slow_but(["all", 2], 2))
 def test_average_is_the_mean_of_the_samples(depth: int | str, rows: int) -> None:
     adapter = bayesian(depth=depth)
     scorer = Scorer(adapter, token_batches())
@@ -184,7 +184,9 @@ def test_only_the_label_rows_at_the_last_position_are_computed() -> None:
     assert (rows, 1, zoo.VOCAB) in whole.shapes  # the spy sees the head where it runs
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "phi3"])
+@pytest.mark.parametrize(
+    "name", zoo.slow_but(["qwen2", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "phi3"], "qwen2", "mistral")
+)
 def test_the_last_block_makes_one_position_and_the_same_probabilities(name: str) -> None:
     adapter, data = zoo.compared(bayesian(name)), small_sets.encoded(7)
     alone = zoo.separate_passes(adapter, range(SAMPLES), SIGMA, small_sets.answers(adapter, data))

@@ -43,7 +43,7 @@ def token_logs(adapter: Any, data: Encoded) -> Callable[[], Tensor]:
     return call
 
 
-@pytest.mark.parametrize("batch_size", [3, None])
+@pytest.mark.parametrize("batch_size", zoo.slow_but([3, None], 3))
 @pytest.mark.parametrize(
     ("name", "depth"), [("llama-head", "all"), ("llama-head", 2), ("llama-head", "head"), ("gpt2", 2)]
 )
@@ -299,7 +299,7 @@ def test_a_checkpoint_is_of_these_choices_and_this_score(tmp_path: Path) -> None
 MOST = 30
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, None])
+@pytest.mark.parametrize("batch_size", zoo.slow_but([1, 3, None], 3))
 @pytest.mark.parametrize("depth", ["all", 2, "head"])
 def test_adaptive_items_have_the_fixed_runs_first_samples(depth: int | str, batch_size: int | None) -> None:
     adapter, data = bayesian("llama-head", depth=depth), small_sets.sequences(16, by_length=True)

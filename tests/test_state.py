@@ -216,7 +216,7 @@ def one_off(adapter: Any) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("how", [merge_one, other_active, one_off])
-@pytest.mark.parametrize("context", ["predictive", "sampling"])
+@pytest.mark.parametrize("context", zoo.slow_but(["predictive", "sampling"], "predictive"))
 def test_one_layer_that_would_not_sample_is_noticed(how: Callable[[Any], Callable[[], None]], context: str) -> None:
     adapter = zoo.compared(bayesian())
     given = zoo.inputs(padded=False)
@@ -327,6 +327,7 @@ def test_a_strict_configuration_is_no_lock() -> None:
 # Threads ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["predictive", "sampling"])
 def test_calls_of_several_threads_are_right(context: str) -> None:
     adapter = zoo.compared(bayesian(depth=2))
@@ -496,7 +497,7 @@ def test_nothing_stays_on_a_cache_and_copies_have_their_own() -> None:
 # Outputs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "bert", "gpt2"], "llama"))
 @pytest.mark.parametrize("depth", ["all", 2])
 def test_hidden_states_have_the_callers_rows(name: str, depth: Any) -> None:
     adapter = bayesian(name, depth=depth)
