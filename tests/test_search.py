@@ -444,6 +444,7 @@ def test_given_arguments_are_taken_and_named() -> None:
 # Noise, trunk, depth ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_grid_equals_each_sigmas_own_run() -> None:
     adapter, anchors = overconfident()
     together = look(adapter, anchors, bracket=(0.03, 0.12), steps=3, method="grid", tolerance=0.003, apply=False)
@@ -469,7 +470,9 @@ def test_trunk_runs_once_a_search() -> None:
     assert result.tokens == sum(map(len, anchors.token_ids)) * (1 + SAMPLES * len(result.evaluations))
 
 
-@pytest.mark.parametrize(("depth", "kept"), [(2, 2), (0.25, 1), (4, "all"), ("all", "all"), (1.0, "all")])
+@pytest.mark.parametrize(
+    ("depth", "kept"), zoo.slow_but([(2, 2), (0.25, 1), (4, "all"), ("all", "all"), (1.0, "all")], (2, 2))
+)
 def test_depth_is_searched_and_set(depth: Any, kept: int | str) -> None:
     adapter, anchors = overconfident()
     adapter.depth = 3
@@ -554,6 +557,7 @@ def test_printed_table() -> None:
     assert "lowest NLL on the anchors" in str(look(adapter, anchors))
 
 
+@pytest.mark.slow
 def test_band_and_plot(tmp_path: Any) -> None:
     adapter, anchors = overconfident(factor=1.0)
     paper = look(adapter, anchors, recipe="paper")
@@ -728,6 +732,7 @@ def test_confidence_and_interval_come_from_resampled_anchors() -> None:
     assert 0.0055 < low < 0.0075 and high == pytest.approx(0.02, rel=0.15)
 
 
+@pytest.mark.slow
 def test_metric_of_ones_own() -> None:
     adapter, anchors = overconfident()
     labels = anchors.labels_tensor()

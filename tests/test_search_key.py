@@ -105,7 +105,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("change", zoo.slow_but(CHANGES, bias, order), ids=lambda c: c.__name__)
 def test_another_searchs_file_is_refused(change: Any, finished: Path) -> None:
     before = finished.read_bytes()
     with pytest.raises(ConfigError, match="is of another search: .*; give another checkpoint, or delete"):
