@@ -140,6 +140,7 @@ def test_the_first_call_with_labels_decides_what_outputs_mean(name: str, labels:
             tfb_ext.predict(adapter, [batch], SAMPLES)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.integers(1, 3),

@@ -762,6 +762,7 @@ def test_metric_of_ones_own() -> None:
         look(adapter, anchors, metric=lambda p, t: torch.tensor(math.nan))
 
 
+@pytest.mark.slow
 def test_early_stop_sees_fewer_anchors_and_comes_to_the_same_verdicts() -> None:
     adapter, anchors = overconfident(200)
     options: dict[str, Any] = {"metric": "nll", "tolerance": 0.05, "method": "bisect", "batch_size": 10}
@@ -778,6 +779,7 @@ def test_early_stop_sees_fewer_anchors_and_comes_to_the_same_verdicts() -> None:
     assert early.sigma == pytest.approx(whole.sigma, rel=0.3)
 
 
+@pytest.mark.slow
 def test_early_stop_of_the_lowest_nll_drops_what_is_clearly_higher() -> None:
     adapter, anchors = overconfident(200)
     early = look(adapter, anchors, apply=False, early_stop=0.95, batch_size=10, bracket=(0.02, 2.0), steps=4)
