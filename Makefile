@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each makes .venv, installs, builds the extension, and reuses all of it next time.
+# `make demo`, `make test` (without the tests marked slow) and `make test-all`. Each makes .venv, installs, builds the extension, and reuses all of it next time.
 PYTHON ?= python3
 VENV ?= .venv
 # The build and the runs must see one torch, so it is installed first and the package is built without isolation.
@@ -11,14 +11,16 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
 
-.PHONY: demo test lint package setup clean
+.PHONY: demo test test-all lint package setup clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
 	$(BIN)/tfb demo $(DEMO)
 
-test: $(VENV)/.built
-	$(BIN)/python -m pytest $$($(BIN)/python -c 'import xdist; print("-n $(JOBS) --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
+test: SELECTED := -m "not slow"
+
+test test-all: $(VENV)/.built
+	$(BIN)/python -m pytest $(SELECTED) $$($(BIN)/python -c 'import xdist; print("-n $(JOBS) --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
 
 setup: $(VENV)/.built
 

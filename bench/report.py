@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .plots import draw
 from .record import ROOT
+from .rows import Rows, by_case, load, load_if_there, milliseconds, ratio, table_head, worst
 from .test_kernels import IN_FEATURES, OUT_FEATURES, RANKS, TOKENS
 
 PERFORMANCE = "docs/performance.md"
-
-Rows = dict[str, dict[str, Any]]
 
 # What a row is called and what it is measured against; a case whose ratio is baseline / value is "faster".
 FORWARDS = (
@@ -75,71 +75,20 @@ SEARCHES = (
 )
 
 
-def load(file: Path) -> list[dict[str, Any]]:
-    return [row["extra_info"] for row in json.loads(file.read_text())["benchmarks"]]
-
-
-def load_search(results: Path) -> Rows:
-    """The rows of ``search.json``, none where it is not."""
-    return by_case(_load_if_there(results / "search.json"))
-
-
-def load_generate(results: Path) -> list[dict[str, Any]]:
-    """The rows of ``generate.json`` and ``generate_compiled.json`` (its last case, run alone), none where they are not."""
-    return _load_if_there(results / "generate.json") + _load_if_there(results / "generate_compiled.json")
-
-
-def _load_if_there(file: Path) -> list[dict[str, Any]]:
-    return load(file) if file.exists() else []
-
-
-def by_case(rows: list[dict[str, Any]]) -> Rows:
-    return {row["case"]: row for row in rows}
-
-
-def ratio(row: dict[str, Any], digits: int = 2) -> str:
-    low, high = row["spread"]
-    return f"{row['ratio']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def milliseconds(value: float) -> str:
-    return f"{value:.0f} ms" if value >= 20 else f"{value:.1f} ms"
-
-
-def worst(rows: list[dict[str, Any]], case: str, **where: Any) -> float:
-    """The least ratio of a case at the shapes that the project holds itself to."""
-    features = {"n": IN_FEATURES, "m": OUT_FEATURES}
-    found = [
-        row["ratio"]
-        for row in rows
-        if row["case"] == case
-        and all(row[key] in known for key, known in features.items() if key in row)
-        and all(row[key] == value for key, value in where.items())
-    ]
-    return min(found)
-
-
 def search_table(search: Rows) -> list[str]:
     """The whole search for sigma against the authors', for the cases that are there; no lines without any."""
     cases = [(label, search[case]) for label, case in SEARCHES if case in search]
     if not cases:
         return []
     first = cases[0][1]
-    lines = [
-        "",
-        f"| the whole search for sigma, {first['anchors']} anchors x {first['tokens']} tokens, {first['device']} | ours | the "
-        "authors' | times faster | peak memory, ours and theirs |",
-        "|---|---|---|---|---|",
-    ]
+    what = f"the whole search for sigma, {first['anchors']} anchors x {first['tokens']} tokens, {first['device']}"
+    lines = ["", *table_head(what, "ours", "the authors'", "times faster", "peak memory, ours and theirs")]
     for label, row in cases:
         ours, theirs = f"{row['value']:.1f} s", f"{row['baseline']:.0f} s"
         memory = f"{row['peak_gib']:.1f}, {row['baseline_peak_gib']:.1f} GiB" if "peak_gib" in row else ""
         lines.append(f"| {label} | {ours} | {theirs} | {ratio(row, 1)} | {memory} |")
-    sigmas = [
-        f"{row['sigma']:.3g} where the full search found {row['sigma_full']:.3g}"
-        for _, row in cases
-        if row["early_stop"]
-    ]
+    early = [row for _, row in cases if row["early_stop"]]
+    sigmas = [f"{row['sigma']:.3g} where the full search found {row['sigma_full']:.3g}" for row in early]
     lines += [
         "",
         f"The authors' search, in plain torch ([`bench/official.py`](../bench/official.py)): a baseline pass and {first['steps']} "
@@ -157,22 +106,14 @@ def generate_table(rows: list[dict[str, Any]]) -> list[str]:
     if not cases:
         return []
     first = cases[0][1]
-    lines = [
-        "",
-        f"| `generate` from end to end: prompts of 512 tokens, 64 new ones, ten samples, in graphs, {first['device']} | ours | "
-        "against | its time | ratio |",
-        "|---|---|---|---|---|",
-    ]
+    what = f"`generate` from end to end: prompts of 512 tokens, 64 new ones, ten samples, in graphs, {first['device']}"
+    lines = ["", *table_head(what, "ours", "against", "its time", "ratio")]
     for label, row in cases:
         n = row.get("rows", 1)
         prompts = f"{n} prompt{'s' if n > 1 else ''}"
-        value, base, of = (
-            milliseconds(row["value"]),
-            milliseconds(row["baseline"]),
-            row["of"].replace(" 1 rows", " 1 row"),
-        )
-        if row.get("unit") == "GiB":
-            value, base = f"{row['value']:.2f} GiB", f"{row['baseline']:.2f} GiB"
+        gib = row.get("unit") == "GiB"
+        value, base = (f"{row[k]:.2f} GiB" if gib else milliseconds(row[k]) for k in ("value", "baseline"))
+        of = row["of"].replace(" 1 rows", " 1 row")
         lines.append(f"| {label}, {prompts} | {value} | {of} | {base} | {ratio(row)} |")
     text = (
         "With samples in the upper quarter alone a prompt still costs them a prefill each there, which is what the ratio of many "
@@ -195,8 +136,7 @@ def section(
         "alternate with their own baseline, with the least and the greatest round "
         "([`bench/results/summary.json`](../bench/results/summary.json), [`models.json`](../bench/results/models.json)).",
         "",
-        "| | time | against | its time | ratio |",
-        "|---|---|---|---|---|",
+        *table_head("", "time", "against", "its time", "ratio"),
     ]
     for label, case in FORWARDS:
         row = models[case]
@@ -209,8 +149,9 @@ def section(
         "lays them out first, which is worth 18 ms here. The third row gives the base model the same: what the samples cost is "
         f"{100 * (models['prefill_all_linear_equal_heads']['ratio'] - 1):.0f} %.",
         "",
-        "| ten samples against ten sequential sampled passes in plain torch | ours | theirs | times faster |",
-        "|---|---|---|---|",
+        *table_head(
+            "ten samples against ten sequential sampled passes in plain torch", "ours", "theirs", "times faster"
+        ),
     ]
     for label, case in SEQUENTIAL:
         row = models[case]
@@ -230,8 +171,7 @@ def section(
         "([`kernels.json`](../bench/results/kernels.json); the worst of "
         f"n = {', '.join(map(str, IN_FEATURES))} and of m = {', '.join(map(str, OUT_FEATURES))}):",
         "",
-        "| | " + " | ".join(f"r = {r}" for r in RANKS) + " |",
-        "|---|" + "---|" * len(RANKS),
+        *table_head("", *(f"r = {r}" for r in RANKS)),
     ]
     for label, case in (
         ("shrink, noise included", "shrink_bandwidth"),
@@ -257,17 +197,12 @@ def headline(models: Rows) -> str:
         f"Llama-3.1-8B shape, bfloat16, r = 8 on seven linear layers, 8 rows x 128 tokens, one {row['device']} "
         "([all measurements](docs/performance.md)):",
         "",
-        "| | of | ratio |",
-        "|---|---|---|",
+        *table_head("", "of", "ratio"),
     ]
     lines += [f"| {label} | {of} | {ratio(models[case])} |" for label, case, of in HEADLINES]
-    faster = models["sequential_prefill_fp32"]
-    return "\n".join(
-        [
-            *lines,
-            f"| ten sampled passes one after the other, in plain torch | ours | {faster['ratio']:.1f} times ours |",
-        ]
-    )
+    faster = models["sequential_prefill_fp32"]["ratio"]
+    lines.append(f"| ten sampled passes one after the other, in plain torch | ours | {faster:.1f} times ours |")
+    return "\n".join(lines)
 
 
 def demo_table(runs: list[dict[str, Any]]) -> str:
@@ -280,8 +215,7 @@ def demo_table(runs: list[dict[str, Any]]) -> str:
         f"{first['test_items']:,} headlines that the search never saw, one {first['device']} "
         "([`demo.json`](bench/results/demo.json)); means, and the range of the runs:",
         "",
-        "| | accuracy | ECE | NLL |",
-        "|---|---|---|---|",
+        *table_head("", "accuracy", "ECE", "NLL"),
     ]
 
     def line(label: str, measured: list[dict[str, float]], spread: bool) -> str:
@@ -310,77 +244,16 @@ def pages(results: Path) -> dict[Path, str]:
     """The README and docs/performance.md with the tables of these results."""
     models = by_case(load(results / "models.json"))
     summary = json.loads((results / "summary.json").read_text())
-    tables = section(models, load(results / "kernels.json"), summary, load_search(results), load_generate(results))
+    search = by_case(load_if_there(results / "search.json"))
+    # The last case of generation is run alone.
+    generate = load_if_there(results / "generate.json", results / "generate_compiled.json")
+    tables = section(models, load(results / "kernels.json"), summary, search, generate)
     readme = replace_section((ROOT / "README.md").read_text(), "speed", headline(models))
     readme = replace_section(readme, "demo", demo_table(json.loads((results / "demo.json").read_text())))
     return {
         ROOT / "README.md": readme,
         ROOT / PERFORMANCE: replace_section((ROOT / PERFORMANCE).read_text(), "speed", tables),
     }
-
-
-# Plots --------------------------------------------------------------------------------------------------------------
-
-
-def series(models: Rows, prefix: str, given: dict[int, str]) -> list[tuple[int, dict[str, Any]]]:
-    """``(number, row)`` of the cases named ``prefix_number`` and of those in ``given``, ascending."""
-    found = {int(case.removeprefix(prefix)): row for case, row in models.items() if case.startswith(prefix)}
-    found |= {number: models[case] for number, case in given.items()}
-    return sorted(found.items())
-
-
-def draw(models: Rows, rows: list[dict[str, Any]], file: Path) -> None:
-    """Time against samples, depth, rank and tokens; memory against samples."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["svg.hashsalt"] = "tfb_ext"  # the same file for the same results
-    figure = Figure(figsize=(11, 6.2), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots(2, 3)
-
-    def lines(axis: Any, points: list[tuple[int, dict[str, Any]]], of: str, *, share: bool = False) -> None:
-        numbers = [number for number, _ in points]
-        for key, label, style in (("value", "tfb_ext", "o-"), ("baseline", of, "s--")):
-            axis.plot(numbers, [row[key] / (row["baseline"] if share else 1) for _, row in points], style, label=label)
-        axis.set_ylim(0)
-        axis.legend(frameon=False)
-
-    samples = series(models, "sweep_samples_", {10: "prefill_all_linear_bf16"})
-    memory = models["memory_s64"]
-    samples.append((64, memory | {"value": memory["value_ms"], "baseline": memory["baseline_ms"]}))
-    lines(axes[0, 0], samples, "base model, as many rows")
-    axes[0, 0].set(xlabel="samples of 8 rows x 128 tokens", ylabel="ms", title="Time against samples")
-
-    lines(axes[0, 1], series(models, "sweep_depth_", {}), "base model, 8 rows", share=True)
-    axes[0, 1].set(xlabel="random blocks of 32", ylabel="base forwards of 8 rows", title="Ten samples against depth")
-
-    ranks = [(8, models["prefill_all_linear_bf16"]), (16, models["prefill_rank16"]), (64, models["prefill_rank64"])]
-    lines(axes[0, 2], ranks, "base model, 80 rows", share=True)
-    axes[0, 2].set(xlabel="rank", ylabel="base forwards of 80 rows", title="Ten samples against rank", ylim=(0, 1.2))
-
-    tokens = series(models, "sweep_tokens_", {128: "prefill_all_linear_bf16"})
-    lines(axes[1, 0], tokens, "base model, 80 rows")
-    axes[1, 0].set(xlabel="tokens a row", ylabel="ms", title="Ten samples against tokens")
-
-    held = [(n, {"value": row["peak_gib"], "baseline": row["baseline_peak_gib"]}) for n, row in samples]
-    lines(axes[1, 1], held, "base model, as many rows")
-    axes[1, 1].set(xlabel="samples of 8 rows x 128 tokens", ylabel="GiB", title="Peak memory, weights included")
-
-    kernels = [("shrink_bandwidth", "shrink"), ("expand_write_bandwidth", "expand, writing")]
-    kernels.append(("expand_add_bandwidth", "expand, accumulating"))
-    for (case, label), style in zip(kernels, ("o-", "s--", "^:"), strict=True):
-        shares = [worst(rows, case, r=r, tokens=TOKENS[-1]) for r in RANKS]
-        axes[1, 2].plot(range(len(RANKS)), [100 * share for share in shares], style, label=label)
-    axes[1, 2].legend(frameon=False)
-    axes[1, 2].set_xticks(range(len(RANKS)), RANKS)
-    axes[1, 2].set(
-        xlabel="rank", ylabel="% of a copy of as many bytes", title=f"Kernels at T = {TOKENS[-1]}", ylim=(0, 105)
-    )
-
-    figure.suptitle(f"Llama-3.1-8B shape, bfloat16, all seven linear layers, {models['memory_s64']['device']}")
-    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> int:

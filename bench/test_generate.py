@@ -21,10 +21,11 @@ import tfb_ext
 from tfb_ext.forward.caches import cache_argument
 from tfb_ext.generation.decoding import CapturedDecoding, decoding_with
 
-from .llama import token_ids
-from .test_models import DEVICE, QUARTER, TOY, Setting, activate, pytestmark, release  # noqa: F401
+from .llama import activate, token_ids
+from .setting import DEVICE, QUARTER, TOY, Setting, needs_gpu, release
 from .versus import Versus
 
+pytestmark = needs_gpu
 CONTEXT, NEW = (16, 6) if TOY else (512, 64)
 PROMPTS = (1, 2) if TOY else (1, 8)
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -11,127 +11,15 @@ baseline; before that, each model's samples are checked against their weights wr
 
 from __future__ import annotations
 
-import gc
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from transformers import StaticCache
 
-import tfb_ext
-from tfb_ext import ops
-from tfb_ext.forward.caches import cache_argument
-
-from .check import check_fused
-from .llama import LLAMA_8B, TINY, Shape, activate, add_adapters, bare, build, token_ids
-from .sequential import SequentialSampler
-from .timing import event_clock
+from .setting import CONTEXT, DTYPES, EIGHTH, QUARTER, SHAPE, STEPS, TOY, Decoder, Setting, needs_gpu, release
 from .versus import Versus
 
-TOY = os.environ.get("TFB_BENCH_TINY") == "1"
-SHAPE = TINY if TOY else LLAMA_8B
-SIGMA = 0.02
-QUARTER, EIGHTH = 0.25, 0.25 if TOY else 0.125
-CONTEXT = 16 if TOY else 512  # tokens before decoding
-STEPS = 8  # of decoding, in one timing
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-pytestmark = [
-    pytest.mark.skipif(
-        not (TOY or torch.cuda.is_available()), reason="torch sees no CUDA device; TFB_BENCH_TINY=1 tries a toy"
-    ),
-    *([pytest.mark.benchmark(timer=event_clock)] if torch.cuda.is_available() else []),
-]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class Setting:
-    """One model with an adapter of each type, Bayesian, and a sampler in plain torch for each."""
-
-    def __init__(self, layers: str, rank: int, dtypes: tuple[str, ...], shape: Shape = SHAPE) -> None:
-        check_fused(shape, layers, DEVICE, rank).require()
-        release()
-        self.shape = shape
-        names = {f"ours_{d}": DTYPES[d] for d in dtypes} | {f"plain_{d}": DTYPES[d] for d in dtypes}
-        self.peft = add_adapters(build(shape, shape.blocks, DEVICE), layers, names, rank)
-        self.base: Any = self.peft.get_base_model()
-        self.adapters = {d: tfb_ext.bayesianize(self.peft, f"ours_{d}", sigma=SIGMA) for d in dtypes}
-        self.samplers = {
-            d: SequentialSampler(self.peft, f"plain_{d}", self.adapters[d].posteriors, SIGMA) for d in dtypes
-        }
-
-    def inputs(self, copies: int = 1, rows: int | None = None, tokens: int | None = None) -> dict[str, Any]:
-        ids = token_ids(self.shape, copies, DEVICE, rows, tokens)
-        return {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
-
-    def run_base(self, **inputs: Any) -> Callable[[], Any]:
-        return lambda: self.base(**inputs)
-
-    def run_peft(self, **inputs: Any) -> Callable[[], Any]:
-        return lambda: self.peft(**inputs)
-
-    @contextmanager
-    def without_peft(self) -> Iterator[None]:
-        with bare(self.peft), torch.no_grad():
-            yield
-
-    @contextmanager
-    def without_peft_and_head_in_one_product(self) -> Iterator[None]:
-        """torch multiplies the slice of last positions row by row; in one piece, the head reads its weight once."""
-        with self.without_peft():
-            hook = self.base.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-            try:
-                yield
-            finally:
-                hook.remove()
-
-    def plain(self, name: str) -> Callable[[], AbstractContextManager[None]]:
-        """PEFT's deterministic adapter."""
-
-        @contextmanager
-        def context() -> Iterator[None]:
-            activate(self.peft, name)
-            with torch.no_grad():
-                yield
-
-        return context
-
-    def flipout(self, dtype: str) -> Callable[[], AbstractContextManager[None]]:
-        @contextmanager
-        def context() -> Iterator[None]:
-            activate(self.peft, f"plain_{dtype}")
-            with torch.no_grad(), self.samplers[dtype].flipout():
-                yield
-
-        return context
-
-    def fused(
-        self, dtype: str, depth: int | float | str = "all", samples: int | None = None, portable: bool = False
-    ) -> Callable[[], AbstractContextManager[None]]:
-        @contextmanager
-        def context() -> Iterator[None]:
-            adapter = self.adapters[dtype]
-            activate(self.peft, adapter.name)
-            adapter.depth = depth
-            ops.use_portable_kernels(portable)
-            try:
-                with adapter.predictive(samples or self.shape.samples):
-                    yield
-            finally:
-                ops.use_portable_kernels(False)
-
-        return context
-
-
-def release() -> None:
-    """Give back what a dropped model held: modules and hooks refer to each other, so they wait for the collector."""
-    gc.collect()
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
+pytestmark = needs_gpu
 
 
 @pytest.fixture(scope="class")
@@ -142,39 +30,47 @@ def all_linear() -> Iterator[Setting]:
 
 MANY = f"the base forward on {SHAPE.rows * SHAPE.samples} rows"
 FEW = f"the base forward on {SHAPE.rows} rows"
+SAME = "the base forward on the same rows"
+
+
+def prefill(
+    s: Setting,
+    versus: Versus,
+    case: str,
+    context: Any,
+    copies: int = SHAPE.samples,
+    tokens: int | None = None,
+    *,
+    baseline_context: Any = None,
+    **facts: Any,
+) -> None:
+    """One forward of the setting's rows in ``context`` against the base model's of ``copies`` times as many."""
+    versus(
+        case, s.run_peft(**s.inputs(tokens=tokens)), s.run_base(**s.inputs(copies, tokens=tokens)),
+        context=context, baseline_context=baseline_context or s.without_peft,
+        **{"of": MANY, **facts, **({"tokens": tokens} if tokens else {})},
+    )  # fmt: skip
 
 
 class TestAllLinear:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_prefill(self, all_linear: Setting, versus: Versus, dtype: str) -> None:
-        s = all_linear
-        versus(
-            f"prefill_all_linear_{dtype}", s.run_peft(**s.inputs()), s.run_base(**s.inputs(s.shape.samples)), of=MANY,
-            context=s.fused(dtype), baseline_context=s.without_peft,
-        )  # fmt: skip
+        prefill(all_linear, versus, f"prefill_all_linear_{dtype}", all_linear.fused(dtype))
 
     def test_prefill_with_equal_heads(self, all_linear: Setting, versus: Versus) -> None:
         s = all_linear
-        versus(
-            "prefill_all_linear_equal_heads", s.run_peft(**s.inputs()), s.run_base(**s.inputs(s.shape.samples)),
+        prefill(
+            s, versus, "prefill_all_linear_equal_heads", s.fused("bf16"),
             of=f"{MANY}, its head's input made contiguous as ours is",
-            context=s.fused("bf16"), baseline_context=s.without_peft_and_head_in_one_product,
+            baseline_context=s.without_peft_and_head_in_one_product,
         )  # fmt: skip
 
     def test_portable(self, all_linear: Setting, versus: Versus) -> None:
-        s = all_linear
-        versus(
-            "portable_all_linear", s.run_peft(**s.inputs()), s.run_base(**s.inputs(s.shape.samples)), of=MANY,
-            context=s.fused("bf16", portable=True), baseline_context=s.without_peft,
-        )  # fmt: skip
+        prefill(all_linear, versus, "portable_all_linear", all_linear.fused("bf16", portable=True))
 
     @pytest.mark.parametrize(("case", "depth"), [("prefill_quarter", QUARTER), ("prefill_eighth", EIGHTH)])
     def test_upper_blocks(self, all_linear: Setting, versus: Versus, case: str, depth: float) -> None:
-        s = all_linear
-        versus(
-            case, s.run_peft(**s.inputs()), s.run_base(**s.inputs()), of=FEW,
-            context=s.fused("bf16", depth), baseline_context=s.without_peft, rounds=9,
-        )  # fmt: skip
+        prefill(all_linear, versus, case, all_linear.fused("bf16", depth), 1, of=FEW, rounds=9)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_peft(self, all_linear: Setting, versus: Versus, dtype: str) -> None:
@@ -216,43 +112,28 @@ class TestAllLinear:
         )  # fmt: skip
 
     def test_memory_of_64_samples(self, all_linear: Setting, versus: Versus) -> None:
-        s = all_linear
         samples = 8 if TOY else 64
-        versus(
-            "memory_s64", s.run_peft(**s.inputs()), s.run_base(**s.inputs(samples)), rounds=1, warmup=1,
-            of=f"the base forward's peak memory on {samples * s.shape.rows} rows, weights included",
-            context=s.fused("bf16", samples=samples), baseline_context=s.without_peft,
-        )  # fmt: skip
+        of = f"the base forward's peak memory on {samples * SHAPE.rows} rows, weights included"
+        context = all_linear.fused("bf16", samples=samples)
+        prefill(all_linear, versus, "memory_s64", context, samples, of=of, rounds=1, warmup=1)
         versus.in_gib()
 
     # Sweeps, for the plots ------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("samples", [1, 2, 4, 20, 40])
     def test_sweep_samples(self, all_linear: Setting, versus: Versus, samples: int) -> None:
-        s = all_linear
-        versus(
-            f"sweep_samples_{samples}", s.run_peft(**s.inputs()), s.run_base(**s.inputs(samples)), rounds=3, warmup=1,
-            of="the base forward on the same rows", samples=samples,
-            context=s.fused("bf16", samples=samples), baseline_context=s.without_peft,
-        )  # fmt: skip
+        context, sweep = all_linear.fused("bf16", samples=samples), {"rounds": 3, "warmup": 1, "samples": samples}
+        prefill(all_linear, versus, f"sweep_samples_{samples}", context, samples, of=SAME, **sweep)
 
     @pytest.mark.parametrize("blocks", [1, 2] if TOY else [1, 2, 4, 8, 16, 32])
     def test_sweep_depth(self, all_linear: Setting, versus: Versus, blocks: int) -> None:
-        s = all_linear
-        versus(
-            f"sweep_depth_{blocks}", s.run_peft(**s.inputs()), s.run_base(**s.inputs()), rounds=3, warmup=1,
-            of=FEW, depth=blocks, context=s.fused("bf16", blocks), baseline_context=s.without_peft,
-        )  # fmt: skip
+        context, sweep = all_linear.fused("bf16", blocks), {"rounds": 3, "warmup": 1, "depth": blocks}
+        prefill(all_linear, versus, f"sweep_depth_{blocks}", context, 1, of=FEW, **sweep)
 
     @pytest.mark.parametrize("tokens", [8] if TOY else [16, 64, 256])
     def test_sweep_tokens(self, all_linear: Setting, versus: Versus, tokens: int) -> None:
-        s = all_linear
-        many = s.inputs(s.shape.samples, tokens=tokens)
-        versus(
-            f"sweep_tokens_{tokens}", s.run_peft(**s.inputs(tokens=tokens)), s.run_base(**many), rounds=3, warmup=1,
-            of="the base forward on the same rows", tokens=tokens,
-            context=s.fused("bf16"), baseline_context=s.without_peft,
-        )  # fmt: skip
+        sweep: dict[str, Any] = {"rounds": 3, "warmup": 1}
+        prefill(all_linear, versus, f"sweep_tokens_{tokens}", all_linear.fused("bf16"), tokens=tokens, of=SAME, **sweep)
 
     # Decoding -------------------------------------------------------------------------------------------------------
 
@@ -284,60 +165,6 @@ class TestAllLinear:
         )  # fmt: skip
 
 
-class Decoder:
-    """Greedy decoding after a context of random tokens, in a static cache; one step is captured in a CUDA graph.
-
-    A call takes ``STEPS`` steps from the context's end. Without a GPU the steps are not captured.
-    """
-
-    def __init__(self, model: Any, rows: int, shape: Shape, capture: bool = True) -> None:
-        self.model = model
-        config = model.config
-        self.cache = StaticCache(config=config, max_cache_len=CONTEXT + 2 * STEPS)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.arguments = {cache_argument(base): self.cache, "use_cache": True, "logits_to_keep": 1}
-        prompt = token_ids(shape, 1, DEVICE, rows, CONTEXT)
-        self.ids = prompt[:, :1].contiguous()
-        model(input_ids=prompt, **self.arguments)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        for _ in range(2):
-            self.step()
-        if capture and DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.step()
-        self.rewind()
-
-    def rewind(self) -> None:
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(CONTEXT)
-
-    def forward(self) -> Any:
-        """One step that leaves the cache's length as it was."""
-        self.rewind()
-        return self.model(input_ids=self.ids, **self.arguments)
-
-    def step(self) -> Tensor:
-        logits = self.model(input_ids=self.ids, **self.arguments).logits
-        return self.ids.copy_(logits[:, -1].argmax(dim=-1, keepdim=True))
-
-    def advance(self) -> None:
-        if self.graph is None:
-            self.step()
-        else:
-            self.graph.replay()
-
-    def once(self) -> None:
-        self.rewind()
-        self.advance()
-
-    def __call__(self) -> None:
-        self.rewind()
-        for _ in range(STEPS):
-            self.advance()
-
-
 @pytest.fixture(scope="class")
 def queries_values_head() -> Iterator[Setting]:
     yield Setting("qv_head", 8, ("bf16",))
@@ -346,11 +173,7 @@ def queries_values_head() -> Iterator[Setting]:
 
 class TestQueriesValuesHead:
     def test_prefill(self, queries_values_head: Setting, versus: Versus) -> None:
-        s = queries_values_head
-        versus(
-            "prefill_qv_head", s.run_peft(**s.inputs()), s.run_base(**s.inputs(s.shape.samples)), of=MANY,
-            context=s.fused("bf16"), baseline_context=s.without_peft,
-        )  # fmt: skip
+        prefill(queries_values_head, versus, "prefill_qv_head", queries_values_head.fused("bf16"))
 
 
 @pytest.fixture(scope="class", params=[16, 64])
@@ -362,7 +185,4 @@ def other_rank(request: pytest.FixtureRequest) -> Iterator[tuple[int, Setting]]:
 class TestRank:
     def test_prefill(self, other_rank: tuple[int, Setting], versus: Versus) -> None:
         rank, s = other_rank
-        versus(
-            f"prefill_rank{rank}", s.run_peft(**s.inputs()), s.run_base(**s.inputs(s.shape.samples)), of=MANY,
-            rank=rank, rounds=7 if rank == 64 else 3, context=s.fused("bf16"), baseline_context=s.without_peft,
-        )  # fmt: skip
+        prefill(s, versus, f"prefill_rank{rank}", s.fused("bf16"), rank=rank, rounds=7 if rank == 64 else 3)

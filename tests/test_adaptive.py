@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,17 +12,13 @@ import torch
 import zoo
 from torch import Tensor
 
-import tfb_ext
 from tfb_ext import predict
 from tfb_ext.adaptive import FIRST_LOOK, StoppingRule, draw_size, student_quantile
 from tfb_ext.forward.engine import Scorer
 from tfb_ext.prediction import Prediction
 
 SIGMA, MOST = 0.05, 30
-
-
-def bayesian(name: str = "llama", **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name), **{"sigma": SIGMA, **options})
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def assert_prefix(found: Prediction, fixed: Prediction) -> None:
@@ -45,7 +42,7 @@ def run(rule: StoppingRule, draws: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.99])
-@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("classes", zoo.slow_but([2, 3, 10], 3))
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_answers_change_less_often_than_promised(confidence: float, classes: int, probabilities: bool) -> None:
     """At every distance between the two best classes, ties included: normal values, and probabilities of normal logits."""
@@ -124,7 +121,7 @@ def test_draws_are_pairs_only_of_mirrored_samples() -> None:
 # Against the fixed run ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, None])
+@pytest.mark.parametrize("batch_size", zoo.slow_but([1, 7, None], 7))
 @pytest.mark.parametrize("depth", ["all", 2, "head"])
 def test_every_item_has_the_fixed_runs_first_samples(depth: int | str, batch_size: int | None) -> None:
     adapter, data = bayesian("llama-head", depth=depth), small_sets.encoded(24)
@@ -154,7 +151,7 @@ def test_uncertainty_of_an_item_is_that_of_its_own_samples(antithetic: bool) -> 
             assert torch.allclose(getattr(found, name)[i], getattr(alone, name)[0], atol=2e-5), name
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "bert", "llama-cls"])
+@pytest.mark.parametrize("name", zoo.slow_but(["gpt2", "gemma2", "bert", "llama-cls"], "bert"))
 def test_other_architectures(name: str) -> None:
     adapter = bayesian(name, sigma=0.1, depth=2)
     data = small_sets.encoded(16, head=name in zoo.CLASSIFIERS)
@@ -237,7 +234,7 @@ def test_refuses_what_cannot_stop() -> None:
 # The scorer's part --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most", [2, 9, 1000])
+@pytest.mark.parametrize("most", zoo.slow_but([2, 9, 1000], 9))
 def test_out_of_memory_keeps_the_trunk_in_halves(most: int) -> None:
     """Whether the first batches or the packed ones do not fit: rows below run once, and samples are the same."""
     adapter, data = bayesian(depth=2), small_sets.encoded(12)

@@ -12,7 +12,10 @@ import torch
 
 from bench import report, summary
 from bench import test_search as bench
+from bench.rows import by_case, load_if_there
 from tfb_ext import search_sigma
+
+pytestmark = pytest.mark.slow
 
 DEPTHS = list(bench.DEPTHS)
 stops_early = pytest.mark.skipif(
@@ -62,10 +65,10 @@ def test_rows_reach_summary_and_readme(setting: bench.Setting, tmp_path: Path) -
     found = summary.summarise([file])
     assert set(found) == {"search_all", "search_quarter"}
     assert found["search_all"]["unit"] == "s" and found["search_all"]["value"] == rows[0]["value"]
-    lines = report.search_table(report.load_search(tmp_path))
+    lines = report.search_table(by_case(load_if_there(file)))
     assert sum(line.startswith("| ") for line in lines) == 3  # a head and two cases
     assert "2 of its equal steps are timed, on 16 of the anchors" in lines[-1]
-    assert report.search_table(report.load_search(tmp_path / "nowhere")) == []
+    assert report.search_table(by_case(load_if_there(tmp_path / "nowhere.json"))) == []
 
 
 def test_an_early_search_that_finds_another_sigma_is_refused(setting: bench.Setting) -> None:

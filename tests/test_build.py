@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tfb_ext import ops
@@ -24,12 +25,14 @@ def setup_py(switch: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 def test_cpu_build_says_so() -> None:
     run = setup_py("cpu")
     assert run.returncode == 0, run.stderr
     assert "tfb_ext: building CPU operators (TFB_EXT_BUILD)" in run.stderr
 
 
+@pytest.mark.slow
 def test_unknown_switch_is_an_error() -> None:
     run = setup_py("gpu")
     assert run.returncode != 0
@@ -44,6 +47,7 @@ def test_cuda_build_names_what_is_missing() -> None:
     assert reason in run.stderr and "TFB_EXT_BUILD=cpu" in run.stderr
 
 
+@pytest.mark.slow
 def test_auto_falls_back_and_says_why() -> None:
     run = setup_py("auto", PATH="/nonexistent", CUDA_HOME="/nonexistent")
     assert run.returncode == 0, run.stderr
@@ -51,6 +55,7 @@ def test_auto_falls_back_and_says_why() -> None:
     assert "tfb_ext: building CPU operators (" in run.stderr and reason in run.stderr
 
 
+@pytest.mark.slow
 def test_missing_extension_names_the_command() -> None:
     run = subprocess.run(
         [sys.executable, "-c", "import sys; sys.modules['tfb_ext._C'] = None; import tfb_ext.ops"],

@@ -118,6 +118,7 @@ def test_help_does_not_wait_for_torch() -> None:
 # Search, evaluate, predict ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_search_goes_on_from_its_checkpoint_and_chooses_a_depth(llama: Folders, tmp_path: Path) -> None:
     kept = tmp_path / "search.json"
     common = ("search", "-a", llama.adapter, "-d", llama.anchors, *HERE, "-n", 2, "--checkpoint", kept)
@@ -191,6 +192,7 @@ def test_report_of_an_evaluation_holds_everything(llama: Folders, tmp_path: Path
     assert (tmp_path / "r" / "reliability.png").is_file() and str(llama.adapter) in page
 
 
+@pytest.mark.slow
 def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
     strange = tmp_path / "strange.jsonl"
     items = [{"prompt": f"{'on ' * n}budget", "choices": small_folders.CHOICES} for n in range(1, 8)]
@@ -228,6 +230,7 @@ def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
         assert text in table
 
 
+@pytest.mark.slow
 def test_strangers_with_samples_of_their_own_number(llama: Folders, tmp_path: Path) -> None:
     """With adaptive sampling the two sets draw differently, and what was not drawn counts for nothing."""
     common = ("evaluate", "-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.05, "-n", 12, "--adaptive", 0.9)
@@ -274,6 +277,7 @@ def test_one_text(llama: Folders) -> None:
     assert item["prompt"].startswith("senate") and sum(item["probabilities"].values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_adaptive_samples(llama: Folders) -> None:
     common = ("-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.1, "-n", 14, "--adaptive", 0.9)
     items = document("predict", *common)["items"]
@@ -284,6 +288,7 @@ def test_adaptive_samples(llama: Folders) -> None:
     assert said in plain(tfb("predict", *common).stdout) and f"TFB, {said}" in plain(tfb("evaluate", *common).stdout)
 
 
+@pytest.mark.slow
 def test_choices_of_several_tokens(llama: Folders, tmp_path: Path) -> None:
     file, saved = tmp_path / "long.jsonl", tmp_path / "bayes"
     choices = [" no", " yes", " area man", " wins on budget"]
@@ -348,6 +353,7 @@ def test_classifier(classifier: Folders, tmp_path: Path) -> None:
     assert list(items[0]["probabilities"]) == ["bad", "fair", "good"] and len(items) == 10
 
 
+@pytest.mark.slow
 def test_data_sets(llama: Folders, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="data sets need the package datasets")
     rows = [json.loads(line) for line in llama.test.read_text().splitlines()]
@@ -369,6 +375,7 @@ def test_data_sets(llama: Folders, tmp_path: Path) -> None:
 # Info ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_info_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tfb_ext", "info", "--json"], capture_output=True, text=True, cwd=ROOT, timeout=120
@@ -380,6 +387,7 @@ def test_info_as_a_module() -> None:
     assert len(found["devices"]["cuda"]) == torch.cuda.device_count()
 
 
+@pytest.mark.slow
 def test_missing_extension_is_one_sentence() -> None:
     code = "import sys; sys.modules['tfb_ext._C'] = None; sys.argv = ['tfb', 'info']\nfrom tfb_ext.app.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)

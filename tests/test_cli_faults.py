@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import small_folders
 import torch
+import zoo
 from small_folders import Folders
 
 import tfb_ext
@@ -62,12 +63,13 @@ def asks(folders: Folders, *more: object, command: str = "predict") -> tuple[obj
 ODD = ["[INST] area [/INST]", "[man]", "[/man]", ":warning: area", "[bold]area[/bold]", "area\\[red]", "[link=x]y"]
 
 
-@pytest.mark.parametrize("text", ODD)
+@pytest.mark.parametrize("text", zoo.slow_but(ODD, ODD[0]))
 def test_odd_text_in_tables(text: str, llama: Folders, tfb: Run) -> None:
     status, out, _ = tfb(*asks(llama, "-t", text, "--choices", " no| yes"))
     assert status == 0 and text in out
 
 
+@pytest.mark.slow
 def test_odd_names_of_files(llama: Folders, tfb: Run, tmp_path: Path) -> None:
     file = tmp_path / "[man]:warning:[/x].jsonl".replace("/", "")
     choices = [" no", " yes"]
@@ -80,6 +82,7 @@ def test_odd_names_of_files(llama: Folders, tfb: Run, tmp_path: Path) -> None:
     assert f"report: {tmp_path / '[r]:warning:' / 'report.html'}" in out
 
 
+@pytest.mark.slow
 def test_odd_text_of_choices_and_errors(llama: Folders, tfb: Run, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(llama.base, base)
@@ -152,7 +155,7 @@ def test_targets_are_looked_at_before_the_work(llama: Folders, tfb: Run, tmp_pat
     assert status == 2 and "is --plot too" in plain(err) and not both.exists()
 
 
-@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("as_json", zoo.slow_but([False, True], False))
 def test_a_failed_side_output_hides_nothing(
     as_json: bool, llama: Folders, tfb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +192,7 @@ def command(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_lose_what_is_saved(llama: Folders, tmp_path: Path) -> None:
     search = ("search", "-a", llama.adapter, "-d", llama.anchors, *HERE, "-n", 2, "--recipe", "paper")
     read, write = os.pipe()
@@ -200,6 +204,7 @@ def test_a_reader_that_goes_away_does_not_lose_what_is_saved(llama: Folders, tmp
     assert (tmp_path / "bayes" / "tfb_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_full_or_closed_standard_output(llama: Folders) -> None:
     with open("/dev/full", "wb") as full:
         process = command("info", "--json", stdout=full)
@@ -208,6 +213,7 @@ def test_a_full_or_closed_standard_output(llama: Folders) -> None:
     assert "No space left on device" in err
 
 
+@pytest.mark.slow
 def test_terminals_without_utf8(llama: Folders) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
     text = "senate votes on budget – " * 4

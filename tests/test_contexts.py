@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,7 @@ from tfb_ext.errors import SamplingError, TFBError
 from tfb_ext.forward.caches import cache_argument
 
 SIGMA, SAMPLES = 0.3, 3
-
-
-def bayesian(name: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name, dtype=dtype), sigma=SIGMA, **options)
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def logs(adapter: Any, given: dict[str, Tensor]) -> Tensor:
@@ -69,7 +67,7 @@ def slot(adapter: Any, folder: Path) -> None:
     adapter.anatomy.blocks[3].self_attn.v_proj.tfb_updates.pop("default")
 
 
-@pytest.mark.parametrize("context", ["predictive", "sampling"])
+@pytest.mark.parametrize("context", zoo.slow_but(["predictive", "sampling"], "predictive"))
 @pytest.mark.parametrize("how", [other_weights, written, taken_off, merged, one_layer, slot], ids=lambda f: f.__name__)
 def test_a_change_inside_a_context_is_noticed_before_it_ends(
     how: Callable[[Any, Path], None], context: str, tmp_path: Path
@@ -135,7 +133,9 @@ def test_quantised_copies_are_right_or_refused() -> None:
 # Types --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", ["float", "bfloat16", "bfloat16 float", "double float"])
+@pytest.mark.parametrize(
+    "steps", zoo.slow_but(["float", "bfloat16", "bfloat16 float", "double float"], "bfloat16 float")
+)
 def test_a_converted_model_keeps_its_posterior(steps: str) -> None:
     adapter = bayesian(dtype=torch.bfloat16)
     adapter.model.to(torch.bfloat16)
@@ -213,7 +213,7 @@ def at(adapter: Any, depth: Any) -> Any:
 
 
 @pytest.mark.parametrize("case", OTHERS)
-@pytest.mark.parametrize("kind", ["dynamic", "pair"])
+@pytest.mark.parametrize("kind", zoo.slow_but(["dynamic", "pair"], "dynamic"))
 def test_a_cache_of_one_sample_serves_no_other_posterior(case: str, kind: str) -> None:
     """Of one sample the rows fit, so nothing else would say so."""
     adapter = bayesian("llama-head")
@@ -251,7 +251,7 @@ def test_the_cache_of_a_tuple_goes_on() -> None:
     assert torch.allclose(found, whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("depth", ["all", 2, "head"])
+@pytest.mark.parametrize("depth", zoo.slow_but(["all", 2, "head"], 2))
 @pytest.mark.parametrize("picked", [[1], [2, 0], [False, True, True], [0, 0, 1, 2, 2]])
 def test_rows_picked_out_of_a_cache_are_those_of_every_sample(depth: Any, picked: list[Any]) -> None:
     adapter = bayesian("llama-head", depth=depth)

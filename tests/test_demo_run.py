@@ -108,6 +108,7 @@ def test_sizes_by_the_device(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> N
     assert made.search.anchors == 12 and len(made.labels) == 6
 
 
+@pytest.mark.slow
 def test_report_holds_everything(stage: Stage, tmp_path: Path) -> None:
     runs = run_demo(OPTIONS, lambda text: None, progress=False)
     path = write_report(runs, tmp_path / "out", "tfb demo", 12.3)
@@ -133,6 +134,7 @@ def test_table_shows_each_mean_once(stage: Stage) -> None:
     assert {len(row) for row in table_rows(runs)} == {len(run.TABLE_COLUMNS)}
 
 
+@pytest.mark.slow
 def test_command(stage: Stage, tmp_path: Path) -> None:
     pytest.importorskip("typer", reason="the command line needs typer and rich")
     from typer.testing import CliRunner

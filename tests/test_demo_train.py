@@ -60,6 +60,7 @@ def test_training_learns_and_leaves_an_adapter_that_loads(shop: Path, tmp_path: 
     assert summary["test"]["accuracy"] == pytest.approx(hits / 40)
 
 
+@pytest.mark.slow
 def test_a_seed_is_one_adapter(shop: Path, tmp_path: Path) -> None:
     short = replace(OPTIONS, epochs=1, lr=1e-7)  # stays where it began, so that the beginnings are compared too
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -70,11 +71,13 @@ def test_a_seed_is_one_adapter(shop: Path, tmp_path: Path) -> None:
     assert not any(torch.equal(a[name], c[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_bfloat16_base_keeps_a_float32_adapter(shop: Path, tmp_path: Path) -> None:
     train(replace(OPTIONS, epochs=1, dtype="bfloat16"), tmp_path / "out", silent)
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_command_line_sets_every_option(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = replace(OPTIONS, seed=3, epochs=1, rank=2, alpha=4, targets="o_proj", dtype="float32", lr=1e-3)
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in vars(given).items()]
@@ -101,6 +104,7 @@ def test_keeps_what_is_there(tmp_path: Path) -> None:
     assert (tmp_path / "training.json").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_does_without_the_compiled_extension() -> None:
     code = (
         "import sys, tfb_ext.app.demo.train; "

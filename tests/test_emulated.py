@@ -40,10 +40,13 @@ SHRINKS: list[tuple[int, int, int, tuple[int, ...]]] = [
     (2, 20, 1033, (70,)),
 ]
 
-pytestmark = pytest.mark.skipif(
-    build.cuda_include() is None or shutil.which("g++") is None,
-    reason="nvcc's headers or g++ are not on this machine, so the CUDA kernels cannot be compiled for the CPU",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        build.cuda_include() is None or shutil.which("g++") is None,
+        reason="nvcc's headers or g++ are not on this machine, so the CUDA kernels cannot be compiled for the CPU",
+    ),
+]
 
 
 LARGEST = 2**31 - 1

@@ -12,7 +12,6 @@ import pytest
 import torch
 import zoo
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfb_ext
 from tfb_ext import ops
@@ -60,7 +59,7 @@ def head_input(adapter: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def adapter_weights(adapter: Any, name: str) -> tuple[Tensor, Tensor, float]:
     """``A``, ``B`` in float64 and ``s`` of one layer."""
-    module = adapter.attached.modules[name]
+    module = zoo.lora_layers(adapter)[name]
     a, b = module.lora_A[adapter.name].weight, module.lora_B[adapter.name].weight
     return a.detach().double(), b.detach().double(), module.scaling[adapter.name]
 
@@ -126,9 +125,10 @@ def test_full_rank_keeps_the_mean_in_its_basis() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank_deficient", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
+    ("rank_deficient", "dtype"),
+    zoo.slow_but([(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)], (False, torch.float32)),
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", zoo.slow_but(FAMILIES, "constant"))
 def test_moments_of_the_outputs(family: str, rank_deficient: bool, dtype: torch.dtype) -> None:
     """Mean, covariance at a token, and covariance between tokens of one call, of the head's raw outputs."""
     model = zoo.peft_model("llama-head", dtype=dtype)
@@ -192,7 +192,7 @@ def test_mirrored_samples_average_to_the_mean(family: str) -> None:
     assert ((independent[0] + independent[1]) / 2 - mean).abs().max() > 0.5
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "gpt2", "bert"], "llama"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_sigma_is_the_adapter(family: str, name: str) -> None:
     adapter = bayesian(name, family=family)
@@ -236,7 +236,7 @@ def test_half_types_are_within_their_own_rounding(family: str, dtype: torch.dtyp
     adapter = tfb_ext.bayesianize(model, depth="head", family=family, sigma=SIGMA)
     with adapter.sampling(3):  # whose guard runs once
         pass
-    module = adapter.attached.modules["lm_head"]
+    module = zoo.lora_layers(adapter)["lm_head"]
     assert module.tfb_basis_default.dtype == dtype
     assert module.tfb_mean_default.dtype == torch.float32
     batch = zoo.inputs(2, padded=False)
@@ -356,25 +356,11 @@ def test_noise_is_standard_normal_across_parts(monkeypatch: pytest.MonkeyPatch) 
         assert abs(float(shifted.mean())) < 5 / math.sqrt(shifted.numel())
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation makes new."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 def test_memory_beside_the_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 4 * families.NOISE_ELEMENTS == 64 * 2**20
     monkeypatch.setattr(families, "NOISE_ELEMENTS", 1000)
     y, x = torch.zeros(5 * 90, 100, dtype=torch.bfloat16), torch.ones(5 * 90, 700, dtype=torch.bfloat16)
-    with Largest() as largest:
+    with zoo.Largest() as largest:
         add_full_rank_noise_(
             y, x, 100, 1.0, torch.ones(5), torch.arange(5, dtype=torch.int32), torch.tensor([0]), 1, False
         )
@@ -409,18 +395,15 @@ def test_noise_of_half_outputs_is_added_in_float32() -> None:
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
 @pytest.mark.parametrize("name", ["llama-head", "gpt2", "bert"])
-def test_the_model_equals_the_definitions_in_plain_torch(
-    name: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_equals_the_definitions_in_plain_torch(name: str, device: str) -> None:
     # With a larger sigma rounding would grow from block to block.
     adapter = bayesian(name, device=device, family="full-rank", depth=3, sigma=0.05)
     batch = zoo.batch_for(name, device=device)
     keep = zoo.real_positions(name, batch)
     found = predict(adapter, batch)[:, keep]
     assert found.std(0).max() > 0.01
-    monkeypatch.setattr("tfb_ext.adapters.layer.ops", reference)
-    monkeypatch.setattr(families, "ops", reference)
-    assert torch.allclose(found, predict(adapter, batch)[:, keep], atol=1e-4)
+    with zoo.Operators(plain=True):
+        assert torch.allclose(found, predict(adapter, batch)[:, keep], atol=1e-4)
 
 
 def test_samples_in_pieces_are_the_same_samples() -> None:
@@ -439,6 +422,7 @@ def test_label_columns_get_their_own_noise() -> None:
     assert torch.allclose(predict(adapter, batch, columns=columns)[:, keep], whole[:, keep], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_noise_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "NOISE_ELEMENTS", 40)  # several parts
     y, x = torch.zeros(12, 8), torch.ones(12, 5)
@@ -448,7 +432,7 @@ def test_noise_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(compiled(y.clone(), *arguments), add_full_rank_noise_(y.clone(), *arguments))
 
 
-@pytest.mark.parametrize("family", ["constant", "full-rank"])
+@pytest.mark.parametrize("family", zoo.slow_but(["constant", "full-rank"], "constant"))
 def test_predict_and_search_serve_every_family(family: str) -> None:
     import small_sets
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,16 +21,17 @@ from tfb_ext.forward import anatomy, fold
 from tfb_ext.forward.fold import Predictive
 
 SAMPLES, SIGMA = 4, 0.3
-DEPTHS = [(name, depth) for name in zoo.MODELS for depth in ("all", 2)] + [("llama-head", "head")]
+DEPTHS = zoo.slow_but(
+    [(name, depth) for name in zoo.MODELS for depth in ("all", 2)] + [("llama-head", "head")],
+    ("llama", "all"), ("llama", 2), ("gpt2", "all"), ("bert", 2), ("llama-head", "head"),
+)  # fmt: skip
 
 
 def log_probabilities(adapter: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
     return lambda: torch.log_softmax(adapter.model(**batch).logits.double(), dim=-1)
 
 
-def bayesian(name: str, device: str = "cpu", **options: Any) -> Any:
-    dtype = options.pop("dtype", torch.float32)
-    return tfb_ext.bayesianize(zoo.peft_model(name, dtype=dtype).to(device), sigma=SIGMA, **options)
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def pooled(name: str, outputs: Tensor) -> Tensor:
@@ -39,13 +41,13 @@ def pooled(name: str, outputs: Tensor) -> Tensor:
 
 def footprint(adapter: Any) -> dict[str, Any]:
     """Everything a context changes and must put back."""
-    model, state = adapter.model, adapter.attached.state
+    model = adapter.model
     return {
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
         "own": sorted(name for name, m in model.named_modules() if "forward" in m.__dict__),
         "open": sorted(name for name, m in model.named_modules() if getattr(m, "tfb_open", None) is not None),
         "cap": getattr(adapter.anatomy.model.config, "final_logit_softcapping", None),
-        "state": (state.batch, state.fanned, list(state.missed)),
+        "state": (adapter.is_sampling, adapter.open_context),
         "grad": torch.is_grad_enabled(),
     }
 
@@ -79,7 +81,7 @@ def test_equals_separate_passes(name: str, depth: str | int, device: str) -> Non
 
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
-@pytest.mark.parametrize("name", ["llama-head", "gemma3", "gpt2", "llama-cls"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama-head", "gemma3", "gpt2", "llama-cls"], "llama-head"))
 def test_bfloat16_is_within_its_own_rounding(name: str, device: str) -> None:
     adapter = bayesian(name, device, dtype=torch.bfloat16, depth=2)
     batch = zoo.batch_for(name, device=device)
@@ -141,7 +143,7 @@ def test_seed_and_sigma_reach_the_layers() -> None:
 # Views: columns, groups, pieces, trunk ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-head", "gemma2", "bert"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "llama-head", "gemma2", "bert"], "llama-head", "bert"))
 @pytest.mark.parametrize("depth", ["all", 1])
 def test_columns_are_the_full_distribution_renormalised(name: str, depth: str | int) -> None:
     adapter = bayesian(name, depth=depth)
@@ -178,7 +180,7 @@ def test_columns_of_a_head_with_two_adapters() -> None:
     assert torch.allclose(some[keep], expected[keep], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama-head", "gemma2", "bert"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama-head", "gemma2", "bert"], "llama-head"))
 @pytest.mark.parametrize("sigmas", [1, 2])
 def test_head_in_pieces_equals_whole(name: str, sigmas: int, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = bayesian(name)
@@ -214,7 +216,7 @@ def test_head_in_pieces_equals_whole(name: str, sigmas: int, monkeypatch: pytest
         assert torch.allclose(whole.sample_outputs[:, keep], parts.sample_outputs[:, keep], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert", "llama-cls"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "gemma3", "gpt2", "bert", "llama-cls"], "llama", "bert"))
 @pytest.mark.parametrize("depth", [1, 3])
 def test_trunk_recorded_and_replayed_equals_none(name: str, depth: int) -> None:
     adapter = bayesian(name, depth=depth)
@@ -397,6 +399,7 @@ def test_soft_cap_is_not_put_on_classification_scores() -> None:
 # What the model goes on being ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_full_graph_compile_equals_eager() -> None:
     adapter = bayesian("llama-head", depth=2)
     batch = zoo.batch_for("llama-head")
@@ -511,7 +514,7 @@ def test_rescaled_adapter_is_rescaled_in_samples_too() -> None:
     adapter = bayesian("qwen2")
     batch = zoo.batch_for("qwen2")
     keep = batch["attention_mask"].bool()
-    for module in adapter.attached.modules.values():
+    for module in zoo.lora_layers(adapter).values():
         module.set_scale("default", 0.5)
     low = zoo.average(zoo.separate_passes(adapter, range(SAMPLES), SIGMA, log_probabilities(adapter, batch)))
     with adapter.predictive(SAMPLES):
@@ -703,7 +706,7 @@ def places(adapter: Any) -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("place", ["trunk", "first", "last", "head"])
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "gemma2"], "llama"))
 def test_an_exception_leaves_nothing_behind(name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = bayesian(name, depth=2)
     batch = zoo.batch_for(name)

@@ -51,7 +51,7 @@ def bayesian(name: str, depth: Any, device: str = "cpu") -> Any:
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
 @pytest.mark.parametrize("depth", ["all", 2])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "qwen2", "gemma2", "gemma3", "mistral", "gpt2"], "llama"))
 def test_greedy_equals_the_oracle(name: str, depth: Any, device: str) -> None:
     adapter, batch = bayesian(name, depth, device), zoo.prompt(3, device)
     tokens, steps = oracle(adapter, batch, lambda logp: logp.argmax(-1))
@@ -66,7 +66,7 @@ def test_greedy_equals_the_oracle(name: str, depth: Any, device: str) -> None:
     assert mean.shape == (3, 6 + NEW)
 
 
-@pytest.mark.parametrize("depth", ["all", 2])
+@pytest.mark.parametrize("depth", zoo.slow_but(["all", 2], 2))
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
 def test_sampled_tokens_come_from_the_mean_probability(depth: Any, cache: dict[str, Any]) -> None:
     adapter, batch = bayesian("qwen2", depth), zoo.prompt(2, "cpu")
@@ -82,7 +82,7 @@ def test_sampled_tokens_come_from_the_mean_probability(depth: Any, cache: dict[s
     assert torch.equal(drawn[:, -NEW:], tokens)
 
 
-@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True}, {"output_attentions": True}])
+@pytest.mark.parametrize("asked", zoo.slow_but([{}, {"output_hidden_states": True}, {"output_attentions": True}], {}))
 def test_a_prompt_passes_the_last_block_at_its_last_position(asked: dict[str, bool]) -> None:
     """Unless someone looks at the others."""
     adapter, batch = bayesian("llama", 2), zoo.prompt(2, "cpu")
@@ -105,9 +105,9 @@ def test_sampling_does_not_move_the_posterior() -> None:
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "gpt2", "gemma3"], "llama"))
 @pytest.mark.parametrize("depth", ["all", 2])
-@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("cache", zoo.slow_but([{}, {"cache_implementation": "static"}], {}))
 def test_beam_search_equals_its_uncached_run(name: str, depth: Any, cache: dict[str, Any]) -> None:
     adapter, batch = bayesian(name, depth), zoo.prompt(2, "cpu")
     options = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
@@ -152,7 +152,7 @@ def test_a_sample_is_one_weight_over_all_steps() -> None:
 
 
 @pytest.mark.parametrize("depth", ["all", 2])
-@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}])
+@pytest.mark.parametrize("cache", zoo.slow_but([{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], {}))
 def test_token_noise_is_fresh_at_every_step(depth: Any, cache: dict[str, Any]) -> None:
     """Against rows laid out by the caller, whose every step has a seed of its own."""
     adapter, batch = bayesian("llama", depth), zoo.prompt(2, "cpu")

@@ -86,7 +86,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
 @pytest.mark.parametrize("depth", ["all", 2])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "llama-head"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "gemma2", "gemma3", "gpt2", "llama-head"], "llama"))
 def test_scores_are_those_of_separate_passes(name: str, depth: Any, device: str) -> None:
     adapter, batch = bayesian(name, depth, device), zoo.prompt(3, device)
     found = generate(adapter, batch, alternatives=4)
@@ -212,7 +212,10 @@ MOVING = ("greedy", "beams", "return sequences", "return beams")
 
 @pytest.mark.parametrize(
     ("search", "cache"),
-    [(search, cache) for cache in CACHES for search in (MOVING if cache != "dynamic" else SEARCHES)],
+    zoo.slow_but(
+        [(search, cache) for cache in CACHES for search in (MOVING if cache != "dynamic" else SEARCHES)],
+        *[(search, "dynamic") for search in MOVING],
+    ),
 )
 def test_every_search_is_the_oracles(search: str, cache: str) -> None:
     adapter, batch, options = bayesian("qwen2"), zoo.prompt(2), SEARCHES[search]
@@ -226,6 +229,7 @@ def test_every_search_is_the_oracles(search: str, cache: str) -> None:
         assert found.sequences.shape != (2, PROMPT + NEW) or not torch.equal(found.sequences, oracle(adapter, batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "gpt2"])
 @pytest.mark.parametrize("cache", ["static", "chunked prefill"])
 def test_caches_of_other_architectures(name: str, cache: str) -> None:
@@ -319,7 +323,7 @@ def step_logits(adapter: Any, prompts: dict[str, Tensor], forced: Tensor, **opti
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("depth", ["all", 2])
+@pytest.mark.parametrize("depth", zoo.slow_but(["all", 2], 2))
 def test_quantised_caches_are_as_exact_as_each_samples_own(depth: Any, backend: str, device: str) -> None:
     """Quanto's groups lie within a row, so the samples' common cache holds what their own would; the scale of fp8 is of a whole
     batch and hqq's refinement of its zero points stops for a whole batch at once, so these may be twice as far from no
@@ -338,7 +342,7 @@ def test_quantised_caches_are_as_exact_as_each_samples_own(depth: Any, backend: 
         assert close(together, alone)
 
 
-@pytest.mark.parametrize("search", MOVING)
+@pytest.mark.parametrize("search", zoo.slow_but(MOVING, "beams"))
 @pytest.mark.parametrize("backend", ["fp8", "quanto"])
 def test_searches_move_the_rows_of_quantised_caches(backend: str, search: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, adapter, batch = quantised(backend), bayesian("qwen2"), zoo.prompt(2)
@@ -463,7 +467,7 @@ def test_an_interrupted_stream_leaves_the_model_as_it_was() -> None:
     generate(adapter, batch)
 
 
-@pytest.mark.parametrize("depth", ["all", 2])
+@pytest.mark.parametrize("depth", zoo.slow_but(["all", 2], 2))
 def test_assisted_by_the_mean_adapter(depth: Any) -> None:
     adapter, batch = bayesian("llama", depth), zoo.prompt(1)
     expected = oracle(adapter, batch)
@@ -604,7 +608,7 @@ def test_classifiers_do_not_generate() -> None:
         generate(bayesian("llama-cls"), zoo.prompt(1))
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}])
+@pytest.mark.parametrize("options", zoo.slow_but([{}, {"do_sample": True}], {}))
 def test_nan_names_the_module(options: dict[str, Any]) -> None:
     adapter = bayesian()
     adapter.model.get_base_model().model.layers[3].mlp.act_fn.register_forward_hook(lambda m, a, out: out * math.nan)

@@ -174,7 +174,10 @@ def test_assisted_decoding(adapter: Any, free: list[list[int]], assist: dict[str
 
 
 @pytest.mark.parametrize(
-    "padding", [{"eos_token_id": 2, "pad_token_id": 2}, {"eos_token_id": None}, {"pad_token_id": 0}]
+    "padding",
+    zoo.slow_but(
+        [{"eos_token_id": 2, "pad_token_id": 2}, {"eos_token_id": None}, {"pad_token_id": 0}], {"pad_token_id": 0}
+    ),
 )
 @pytest.mark.parametrize("stop", ["stop_strings", "stopping_criteria"])
 def test_beams(adapter: Any, padding: dict[str, Any], stop: str) -> None:
@@ -206,6 +209,7 @@ def test_several_sequences_of_a_prompt_end_apart(adapter: Any, free: list[list[i
         assert math.isclose(found.token_scores[row], score(adapter, PROMPTS[row // 4], new), abs_tol=1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_batch_ends_as_its_prompts_do_alone(data: st.DataObject) -> None:

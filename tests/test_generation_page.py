@@ -141,6 +141,7 @@ def tfb(folders: small_folders.Folders, *arguments: str) -> Any:
     return CliRunner().invoke(app, ["generate", *fixed, *arguments])
 
 
+@pytest.mark.slow
 def test_command_answers(llama: small_folders.Folders, tmp_path: Path) -> None:
     found = tfb(llama, "-p", "area man", "-p", "senate votes", "--json", "--html", str(tmp_path / "page.html"))
     assert found.exit_code == 0, found.output

@@ -209,7 +209,7 @@ def test_padding_of_texts_without_a_padding_token(adapter: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
-@pytest.mark.parametrize("mask", [torch.bool, torch.int32, torch.float32])
+@pytest.mark.parametrize("mask", zoo.slow_but([torch.bool, torch.int32, torch.float32], torch.bool))
 def test_whole_numbers_of_any_type(adapter: Any, dtype: Any, mask: Any) -> None:
     batch = zoo.prompt(2)
     given = {"input_ids": batch["input_ids"].to(dtype), "attention_mask": batch["attention_mask"].to(mask)}
@@ -267,7 +267,7 @@ def test_what_a_tokenizer_returns_beside_them(adapter: Any) -> None:
 # Room and options ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "gpt2", "mistral"], "llama"))
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
@@ -370,7 +370,7 @@ def word_pieces() -> Any:
 SPELLING = {"bytes": byte_fallback(), "pieces": word_pieces()}
 
 
-@pytest.mark.parametrize("kind", SPELLING)
+@pytest.mark.parametrize("kind", zoo.slow_but(SPELLING, "bytes"))
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_pieces_join_to_the_text(kind: str, data: st.DataObject) -> None:

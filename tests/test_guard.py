@@ -159,7 +159,7 @@ def right_or_refused(adapter: Any, given: dict[str, Tensor], samples: int) -> st
     return ""
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", zoo.slow_but(ZOO, "bloom", "openai-gpt"))
 def test_right_or_refused_with_a_way_out(name: str) -> None:
     adapter = ZOO[name]()
     refused = []
@@ -532,7 +532,7 @@ def test_blocks_differ_in_what_an_argument_counts() -> None:
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans())
 
 
-@pytest.mark.parametrize("name", ["bloom", "opt", "zamba2", "llama", "bert", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", zoo.slow_but(["bloom", "opt", "zamba2", "llama", "bert", "gpt2", "gemma3"], "llama"))
 def test_served_models_are_right_at_any_sizes(name: str) -> None:
     adapter = ZOO[name]() if name in ZOO else tfb_ext.bayesianize(zoo.peft_model(name), sigma=SIGMA)
 

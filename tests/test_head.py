@@ -72,7 +72,7 @@ def made(mean: Tensor, factor: Tensor, scale: Tensor | None = None) -> HeadGauss
 # By hand ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, None])
+@pytest.mark.parametrize("batch_size", zoo.slow_but([1, 4, None], 4))
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", list(HEADS))
 def test_equals_float64_by_hand(name: str, family: str, batch_size: int | None) -> None:
@@ -80,7 +80,7 @@ def test_equals_float64_by_hand(name: str, family: str, batch_size: int | None) 
     x, logits = alone(adapter, data)
     found = tfb_ext.research.head_gaussian(adapter, data, batch_size=batch_size)
     assert torch.allclose(found.mean, logits, atol=2e-5)
-    module = adapter.attached.modules[adapter.anatomy.head_name]
+    module = zoo.lora_layers(adapter)[adapter.anatomy.head_name]
     b = module.lora_B["default"].weight.detach().double()
     u = torch.linalg.svd(b, full_matrices=False)[0]
     rows = class_rows(adapter, data)
@@ -152,13 +152,14 @@ def test_bfloat16_is_within_its_own_rounding() -> None:
 # Against sampling ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["weight", "flipout", "token"])
-@pytest.mark.parametrize("name", list(HEADS))
+@pytest.mark.parametrize("mode", zoo.slow_but(["weight", "flipout", "token"], "weight"))
+@pytest.mark.parametrize("name", zoo.slow_but(HEADS, "bert"))
 def test_moments_of_sampled_logits(name: str, mode: str) -> None:
     adapter, data = bayesian(name, mode=mode), data_for(name, 5)
     assert_moments(tfb_ext.research.head_gaussian(adapter, data), sampled_logits(adapter, data, range(4000)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["constant", "full-rank"])
 def test_moments_of_other_families(family: str) -> None:
     adapter, data = bayesian(family=family), data_for("llama-head", 4)
@@ -184,6 +185,7 @@ def assert_moments(found: HeadGaussian, logits: Tensor) -> None:
     assert ((products - 1.3 * covariance).abs() > 5 * error).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(HEADS))
 def test_probabilities_are_what_predict_converges_to(name: str) -> None:
     adapter, data = bayesian(name), data_for(name, 6)
@@ -259,6 +261,7 @@ def test_one_direction_of_many_classes_needs_no_sampling() -> None:
         assert torch.allclose(found[i], brute_force(mean[i], factor), atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.3, 2.0, 8.0])
 def test_three_classes_by_sobol_points(size: float) -> None:
     generator = torch.Generator().manual_seed(3)

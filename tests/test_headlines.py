@@ -34,6 +34,7 @@ def test_every_headline_is_in_one_split(shop: Path) -> None:
     assert sorted(bucket for buckets in BUCKETS.values() for bucket in buckets) == list(range(100))
 
 
+@pytest.mark.slow
 def test_split_sizes_follow_the_buckets(shop: Path) -> None:
     for name, buckets in BUCKETS.items():
         expected = 6 * len(buckets)
@@ -47,6 +48,7 @@ def test_splits_never_change() -> None:
     assert split_of("naïve café") == "test"
 
 
+@pytest.mark.slow
 def test_order_of_the_file_and_repeats_do_not_matter(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_split("train")
     lines = headline_lines(600)
@@ -55,11 +57,13 @@ def test_order_of_the_file_and_repeats_do_not_matter(shop: Path, monkeypatch: py
     assert texts("train") != sorted(texts("train"))  # in the order of the hash, not of the alphabet
 
 
+@pytest.mark.slow
 def test_labels_follow_their_headlines(shop: Path) -> None:
     for example in load_split("test"):
         assert CHOICES[example.label] == (" yes" if "area man" in example.prompt else " no")
 
 
+@pytest.mark.slow
 def test_limit_takes_the_first(shop: Path) -> None:
     assert load_split("anchor", 7) == load_split("anchor")[:7]
     count = len(load_split("anchor"))
@@ -73,6 +77,7 @@ def test_unknown_split_lists_the_splits() -> None:
         load_split("dev")
 
 
+@pytest.mark.slow
 def test_answers_are_single_tokens_of_the_model(shop: Path) -> None:
     tokenizer = assets.load_base()[1]
     encoded = encode(load_split("anchor", 3), tokenizer)

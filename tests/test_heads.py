@@ -154,7 +154,7 @@ class TestMultiLabel:
 
 class TestTokens:
     @pytest.mark.parametrize("depth", ["all", 2])
-    @pytest.mark.parametrize("family", MODELS)
+    @pytest.mark.parametrize("family", zoo.slow_but(MODELS, "Bert"))
     def test_every_labelled_token_is_an_item(self, family: str, depth: Any) -> None:
         adapter, data = bayesian(family, "TokenClassification", 3, depth=depth), batches(family)
         alone = torch.softmax(outputs(adapter, data).double(), -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,7 @@ from tfb_ext.errors import SamplingError
 SIGMA, SAMPLES, ROWS = 0.3, 4, 5
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
-
-
-def bayesian(name: str, **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name), **{"sigma": SIGMA, **options})
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def labelled_batch(name: str) -> dict[str, Tensor]:
@@ -79,8 +77,8 @@ def accuracy(prediction: tf.EvalPrediction) -> dict[str, float]:
 # Trainer ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("depth", ["all", 2])
-@pytest.mark.parametrize("name", ["bert", "llama-cls", "llama", "gpt2"])
+@pytest.mark.parametrize("depth", zoo.slow_but(["all", 2], 2))
+@pytest.mark.parametrize("name", zoo.slow_but(["bert", "llama-cls", "llama", "gpt2"], "bert", "llama"))
 def test_trainer_predicts_and_evaluates_the_posterior(name: str, depth: Any, tmp_path: Path) -> None:
     adapter, batch = bayesian(name, depth=depth), labelled_batch(name)
     expected = oracle(adapter, batch)
@@ -200,7 +198,7 @@ def test_text_generation_pipeline(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("depth", ["all", 2])
-@pytest.mark.parametrize("name", ["bert", "llama", "mixtral"])
+@pytest.mark.parametrize("name", zoo.slow_but(["bert", "llama", "mixtral"], "llama"))
 def test_inference_mode(name: str, depth: Any) -> None:
     """Inside out and outside in; and what was made in there does not hinder gradients later."""
     adapter, batch = bayesian(name, depth=depth), zoo.batch_for(name)

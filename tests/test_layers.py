@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +13,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import tfb_ext
-from tfb_ext import ops
-from tfb_ext.ops import reference
 
 SAMPLES, SIGMA = 4, 0.3
 
@@ -32,22 +29,24 @@ def predict(adapter: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
     return view.sample_outputs
 
 
-@contextmanager
-def counted() -> Iterator[dict[str, int]]:
-    """How often each operator is called by the layers."""
-    calls: dict[str, int] = {}
+def ungrouped(name: str, **options: Any) -> Any:
+    """The same adapter on a model without known embeddings: no layers are found to share an input."""
+    model = zoo.peft_model(name)
+    base = model.get_base_model()
+    base.get_input_embeddings = lambda: None
+    adapter = tfb_ext.bayesianize(model, sigma=SIGMA, **options)
+    del base.get_input_embeddings
+    assert adapter.shared_inputs == ()
+    return zoo.compared(adapter)
 
-    class Counting:
-        def __getattr__(self, name: str) -> Callable[..., Any]:
-            calls[name] = calls.get(name, 0) + 1
-            return getattr(ops, name)
 
-    real = layers.ops
-    layers.ops = Counting()  # type: ignore[assignment]
-    try:
-        yield calls
-    finally:
-        layers.ops = real
+def passes(adapter: Any, batch: dict[str, Tensor]) -> Tensor:
+    """:func:`predict` by the oracle: one pass a sample, its weights written into the model."""
+
+    def call() -> Tensor:
+        return torch.log_softmax(adapter.model(**batch).logits.float(), dim=-1)
+
+    return zoo.separate_passes(adapter, list(range(SAMPLES)), SIGMA, call)
 
 
 # Layers that share an input -------------------------------------------------------------------------------------------
@@ -66,37 +65,30 @@ def test_groups_are_the_layers_that_share_an_input() -> None:
 
 
 @pytest.mark.parametrize("mode", ["weight", "flipout", "token"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "bert"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "qwen2", "gemma3", "bert"], "llama", "bert"))
 def test_grouped_layers_equal_ungrouped_ones(name: str, mode: str) -> None:
     adapter = bayesian(name, mode=mode)
-    batch = zoo.batch_for(name)
-    with counted() as calls:
+    batch, alone = zoo.batch_for(name), ungrouped(name, mode=mode)
+    with zoo.Operators() as grouped:
         together = predict(adapter, batch)
-    for variant in adapter.attached.updates:
-        variant.group = ()
-    with counted() as alone_calls:
-        alone = predict(adapter, batch)
-    assert torch.equal(together, alone)
-    assert calls["linear"] == alone_calls["linear"] == alone_calls["shrink_group"] == len(adapter.layers)
-    assert calls["shrink_group"] < alone_calls["shrink_group"]
+    with zoo.Operators() as single:
+        assert torch.equal(together, predict(alone, batch))
+    assert grouped.calls.total() < single.calls.total()
 
 
 def test_an_input_that_was_changed_in_between_is_read_again() -> None:
     """The group was found by one look; a model that writes into its input later must not get the old result."""
-    adapter = bayesian("llama", depth=1)
-    attention = adapter.anatomy.blocks[-1].self_attn
+    adapter, alone = bayesian("llama", depth=1), ungrouped("llama", depth=1)
     batch = zoo.batch_for("llama")
     before = predict(adapter, batch)
 
     def double(module: Any, args: tuple[Any, ...]) -> None:
         args[0].mul_(2.0)
 
-    hook = attention.v_proj.register_forward_pre_hook(double)
+    for each in (adapter, alone):
+        each.anatomy.blocks[-1].self_attn.v_proj.register_forward_pre_hook(double)
     changed = predict(adapter, batch)
-    for variant in adapter.attached.updates:
-        variant.group = ()
-    assert torch.equal(changed, predict(adapter, batch))
-    hook.remove()
+    assert torch.equal(changed, predict(alone, batch))
     assert not torch.allclose(changed, before, atol=1e-3)
 
 
@@ -112,45 +104,34 @@ def test_looking_for_groups_changes_nothing() -> None:
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_model_that_cannot_be_looked_at_has_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = zoo.peft_model("llama")
-    base = model.get_base_model()
-    monkeypatch.setattr(base, "get_input_embeddings", lambda: None)
-    adapter = tfb_ext.bayesianize(model, sigma=SIGMA)
-    assert adapter.shared_inputs == ()
-    batch = zoo.batch_for("llama")
-    keep = batch["attention_mask"].bool()
-    assert torch.allclose(predict(adapter, batch)[:, keep], predict(bayesian("llama"), batch)[:, keep], atol=1e-6)
-
-
 # The direct way and the slot ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("depth", ["all", 1])
-def test_direct_equals_the_slot(depth: Any, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_direct_equals_the_slot(depth: Any, dtype: torch.dtype, device: str) -> None:
     adapter = bayesian("qwen2", device, dtype=dtype, depth=depth)  # whose q, k and v have a bias
     batch = zoo.batch_for("qwen2", device=device)
     keep = batch["attention_mask"].bool()
-    with counted() as calls:
-        direct = predict(adapter, batch)[:, keep]
-    monkeypatch.setattr(layers.TFBVariant, "install", lambda self, module: False)
-    with counted() as slot_calls:
-        slot = predict(adapter, batch)[:, keep]
-    assert "linear" in calls and "expand_" not in calls
-    assert "linear" not in slot_calls and slot_calls["expand_"] == len(adapter.random_layers)
+    direct = predict(adapter, batch)[:, keep]
+    seen: list[int] = []
+    for module in zoo.lora_layers(adapter).values():  # a hook on a base layer sends its calls to PEFT's forward
+        module.get_base_layer().register_forward_pre_hook(lambda *_: seen.append(1))
+    slot = predict(adapter, batch)[:, keep]
+    assert len(seen) == len(adapter.layers)
     tolerance = 2e-5 if dtype == torch.float32 else 0.15
     assert torch.allclose(direct, slot, atol=tolerance)
     assert (direct[0] - direct[1]).abs().max() > 0.3  # the samples differ by more than that
 
 
-def test_blocks_below_take_the_direct_way_as_the_mean() -> None:
-    adapter = bayesian("llama", depth=1)
-    with counted() as calls:
-        predict(adapter, zoo.batch_for("llama"))
-    assert calls["linear"] == len(adapter.layers) > len(adapter.random_layers)
-    assert "expand_" not in calls
+def test_blocks_below_cost_what_random_ones_cost() -> None:
+    """The mean adapter takes the direct way too: as many operators below the first random block as in it."""
+    with zoo.Operators() as upper:
+        predict(bayesian("llama", depth=1), zoo.batch_for("llama"))
+    with zoo.Operators() as whole:
+        predict(bayesian("llama"), zoo.batch_for("llama"))
+    assert upper.calls == whole.calls
 
 
 def test_float32_adapters_do_not_widen_the_activations() -> None:
@@ -160,64 +141,43 @@ def test_float32_adapters_do_not_widen_the_activations() -> None:
         if "lora_" in name:
             parameter.data = parameter.data.float()
     adapter = tfb_ext.bayesianize(model, sigma=SIGMA, depth=2)
-    seen: list[torch.dtype] = []
-    real = ops.shrink_group
-
-    def note(x: Tensor, *rest: Any) -> list[Tensor]:
-        seen.append(x.dtype)
-        return real(x, *rest)
-
-    hooks = [
-        m.register_forward_hook(lambda _, args, out: seen.append(out.dtype)) for m in adapter.attached.modules.values()
-    ]
-    layers.ops.shrink_group = note  # type: ignore[assignment]
-    try:
+    seen: set[torch.dtype] = set()
+    for module in zoo.lora_layers(adapter).values():
+        module.register_forward_hook(lambda _, args, out: seen.add(out.dtype))
+    with zoo.Operators() as operators:
         predict(adapter, zoo.batch_for("llama"))
-    finally:
-        layers.ops.shrink_group = real
-        for hook in hooks:
-            hook.remove()
-    assert set(seen) == {torch.bfloat16}
+    assert operators.dtypes == seen == {torch.bfloat16}
 
 
-def slot_cases() -> dict[str, Callable[[Any], Any]]:
-    """What sends calls of ``q_proj`` in the last block to PEFT's forward; each returns its undo."""
-
-    def base_hook(adapter: Any) -> Any:
-        base = adapter.anatomy.blocks[-1].self_attn.q_proj.base_layer
-        return base.register_forward_hook(lambda _, args, out: out * 1.0).remove
-
-    def base_pre_hook(adapter: Any) -> Any:
-        base = adapter.anatomy.blocks[-1].self_attn.q_proj.base_layer
-        return base.register_forward_pre_hook(lambda _, args: None).remove
-
-    def own_forward(adapter: Any) -> Any:
-        base = adapter.anatomy.blocks[-1].self_attn.q_proj.base_layer
-        original = base.forward
-        base.forward = lambda x: original(x)
-        return lambda: base.__dict__.pop("forward")
-
-    return {"base_hook": base_hook, "base_pre_hook": base_pre_hook, "own_forward": own_forward}
+def hook(base: nn.Module, seen: list[int]) -> None:
+    base.register_forward_hook(lambda _, args, out: seen.append(1) or out * 1.0)
 
 
-@pytest.mark.parametrize("case", list(slot_cases()))
-def test_what_must_see_the_base_layer_sees_it(case: str) -> None:
-    adapter = bayesian("llama")
+def pre_hook(base: nn.Module, seen: list[int]) -> None:
+    base.register_forward_pre_hook(lambda _, args: seen.append(1))
+
+
+def own_forward(base: nn.Module, seen: list[int]) -> None:
+    original = base.forward
+    base.forward = lambda x: seen.append(1) or original(x)
+
+
+@pytest.mark.parametrize("watch", [hook, pre_hook, own_forward])
+def test_what_must_see_the_base_layer_sees_it(watch: Callable[[nn.Module, list[int]], None]) -> None:
+    adapter, seen = bayesian("llama"), []
     batch = zoo.batch_for("llama")
     keep = batch["attention_mask"].bool()
     expected = predict(adapter, batch)[:, keep]
-    undo = slot_cases()[case](adapter)
-    with counted() as calls:
-        found = predict(adapter, batch)[:, keep]
-    undo()
-    assert calls["expand_"] == 1
+    watch(adapter.anatomy.blocks[-1].self_attn.q_proj.base_layer, seen)
+    found = predict(adapter, batch)[:, keep]
+    assert seen == [1]
     assert torch.allclose(found, expected, atol=2e-5)
 
 
 def test_hooks_on_the_layer_itself_run() -> None:
     adapter = bayesian("llama")
     batch, seen = zoo.batch_for("llama"), []
-    layer = adapter.attached.modules[adapter.layers[0]]
+    layer = zoo.lora_layers(adapter)[adapter.layers[0]]
     hook = layer.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
     predict(adapter, batch)
     hook.remove()
@@ -225,38 +185,47 @@ def test_hooks_on_the_layer_itself_run() -> None:
     assert seen == [(SAMPLES * rows, tokens, 32)]
 
 
-def test_autocast_goes_through_the_slot() -> None:
-    adapter = bayesian("llama")
-    with counted() as calls, torch.autocast("cpu", torch.bfloat16):
-        predict(adapter, zoo.batch_for("llama"))
-    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
-
-
-def test_bias_of_lora_goes_through_the_slot() -> None:
-    adapter = zoo.compared(tfb_ext.bayesianize(zoo.peft_model("llama", lora_bias=True), sigma=SIGMA))
-    with counted() as calls:
-        predict(adapter, zoo.batch_for("llama"))
-    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
-
-
-class Int8Like(nn.Linear):
+class Shifted(nn.Linear):
     """Stands for a quantised layer: a subclass of ``nn.Linear`` with arithmetic of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.5
 
 
 def test_only_plain_linear_bases_are_replaced() -> None:
-    adapter = bayesian("llama")
-    for module in adapter.attached.modules.values():
-        module.base_layer.__class__ = Int8Like
-    with counted() as calls:
-        predict(adapter, zoo.batch_for("llama"))
-    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
+    model = zoo.peft_model("llama")
+    before = tfb_ext.bayesianize(model, sigma=SIGMA)
+    batch = zoo.batch_for("llama")
+    keep = batch["attention_mask"].bool()
+    plain = predict(before, batch)[:, keep]
+    before.unload()
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.__class__ = Shifted
+    adapter = tfb_ext.bayesianize(model, sigma=SIGMA)
+    found = predict(adapter, batch)[:, keep]
+    assert torch.allclose(found.double(), passes(adapter, batch)[:, keep].double(), atol=5e-5)
+    assert not torch.allclose(found, plain, atol=0.1)
 
 
-def test_conv1d_goes_through_the_slot() -> None:
-    adapter = bayesian("gpt2")
-    with counted() as calls:
-        predict(adapter, zoo.batch_for("gpt2"))
-    assert "linear" not in calls and calls["expand_"] == len(adapter.layers)
+def test_a_bias_of_lora_counts() -> None:
+    model = zoo.peft_model("llama", lora_bias=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            parameter.data.fill_(0.5)
+    adapter, batch = tfb_ext.bayesianize(model, sigma=SIGMA), zoo.batch_for("llama")
+    keep = batch["attention_mask"].bool()
+    assert torch.allclose(predict(adapter, batch)[:, keep], passes(adapter, batch)[:, keep], atol=5e-5)
+
+
+def test_autocast_is_the_models_own() -> None:
+    adapter, batch = bayesian("llama"), zoo.batch_for("llama")
+    keep = batch["attention_mask"].bool()
+    exact = predict(adapter, batch)[:, keep]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, low = predict(adapter, batch)[:, keep], passes(adapter, batch)[:, keep]
+    assert (found - exact).abs().max() <= 2 * (low - exact).abs().max()
+    assert (found - exact).abs().max() > 1e-3  # it was bfloat16
 
 
 def test_disable_adapter_inside_is_the_base_model() -> None:
@@ -273,18 +242,16 @@ def test_disable_adapter_inside_is_the_base_model() -> None:
 def test_forwards_are_put_back() -> None:
     adapter = bayesian("llama", depth=2)
     with adapter.predictive(SAMPLES):
-        taken = [name for name, m in adapter.model.named_modules() if "forward" in m.__dict__]
-        assert len(taken) == len(adapter.layers)
+        pass
     assert not any("forward" in m.__dict__ for m in adapter.model.modules())
     with pytest.raises(RuntimeError, match="planned"), adapter.predictive(SAMPLES):
         raise RuntimeError("planned")
     assert not any("forward" in m.__dict__ for m in adapter.model.modules())
-    assert adapter.attached.state.shared is None
 
 
 def test_a_forward_of_someone_elses_stays() -> None:
     adapter = bayesian("llama")
-    layer = adapter.attached.modules[adapter.layers[0]]
+    layer = zoo.lora_layers(adapter)[adapter.layers[0]]
     original = layer.forward
     layer.forward = lambda *args, **kwargs: original(*args, **kwargs)
     mine = layer.forward
@@ -299,14 +266,14 @@ def test_a_forward_of_someone_elses_stays() -> None:
 
 
 @pytest.mark.parametrize("mode", ["flipout", "token"])
-def test_modes_reach_the_layers(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modes_reach_the_layers(mode: str) -> None:
     """The model with the operators against the model with their definitions in plain torch."""
     adapter = bayesian("llama", mode=mode, depth=3)
     batch = zoo.batch_for("llama")
     keep = batch["attention_mask"].bool()
     found = predict(adapter, batch)[:, keep]
-    monkeypatch.setattr("tfb_ext.adapters.layer.ops", reference)
-    assert torch.allclose(found, predict(adapter, batch)[:, keep], atol=1e-4)
+    with zoo.Operators(plain=True):
+        assert torch.allclose(found, predict(adapter, batch)[:, keep], atol=1e-4)
     adapter.mode = "weight"
     assert (found - predict(adapter, batch)[:, keep]).abs().max() > 0.1
     assert "mode" not in repr(adapter)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,8 @@ import torch
 import transformers as tf
 import zoo
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfb_ext
-from tfb_ext.adapters import layer
-from tfb_ext.ops import reference
 
 SAMPLES, RANK, WIDTH, TOKENS = 8, 32, 256, 2
 
@@ -44,40 +38,14 @@ def wide_model(device: str, width: int = WIDTH) -> Any:
     return tfb_ext.bayesianize(model.eval().to(device), sigma=0.02)
 
 
-class LargestResult(TorchDispatchMode):
-    """The most elements that a tensor has whose storage an operation made new."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
-def largest_of_a_forward(adapter: Any, device: str) -> int:
+def largest_of_a_forward(adapter: Any, device: str, plain: bool = False) -> int:
+    """Elements; ``plain``: with the definitions in the operators' place, which draw a sample's noise as a tensor."""
     ids = torch.randint(0, 64, (1, TOKENS), device=device)
     with adapter.predictive(SAMPLES):
         adapter.model(input_ids=ids, use_cache=False)
-        with LargestResult() as largest:
+        with zoo.Largest() as largest, zoo.Operators(plain):
             adapter.model(input_ids=ids, use_cache=False)
     return largest.elements
-
-
-@contextmanager
-def materialising() -> Iterator[None]:
-    """The layers with the reference in the operator's place, which draws a sample's noise as a tensor."""
-    real = layer.ops
-    layer.ops = reference  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        layer.ops = real
 
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
@@ -87,8 +55,7 @@ def test_no_operation_returns_as_much_as_one_samples_noise(device: str) -> None:
     activation = SAMPLES * TOKENS * 2 * WIDTH  # of the widest layer, all samples together
     assert activation <= noise, "the shapes must tell noise from activations"
     assert largest_of_a_forward(adapter, device) <= activation
-    with materialising():
-        assert largest_of_a_forward(adapter, device) >= noise
+    assert largest_of_a_forward(adapter, device, plain=True) >= noise
 
 
 @pytest.mark.gpu
@@ -116,7 +83,7 @@ def test_peak_of_the_gpu_is_the_plain_adapters() -> None:
     noise = 4 * RANK * 4096  # bytes of one sample's noise in one layer
     plain = peak(fused=False)
     assert peak(fused=True) < plain + noise
-    with materialising():
+    with zoo.Operators(plain=True):
         assert peak(fused=True) >= plain + noise
 
 
@@ -157,6 +124,7 @@ def growth(which: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_peak_of_the_process_grows_by_less_than_the_noise() -> None:
     fused, materialised = growth("ops"), growth("reference")

@@ -62,6 +62,7 @@ def test_the_model_is_restored() -> None:
     assert torch.equal(own_probabilities(peft, anchors), plain)
 
 
+@pytest.mark.slow
 def test_nll_is_that_of_flipout_on_average() -> None:
     """The two draw different noise, so averages are compared: of the NLL of four samples' mean and of single samples."""
     groups, size, sigma = 30, 4, 0.05
@@ -235,6 +236,7 @@ def both(samples: int, steps_apart: bool, **options: Any) -> parity.Parity:
     return run
 
 
+@pytest.mark.slow
 def test_with_the_same_draws_both_searches_are_the_same() -> None:
     run = both(3, steps_apart=False, shared=True)
     assert run.same_sigma and run.sigma < 0.0149

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -119,6 +120,7 @@ def meta_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(ALL_SLOTS), st.lists(st.sampled_from(sorted(CHANGES)), min_size=1, max_size=2), st.data())
 def test_fakes_refuse_what_kernels_refuse(target: tuple[str, Any], changes: list[str], data: st.DataObject) -> None:
@@ -334,7 +336,7 @@ def test_forward_derivatives_raise() -> None:
 # tracing
 
 
-@pytest.mark.parametrize("name", list(calls()))
+@pytest.mark.parametrize("name", zoo.slow_but(calls(), "shrink"))
 def test_opcheck_with_gradients(device: torch.device, name: str) -> None:
     arguments = calls(device)[name]
     if name != "noise":
@@ -353,6 +355,7 @@ def block(x: Tensor, mean: Tensor, basis: Tensor, sigma: Tensor, samples: Tensor
     return y + update + ops.expand(z, basis, 1.0)
 
 
+@pytest.mark.slow
 def test_one_program_serves_every_number_of_rows() -> None:
     """Checks of symbolic sizes are guards: rows and features may vary without another compilation, wrong sizes are refused."""
     torch._dynamo.reset()
@@ -368,6 +371,7 @@ def test_one_program_serves_every_number_of_rows() -> None:
         torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")(torch.ones(7, n), *given[1:])
 
 
+@pytest.mark.slow
 def test_sizes_that_depend_on_data() -> None:
     torch._dynamo.reset()
 
@@ -383,6 +387,7 @@ def test_sizes_that_depend_on_data() -> None:
             assert torch.allclose(compiled(x, keep, z, basis), chosen(x, keep, z, basis), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_additions_of_overlapping_memory() -> None:
     """Where torch.compile works on copies, the answer is that of the copies; where it refuses, it refuses in words."""
     torch._dynamo.reset()

@@ -331,6 +331,7 @@ def test_modes_are_the_reference(
         assert_as_good_as(ops.shrink(case.x, *given), low, exact, slack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_moments_of_every_mode(device: torch.device, mode: str) -> None:
     """Over samples, z - M x has mean 0 and variance sigma^2 |x|^2 in every rank, uncorrelated between ranks."""
@@ -535,6 +536,7 @@ def test_half_conversions_are_torchs() -> None:
 # tracing
 
 
+@pytest.mark.slow
 def test_opcheck(device: torch.device) -> None:
     case = Case(device, 8, 64, 2, 5, torch.bfloat16)
     torch.library.opcheck(torch.ops.tfb_ext.noise.default, (3, 10, -7, LAYER, 2, device, True))
@@ -551,6 +553,7 @@ def test_opcheck(device: torch.device) -> None:
         torch.library.opcheck(torch.ops.tfb_ext.expand.default, (z, basis, 0.5, given))
 
 
+@pytest.mark.slow
 def test_compile_without_breaks(device: torch.device) -> None:
     def layer(y: Tensor, x: Tensor, case: Case, basis: Tensor) -> Tensor:
         z = ops.shrink(x * 2, case.mean, case.sigma, case.samples, case.seed, LAYER, "weight", True)
@@ -567,6 +570,7 @@ def test_compile_without_breaks(device: torch.device) -> None:
             assert torch.allclose(compiled(y, case.x, case, basis), expected, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_compile_groups_without_breaks(device: torch.device) -> None:
     def block(x: Tensor, case: GroupCase, weight: Tensor) -> Tensor:
         z = ops.shrink_group(x * 2, case.means, *case.draws("weight"))
@@ -754,6 +758,7 @@ for dtype, bound in ((torch.float32, 2e-3), (torch.bfloat16, 1.0), (torch.float1
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("allowed", "name"), [("avx512", "avx512"), ("avx2", "avx2"), ("default", "baseline")])
 def test_every_instruction_set(allowed: str, name: str) -> None:
     order = ["default", "avx2", "avx512"]

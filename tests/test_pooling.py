@@ -89,6 +89,7 @@ def test_predict_reads_the_position_that_the_model_reads(name: str, case: str) -
     assert torch.allclose(tiny.probabilities, mean, atol=1e-4)  # before and after are of the same token
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     st.lists(st.lists(st.sampled_from([EOS, 5, 9, 40]), min_size=6, max_size=6), min_size=1, max_size=4), st.booleans()
@@ -139,6 +140,7 @@ def test_the_first_call_with_labels_decides_what_outputs_mean(name: str, labels:
             tfb_ext.predict(adapter, [batch], SAMPLES)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.integers(1, 3),

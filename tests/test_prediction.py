@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,16 +13,12 @@ import torch
 import zoo
 from torch import Tensor
 
-import tfb_ext
 from tfb_ext import predict, prediction
 from tfb_ext.forward.engine import Scorer
 from tfb_ext.prediction import Prediction
 
 SIGMA = 0.3
-
-
-def bayesian(name: str = "llama", **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name), **{"sigma": SIGMA, **options})
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def made(p: Tensor, samples: tuple[int, ...], antithetic: bool = True) -> Prediction:
@@ -35,7 +32,7 @@ def random_probabilities(*shape: int) -> Tensor:
 # Against the oracle -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, None])
+@pytest.mark.parametrize("batch_size", zoo.slow_but([1, 3, None], 3))
 @pytest.mark.parametrize("name", ["llama-head", "bert"])
 def test_equals_separate_passes_in_the_data_sets_order(name: str, batch_size: int | None) -> None:
     adapter = bayesian(name, depth=2)

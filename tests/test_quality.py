@@ -64,6 +64,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     quality_fakes.forget()
 
 
+@pytest.mark.slow
 class TestData:
     @pytest.mark.parametrize("name", list(data.TASKS))
     def test_parts_share_no_text(self, files: Path, name: str) -> None:
@@ -111,6 +112,7 @@ def peft_twin(base: Any, targets: str) -> Any:
     )
 
 
+@pytest.mark.slow
 class TestBank:
     @pytest.mark.parametrize("targets", list(TARGETS))
     def test_each_member_is_its_peft_adapter(self, base: Any, targets: str) -> None:
@@ -230,6 +232,7 @@ def entropy(*p: float) -> float:
     return -sum(q * math.log(q) for q in p)
 
 
+@pytest.mark.slow
 class TestMethods:
     @pytest.fixture
     def model(self, base: Any, trained: train.Trained) -> Iterator[Any]:
@@ -460,6 +463,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     quality_fakes.forget()
 
 
+@pytest.mark.slow
 class TestRun:
     def test_all_units_are_there_with_their_facts(self, work: Path) -> None:
         folder = run.Folder(work)
@@ -539,6 +543,7 @@ def found(work: Path) -> results.Results:
     return results.load(work)
 
 
+@pytest.mark.slow
 class TestReport:
     def test_ensemble_averages_probabilities(self, found: results.Results) -> None:
         (row,) = found.pick(method="ensemble", adapter="qv-overfitted-mle")

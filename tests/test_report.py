@@ -147,6 +147,7 @@ class TestSearchTrace:
         steps = [after - before for before, after in zip(columns, columns[1:], strict=False)]
         assert min(steps) > 0.1 and max(steps) - min(steps) < 0.02  # equal ratios are equal distances
 
+    @pytest.mark.slow
     def test_band_belongs_to_a_tolerance(self, tmp_path: Path) -> None:
         def green(**changes: Any) -> int:
             search_trace(make_search(**changes), tmp_path / "a.png")
@@ -165,6 +166,7 @@ class TestSearchTrace:
         search_trace(search, tmp_path / "a.png")
         assert 0 < red_column(tmp_path / "a.png") < 1
 
+    @pytest.mark.slow
     def test_depths_get_a_panel_of_their_own(self, tmp_path: Path) -> None:
         found = DepthResult("all", 0.02, True, (0.01, 0.04), "", 0.7, 0.8, 0.1, 0.5, 0.7, (0.0, 0.0), 10.0)
         other = replace(found, depth=4, sigma=0.1, score=0.75, behind=(0.05, 0.02), forwards=2.1)

@@ -7,7 +7,9 @@ import json
 import pytest
 
 from bench import report, summary
+from bench.plots import draw
 from bench.record import ROOT
+from bench.rows import by_case, load
 
 RESULTS = ROOT / "bench" / "results"
 FILES = [RESULTS / f"{name}.json" for name in ("models", "kernels", "kernels_cpu", "search", "generate")]
@@ -27,12 +29,13 @@ def test_summary_is_that_of_the_results() -> None:
 
 def test_every_row_says_where_it_is_from() -> None:
     for file in FILES:
-        for row in report.load(file):
+        for row in load(file):
             assert row["device"] and len(row["commit"]) == 40 and row["torch"], row["case"]
 
 
+@pytest.mark.slow
 def test_plots_come_from_the_results(tmp_path) -> None:
     pytest.importorskip("matplotlib")
-    models = report.by_case(report.load(RESULTS / "models.json"))
-    report.draw(models, report.load(RESULTS / "kernels.json"), tmp_path / "speed.svg")
+    models = by_case(load(RESULTS / "models.json"))
+    draw(models, load(RESULTS / "kernels.json"), tmp_path / "speed.svg")
     assert (tmp_path / "speed.svg").read_text().count("<path") > 100

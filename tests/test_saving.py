@@ -88,6 +88,7 @@ def check_either(place: Path, old: dict[str, bytes], new: dict[str, bytes], sigm
     return now == new
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_the_folder_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     old, new = two_adapters()
     new.save_pretrained(old_folder(tmp_path / "whole", old))
@@ -111,7 +112,7 @@ def test_killed_at_any_step_the_folder_is_the_old_or_the_new_one(tmp_path: Path)
     assert number > 8 and outcomes[-1] and not outcomes[0]
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", zoo.slow_but([OSError, KeyboardInterrupt], OSError))
 def test_failed_at_any_step_the_folder_is_the_old_or_the_new_one(error: type[BaseException], tmp_path: Path) -> None:
     old, new = two_adapters()
     new.save_pretrained(old_folder(tmp_path / "whole", old))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,10 +22,7 @@ from tfb_ext.forward.batches import IGNORED, item_labels, original_order
 from tfb_ext.forward.engine import Scorer
 
 SIGMA, SAMPLES = 0.3, 5
-
-
-def bayesian(name: str = "llama", **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name), sigma=SIGMA, **options)
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def sampled(scorer: Scorer, samples: int = SAMPLES) -> Tensor:
@@ -62,7 +60,7 @@ class Results(TorchDispatchMode):
 # Equal to separate passes, however it is cut ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("depth", ["all", 2, 1, "head"])
+@pytest.mark.parametrize("depth", zoo.slow_but(["all", 2, 1, "head"], 1))
 def test_equals_separate_passes_however_it_is_cut(depth: int | str) -> None:
     adapter = bayesian("llama-head", depth=depth)
     data = small_sets.encoded()
@@ -100,7 +98,7 @@ def test_depth_of_the_scorer_overrules_the_adapters() -> None:
     assert torch.equal(sampled(Scorer(adapter, data)), upper)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "bert", "llama-cls"])
+@pytest.mark.parametrize("name", zoo.slow_but(["gpt2", "gemma2", "bert", "llama-cls"], "bert"))
 def test_other_architectures_equal_separate_passes(name: str) -> None:
     adapter = bayesian(name, depth=2)
     data = small_sets.encoded(7, head=name in zoo.CLASSIFIERS)
@@ -128,7 +126,7 @@ def test_classification_heads_equal_the_models_own_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 6, 1000])
-@pytest.mark.parametrize("depth", ["all", 2])
+@pytest.mark.parametrize("depth", zoo.slow_but(["all", 2], 2))
 def test_average_is_the_mean_of_the_samples(depth: int | str, rows: int) -> None:
     adapter = bayesian(depth=depth)
     scorer = Scorer(adapter, token_batches())
@@ -187,7 +185,9 @@ def test_only_the_label_rows_at_the_last_position_are_computed() -> None:
     assert (rows, 1, zoo.VOCAB) in whole.shapes  # the spy sees the head where it runs
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "phi3"])
+@pytest.mark.parametrize(
+    "name", zoo.slow_but(["qwen2", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "phi3"], "qwen2", "mistral")
+)
 def test_the_last_block_makes_one_position_and_the_same_probabilities(name: str) -> None:
     adapter, data = zoo.compared(bayesian(name)), small_sets.encoded(7)
     alone = zoo.separate_passes(adapter, range(SAMPLES), SIGMA, small_sets.answers(adapter, data))

@@ -445,6 +445,7 @@ def test_given_arguments_are_taken_and_named() -> None:
 # Noise, trunk, depth ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_grid_equals_each_sigmas_own_run() -> None:
     adapter, anchors = overconfident()
     together = look(adapter, anchors, bracket=(0.03, 0.12), steps=3, method="grid", tolerance=0.003, apply=False)
@@ -470,7 +471,9 @@ def test_trunk_runs_once_a_search() -> None:
     assert result.tokens == sum(map(len, anchors.token_ids)) * (1 + SAMPLES * len(result.evaluations))
 
 
-@pytest.mark.parametrize(("depth", "kept"), [(2, 2), (0.25, 1), (4, "all"), ("all", "all"), (1.0, "all")])
+@pytest.mark.parametrize(
+    ("depth", "kept"), zoo.slow_but([(2, 2), (0.25, 1), (4, "all"), ("all", "all"), (1.0, "all")], (2, 2))
+)
 def test_depth_is_searched_and_set(depth: Any, kept: int | str) -> None:
     adapter, anchors = overconfident()
     adapter.depth = 3
@@ -555,6 +558,7 @@ def test_printed_table() -> None:
     assert "lowest NLL on the anchors" in str(look(adapter, anchors))
 
 
+@pytest.mark.slow
 def test_band_and_plot(tmp_path: Any) -> None:
     adapter, anchors = overconfident(factor=1.0)
     paper = look(adapter, anchors, recipe="paper")
@@ -676,6 +680,7 @@ def test_official_without_a_violation_is_the_upper_bound() -> None:
     assert sigma == 0.015 and "none of which violates" in stop and all(e.satisfied for e in tried.evaluations)
 
 
+@pytest.mark.slow
 def test_official_end_to_end() -> None:
     adapter, anchors = overconfident(factor=1.0)
     with warnings.catch_warnings():
@@ -710,6 +715,7 @@ def test_one_standard_error_takes_a_smaller_sigma_that_is_as_good() -> None:
 # How sure, metrics of one's own, early stops --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_confidence_and_interval_come_from_resampled_anchors() -> None:
     """A change of known mean and spread: the share of resamples below the tolerance is the normal distribution's."""
     curve = Curve()
@@ -727,6 +733,7 @@ def test_confidence_and_interval_come_from_resampled_anchors() -> None:
     assert 0.0055 < low < 0.0075 and high == pytest.approx(0.02, rel=0.15)
 
 
+@pytest.mark.slow
 def test_metric_of_ones_own() -> None:
     adapter, anchors = overconfident()
     labels = anchors.labels_tensor()
@@ -756,6 +763,7 @@ def test_metric_of_ones_own() -> None:
         look(adapter, anchors, metric=lambda p, t: torch.tensor(math.nan))
 
 
+@pytest.mark.slow
 def test_early_stop_sees_fewer_anchors_and_comes_to_the_same_verdicts() -> None:
     adapter, anchors = overconfident(200)
     options: dict[str, Any] = {"metric": "nll", "tolerance": 0.05, "method": "bisect", "batch_size": 10}
@@ -772,6 +780,7 @@ def test_early_stop_sees_fewer_anchors_and_comes_to_the_same_verdicts() -> None:
     assert early.sigma == pytest.approx(whole.sigma, rel=0.3)
 
 
+@pytest.mark.slow
 def test_early_stop_of_the_lowest_nll_drops_what_is_clearly_higher() -> None:
     adapter, anchors = overconfident(200)
     early = look(adapter, anchors, apply=False, early_stop=0.95, batch_size=10, bracket=(0.02, 2.0), steps=4)
@@ -788,6 +797,7 @@ def seen_only(change: Tensor, seen: int) -> Tensor:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0.9, 0.99])
 def test_early_stop_is_right_as_often_as_it_says(level: float) -> None:
     """Many sets of anchors whose change lies near the tolerance, in random order, looked at every 20."""
@@ -850,6 +860,7 @@ def test_what_one_sigma_shows_on_all_anchors_sharpens_the_next() -> None:
     assert judged.standard_error < float(second.std()) / math.sqrt(40) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tails", [False, True])
 @pytest.mark.parametrize("level", [0.9, 0.99])
 def test_early_stop_is_right_as_often_as_it_says_with_help(level: float, tails: bool) -> None:
@@ -892,6 +903,7 @@ def test_the_root_finder_knows_the_amount_near_the_edge_and_then_needs_few_ancho
         assert rule.settled(0, seen_only(change, count), 0.9, 10) is settled, (used, method)
 
 
+@pytest.mark.slow
 def test_early_root_search_ends_on_few_anchors_and_goes_on_from_its_file(tmp_path: Path) -> None:
     adapter, anchors = overconfident(300)
     options: dict[str, Any] = {"metric": "nll", "tolerance": 0.02, "method": "root", "bound": "two-sided"}
@@ -907,6 +919,7 @@ def test_early_root_search_ends_on_few_anchors_and_goes_on_from_its_file(tmp_pat
 # Several depths -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_depths_share_one_trunk_and_the_cheapest_of_equals_is_taken() -> None:
     adapter, anchors = overconfident()
     zoo.compared(adapter, "all", 0.5, 1)

@@ -45,8 +45,8 @@ class Interrupt:
             raise self.error
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("at", [4, 6, 11])
+@pytest.mark.parametrize("error", zoo.slow_but([KeyboardInterrupt, RuntimeError], KeyboardInterrupt))
+@pytest.mark.parametrize("at", zoo.slow_but([4, 6, 11], 6))
 def test_goes_on_where_it_was_interrupted(error: type[BaseException], at: int, tmp_path: Path) -> None:
     adapter, anchors = prepared()
     whole = search_sigma(adapter, anchors, **OPTIONS, apply=False)
@@ -95,6 +95,7 @@ def test_save_is_a_checkpoint_too(tmp_path: Path) -> None:
     counter.hook.remove()
 
 
+@pytest.mark.slow
 def test_metrics_of_ones_own_and_depths_are_kept(tmp_path: Path) -> None:
     adapter, anchors = prepared()
 
@@ -155,6 +156,7 @@ def test_refuses_a_damaged_file(text: str, tmp_path: Path) -> None:
     assert path.read_text() == text
 
 
+@pytest.mark.slow
 def test_out_of_memory_loses_nothing(tmp_path: Path) -> None:
     """Halved batches fill the same records, and the file of one batch size serves another."""
     adapter, anchors = prepared()

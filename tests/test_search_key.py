@@ -75,7 +75,7 @@ def other_adapter(adapter: Any, anchors: Any) -> tuple[Any, Any]:
 
 
 def bias(adapter: Any, anchors: Any) -> tuple[Any, Any]:
-    for module in adapter.attached.modules.values():
+    for module in zoo.lora_layers(adapter).values():
         module.lora_B["default"].bias = torch.nn.Parameter(torch.ones(module.out_features))
     return tfb_ext.bayesianize(adapter.unload()), anchors
 
@@ -105,7 +105,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("change", zoo.slow_but(CHANGES, bias, order), ids=lambda c: c.__name__)
 def test_another_searchs_file_is_refused(change: Any, finished: Path) -> None:
     before = finished.read_bytes()
     with pytest.raises(ConfigError, match="is of another search: .*; give another checkpoint, or delete"):
@@ -198,6 +198,7 @@ def test_damaged_records_are_refused(name: str, finished: Path, tmp_path: Path) 
             SigmaSearch.load(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_a_sentence_or_harmless(data: Any, finished: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torch.distributed", reason="this torch has no distributed")
 HERE = Path(__file__).parent
 # Ranks start as users start them; what they import takes most of the time, so one start serves many cases.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,7 @@ from tfb_ext.search import SigmaSearch
 
 SIGMA, SAMPLES = 0.3, 4
 CHOICES = small_sets.CHOICE_TOKENS
-
-
-def bayesian(name: str = "llama", **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name), **{"sigma": SIGMA, **options})
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def token_logs(adapter: Any, data: Encoded) -> Callable[[], Tensor]:
@@ -45,7 +43,7 @@ def token_logs(adapter: Any, data: Encoded) -> Callable[[], Tensor]:
     return call
 
 
-@pytest.mark.parametrize("batch_size", [3, None])
+@pytest.mark.parametrize("batch_size", zoo.slow_but([3, None], 3))
 @pytest.mark.parametrize(
     ("name", "depth"), [("llama-head", "all"), ("llama-head", 2), ("llama-head", "head"), ("gpt2", 2)]
 )
@@ -163,9 +161,11 @@ def measured(p: Tensor, mean: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("score", ["sequence", "token"])
-@pytest.mark.parametrize("by_length", [False, True])
-@pytest.mark.parametrize(("name", "depth"), [("llama-head", "all"), ("gpt2", 2), ("llama-head", "head")])
+@pytest.mark.parametrize("score", zoo.slow_but(["sequence", "token"], "sequence"))
+@pytest.mark.parametrize("by_length", zoo.slow_but([False, True], True))
+@pytest.mark.parametrize(
+    ("name", "depth"), zoo.slow_but([("llama-head", "all"), ("gpt2", 2), ("llama-head", "head")], ("gpt2", 2))
+)
 def test_the_search_measures_what_separate_passes_give(
     name: str, depth: int | str, by_length: bool, score: Any
 ) -> None:
@@ -229,7 +229,7 @@ def test_unlabelled_anchors_are_judged_by_flips() -> None:
     assert (found.metric, found.labelled, found.anchors) == ("flips", False, 12) and found.satisfied
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, None])
+@pytest.mark.parametrize("batch_size", zoo.slow_but([1, 5, None], 5))
 def test_batches_and_memory_change_nothing(batch_size: int | None) -> None:
     """Rows of one item that do not fit together go one after the other, and are put together again."""
     adapter = bayesian(depth=2)
@@ -252,6 +252,7 @@ def test_batches_and_memory_change_nothing(batch_size: int | None) -> None:
         assert a.nll == pytest.approx(c.nll, abs=1e-5) and b.nll == pytest.approx(c.nll, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_depths_share_a_trunk_that_runs_once() -> None:
     adapter = zoo.compared(bayesian(), 2, 1)
     anchors = labelled(adapter)
@@ -263,6 +264,7 @@ def test_depths_share_a_trunk_that_runs_once() -> None:
     assert [e.nll for e in alone.evaluations] == pytest.approx([e.nll for e in found.evaluations], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_early_stop_sees_fewer_items() -> None:
     adapter = bayesian()
     anchors = labelled(adapter, 120)
@@ -297,7 +299,7 @@ def test_a_checkpoint_is_of_these_choices_and_this_score(tmp_path: Path) -> None
 MOST = 30
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, None])
+@pytest.mark.parametrize("batch_size", zoo.slow_but([1, 3, None], 3))
 @pytest.mark.parametrize("depth", ["all", 2, "head"])
 def test_adaptive_items_have_the_fixed_runs_first_samples(depth: int | str, batch_size: int | None) -> None:
     adapter, data = bayesian("llama-head", depth=depth), small_sets.sequences(16, by_length=True)
@@ -312,6 +314,7 @@ def test_adaptive_items_have_the_fixed_runs_first_samples(depth: int | str, batc
     assert (found.labels == fixed.labels).float().mean() >= 15 / 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "by_length", "sigma", "adaptive"), [("llama-head", False, 1.5, 0.999), ("gpt2", True, 0.6, 0.9)]
 )
@@ -327,6 +330,7 @@ def test_adaptive_equals_separate_passes(name: str, by_length: bool, sigma: floa
     assert torch.allclose(found.probabilities, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [math.inf, 5])
 def test_adaptive_trunk_runs_once_an_item_even_in_parts(most: float) -> None:
     """Later batches hold whole items, packed from several of the first batches, and from halves that part an item's rows."""

@@ -8,6 +8,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,7 @@ from tfb_ext.errors import ConfigError, SamplingError, TFBError
 from tfb_ext.forward.caches import cache_argument
 
 SIGMA, SAMPLES = 0.3, 3
-
-
-def bayesian(name: str = "llama", **options: Any) -> Any:
-    return tfb_ext.bayesianize(zoo.peft_model(name), sigma=SIGMA, **options)
+bayesian = partial(zoo.bayesian, sigma=SIGMA)
 
 
 def logs(adapter: Any, given: dict[str, Tensor]) -> Tensor:
@@ -138,7 +136,7 @@ def test_changed_weights_are_noticed_and_refreshed(how: str, tmp_path: Path) -> 
 @given(st.integers(0, 27), st.booleans(), st.integers(0, 3), st.integers(0, 31), st.sampled_from([0.02, -0.5, 3.0]))
 def test_any_entry_counts(layer: int, upper: bool, i: int, j: int, change: float) -> None:
     adapter = SHARED[0] if SHARED else SHARED.append(bayesian()) or SHARED[0]
-    module = adapter.attached.modules[adapter.layers[layer]]
+    module = zoo.lora_layers(adapter)[adapter.layers[layer]]
     weight = (module.lora_B if upper else module.lora_A)["default"].weight
     place = (j % weight.shape[0], i) if upper else (i, j % weight.shape[1])
     before = float(weight[place])
@@ -159,7 +157,7 @@ SHARED: list[Any] = []
 def test_moving_and_copying_weights_is_no_change() -> None:
     adapter = bayesian()
     with torch.no_grad():
-        for module in adapter.attached.modules.values():
+        for module in zoo.lora_layers(adapter).values():
             for part in (module.lora_A, module.lora_B):
                 part["default"].weight = torch.nn.Parameter(part["default"].weight.clone())
     adapter.model.load_state_dict(copy.deepcopy(adapter.model.state_dict()))
@@ -171,7 +169,7 @@ def test_moving_and_copying_weights_is_no_change() -> None:
 
 def test_a_file_certifies_the_scaling_that_sigma_was_set_for(tmp_path: Path) -> None:
     adapter = bayesian()
-    for module in adapter.attached.modules.values():
+    for module in zoo.lora_layers(adapter).values():
         module.scaling["default"] *= 2
     assert_right(adapter)  # which the samples follow
     with pytest.raises(ConfigError, match="set for another LoRA scaling"):
@@ -218,7 +216,7 @@ def one_off(adapter: Any) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("how", [merge_one, other_active, one_off])
-@pytest.mark.parametrize("context", ["predictive", "sampling"])
+@pytest.mark.parametrize("context", zoo.slow_but(["predictive", "sampling"], "predictive"))
 def test_one_layer_that_would_not_sample_is_noticed(how: Callable[[Any], Callable[[], None]], context: str) -> None:
     adapter = zoo.compared(bayesian())
     given = zoo.inputs(padded=False)
@@ -329,6 +327,7 @@ def test_a_strict_configuration_is_no_lock() -> None:
 # Threads ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["predictive", "sampling"])
 def test_calls_of_several_threads_are_right(context: str) -> None:
     adapter = zoo.compared(bayesian(depth=2))
@@ -498,7 +497,7 @@ def test_nothing_stays_on_a_cache_and_copies_have_their_own() -> None:
 # Outputs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama", "bert", "gpt2"], "llama"))
 @pytest.mark.parametrize("depth", ["all", 2])
 def test_hidden_states_have_the_callers_rows(name: str, depth: Any) -> None:
     adapter = bayesian(name, depth=depth)

@@ -29,7 +29,7 @@ def bayesian(name: str = "llama-head", **options: Any) -> Any:
 
 def mean_of(adapter: Any, name: str) -> Tensor:
     """The mean of the noisy coordinates of one layer, from the adapter's own weights, float64."""
-    module = adapter.attached.modules[name]
+    module = zoo.lora_layers(adapter)[name]
     a, b = (part["default"].weight.detach().double() for part in (module.lora_A, module.lora_B))
     if adapter.family == "constant":
         return a
@@ -45,7 +45,7 @@ def around(mean: Tensor, sigma: float) -> Independent:
 # KL -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama-head", "gpt2"])
+@pytest.mark.parametrize("name", zoo.slow_but(["llama-head", "gpt2"], "gpt2"))
 @pytest.mark.parametrize("sigma", [1e-4, 0.07, 0.2, 3.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kl_equals_torchs(family: str, sigma: float, name: str) -> None:
@@ -64,6 +64,7 @@ def test_kl_equals_torchs(family: str, sigma: float, name: str) -> None:
     assert (found.sigma, found.prior_sigma) == (sigma, PRIOR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["low-rank", "constant"])
 def test_kl_is_the_average_log_ratio_of_samples(family: str) -> None:
     adapter = bayesian(depth=1, family=family, antithetic=False)
@@ -202,6 +203,7 @@ def test_no_weight_has_a_reason(
     assert re.search(reason, found.reason), found.reason
 
 
+@pytest.mark.slow
 def test_weight_of_a_real_search() -> None:
     adapter = bayesian("llama", sigma=None)
     data = small_sets.labelled(adapter, small_sets.encoded(24))
@@ -215,7 +217,7 @@ def test_weight_of_a_real_search() -> None:
 
 
 def matrices(adapter: Any, name: str) -> tuple[Tensor, Tensor]:
-    module = adapter.attached.modules[name]
+    module = zoo.lora_layers(adapter)[name]
     return module.lora_A["default"].weight.detach().double(), module.lora_B["default"].weight.detach().double()
 
 
@@ -236,6 +238,7 @@ def test_paper_form_is_the_svd(name: str) -> None:
         assert all(t.dtype == torch.float64 for t in (form.a, form.b, form.omega))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["low-rank", "constant"])
 @pytest.mark.parametrize("rank_deficient", [False, True])
 def test_paper_form_has_our_distribution(rank_deficient: bool, family: str) -> None:

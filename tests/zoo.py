@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -12,8 +13,13 @@ import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tfb_ext.adapters.adapter import BayesianAdapter
+from tfb_ext.adapters.attach import bayesianize
 from tfb_ext.forward.trunk import Trunk
+from tfb_ext.ops import reference
+from tfb_ext.posterior.canonical import canonical_name
 
 torch.set_num_threads(1)  # threads only get in each other's way in models this small
 
@@ -101,6 +107,20 @@ def peft_model(
     return peft.eval()
 
 
+def bayesian(
+    name: str = "llama", device: str = "cpu", *, dtype: torch.dtype = torch.float32, **options: Any
+) -> BayesianAdapter:
+    """A Bayesian adapter of a tiny model."""
+    return bayesianize(peft_model(name, dtype=dtype).to(device), **options)
+
+
+def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test, all but ``quick`` marked slow."""
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    kept = [value if isinstance(value, tuple) else (value,) for value in quick]
+    return [pytest.param(*row, marks=() if row in kept else pytest.mark.slow) for row in rows]
+
+
 def moved(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -131,11 +151,18 @@ def prompt(rows: int = 3, device: str = "cpu", tokens: int = 6) -> dict[str, Ten
     return moved(batch, device)
 
 
+def lora_layers(adapter: Any) -> dict[str, Any]:
+    """PEFT's layers of a Bayesian adapter by canonical name."""
+    modules = {canonical_name(name): module for name, module in adapter.model.named_modules()}
+    return {name: modules[name] for name in adapter.layers}
+
+
 def sampled_copy(adapter: Any, sample: int, sigma: float, random: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """Write sample ``k``'s weights into the random layers' base weights (float32 models); returns what to restore."""
     saved: dict[str, nn.Parameter] = {}
+    layers = lora_layers(adapter)
     for name in random:
-        module = adapter.attached.modules[name]
+        module = layers[name]
         basis, mean = adapter.sample_weights(name, sample, sigma)
         delta = module.scaling[adapter.name] * (basis.double() @ mean.double())
         base = module.get_base_layer()
@@ -152,7 +179,7 @@ def separate_passes(
 ) -> Tensor:
     """The oracle: for each sample, write its weights into the model, call it, restore. Stacked (S, ...)."""
     random = adapter.random_layers if random is None else random
-    outputs = []
+    outputs, layers = [], lora_layers(adapter)
     for sample in samples:
         saved = sampled_copy(adapter, sample, sigma, random)
         try:
@@ -160,7 +187,7 @@ def separate_passes(
                 outputs.append(call())
         finally:
             for name, weight in saved.items():
-                adapter.attached.modules[name].get_base_layer().weight = weight
+                layers[name].get_base_layer().weight = weight
     return torch.stack(outputs)
 
 
@@ -206,6 +233,43 @@ def assert_as_exact_as(out: Tensor, low: Tensor, exact: Tensor, spread: float) -
     assert error <= 2 * reference_error + slack, (
         f"error {error:.2e}, plain torch {reference_error:.2e}, slack {slack:.1e}"
     )
+
+
+class Operators(TorchDispatchMode):
+    """Inside, counts what ``torch.ops.tfb_ext`` is asked for; ``plain``: and answers with the definitions in plain torch.
+
+    Attributes:
+        calls: operator name -> calls.
+        dtypes: of the first tensor of every call.
+    """
+
+    def __init__(self, plain: bool = False) -> None:
+        super().__init__()
+        self.plain, self.calls, self.dtypes = plain, Counter[str](), set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        namespace, name, _ = str(func).split(".")
+        if namespace == "tfb_ext":
+            self.calls[name] += 1
+            self.dtypes |= {args[0].dtype}
+            if self.plain:
+                found = getattr(reference, name)(*args, **(kwargs or {}))
+                return None if name == "expand_" else found
+        return func(*args, **(kwargs or {}))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation inside makes new."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
+                self.elements = max(self.elements, tensor.numel())
+        return out
 
 
 def batch_for(name: str, rows: int = 3, device: str = "cpu") -> dict[str, Tensor]:

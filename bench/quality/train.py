@@ -18,7 +18,6 @@ from tfb_ext.data import Encoded
 from ..record import write_json
 from .bank import TARGETS, Bank, Member, Recipe, divergence_gradient, members_of
 
-STOPS = ("overfitted", "early")
 EAGER_STEPS = 3  # before a capture: the optimiser's state and the libraries' workspaces must exist
 JUDGE_ROWS = 2048
 
