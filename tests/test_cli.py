@@ -16,7 +16,7 @@ import torch
 from small_folders import Folders
 
 import tfb_ext
-from tfb_ext.adapters.loading import load_adapter
+from tfb_ext.app.loading import load_adapter
 from tfb_ext.data import encode, read_jsonl
 
 pytest.importorskip("typer", reason="the command line needs typer and rich")

@@ -124,7 +124,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> Any:
         raise AssertionError("the model was loaded before the targets were looked at")
 
-    monkeypatch.setattr("tfb_ext.adapters.loading.load_adapter", load)
+    monkeypatch.setattr("tfb_ext.app.loading.load_adapter", load)
 
 
 def test_targets_are_looked_at_before_the_work(llama: Folders, tfb: Run, tmp_path: Path, no_loading: None) -> None:
@@ -161,7 +161,7 @@ def test_a_failed_side_output_hides_nothing(
     saved = tmp_path / "bayes"
     status, out, err = tfb(*search, "--trace", "/dev/full", "--plot", tmp_path / "a.png", "--save", saved)
     assert status == 1 and "error: --trace: [Errno 28] No space left on device: '/dev/full'" in err
-    found = tfb_ext.load(tfb_ext.adapters.loading.load_adapter(str(llama.adapter), None, "cpu", "float32").model, saved)
+    found = tfb_ext.load(tfb_ext.app.loading.load_adapter(str(llama.adapter), None, "cpu", "float32").model, saved)
     sigma = json.loads(out)["sigma"] if as_json else float(out.split()[2])
     assert found.sigma == pytest.approx(sigma, rel=1e-3) and (tmp_path / "a.png").stat().st_size > 1000
 
@@ -172,7 +172,7 @@ def test_a_failed_side_output_hides_nothing(
     status, out, err = tfb(*search, "--save", tmp_path / "other")
     assert status == 1 and "error: --save: [Errno 28]" in err and not (tmp_path / "other").exists()
     assert json.loads(out)["saved"] is None if as_json else out.startswith("sigma = ")
-    monkeypatch.setattr("tfb_ext.app.report.html_report", fail)
+    monkeypatch.setattr("tfb_ext.app.pages.html_report", fail)
     status, out, err = tfb(*asks(llama, "-d", llama.test, "--out", tmp_path / "r", *more, command="evaluate"))
     assert status == 1 and "error: --out: " in err
     assert json.loads(out)["report"] is None if as_json else "mean adapter" in out
@@ -325,7 +325,7 @@ def test_whatever_a_library_raises_is_a_sentence(llama: Folders, tfb: Run, monke
         def fail(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("tfb_ext.adapters.loading.load_adapter", fail)
+        monkeypatch.setattr("tfb_ext.app.loading.load_adapter", fail)
         status, out, err = tfb(*asks(llama, "-t", "area", "--choices", " no| yes"))
         assert status == 1 and out == "" and err.count("error:") == 1 and len(err.strip().splitlines()) == 1
 

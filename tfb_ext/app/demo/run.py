@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from ...adapters.adapter import BayesianAdapter, Depth, bayesianize
-from ...adapters.loading import DEMO, Loaded, device_name, load_adapter, versions
 from ...data import Encoded, encode
 from ...metrics import Metrics, evaluate
 from ...prediction import Prediction, predict
 from ...search import SigmaSearch, search_sigma
+from ..loading import DEMO, Loaded, device_name, load_adapter, versions
 from .headlines import load_split
 
 # Chosen for two CPU cores: about 250,000 tokens through the model in all, four minutes.
@@ -36,7 +36,7 @@ class DemoOptions:
         anchors, test_items: labelled headlines for the search, and others for the judgement; ``None``: by the device.
         samples: posterior samples of the prediction.
         search_samples: posterior samples at each sigma of the search; ``None``: by the device.
-        device, dtype: see :func:`tfb_ext.adapters.loading.load_adapter`.
+        device, dtype: see :func:`tfb_ext.app.loading.load_adapter`.
     """
 
     adapters: tuple[str, ...] = (DEMO,)
@@ -161,14 +161,14 @@ def _count(asked: int | None, usual: int) -> int:
 
 def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: float) -> Path:
     """Reliability diagrams before and after, the search traces and ``report.html`` (self-contained) in ``folder``."""
-    from .. import report
+    from .. import pages, pictures
 
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, Path] = {}
     for number, run in enumerate(runs):
         title = f"{run.adapter}, depth {run.depth}, seed {run.seed}"
         reliability, trace = folder / f"reliability-{number}.png", folder / f"search-{number}.png"
-        report.reliability_diagram(
+        pictures.reliability_diagram(
             {
                 "mean adapter": (run.mean.probabilities, run.labels),
                 f"TFB, {len(run.tfb.samples)} samples": (run.tfb.probabilities, run.labels),
@@ -178,7 +178,7 @@ def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: f
         run.search.plot(trace)
         images[f"Reliability before and after: {title}"] = reliability
         images[f"Search for sigma: {title}"] = trace
-    table = report.Table(
+    table = pages.Table(
         "Test headlines: the adapter as it is, and as a posterior",
         TABLE_COLUMNS,
         table_rows(runs),
@@ -193,7 +193,7 @@ def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: f
         **versions(),
     }
     target = folder / "report.html"
-    report.html_report(target, "tfb_ext: calibrated headlines", [table], images, facts)
+    pages.html_report(target, "tfb_ext: calibrated headlines", [table], images, facts)
     return target
 
 
