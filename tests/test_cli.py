@@ -180,17 +180,17 @@ def test_report_of_an_evaluation_holds_everything(llama: Folders, tmp_path: Path
     assert (tmp_path / "r" / "reliability.png").is_file() and str(llama.adapter) in page
 
 
-def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
-    strange = tmp_path / "strange.jsonl"
+def test_errors_and_out_of_distribution(llama: Folders, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.jsonl"
     items = [{"prompt": f"{'on ' * n}budget", "choices": small_folders.CHOICES} for n in range(1, 8)]
-    strange.write_text("".join(json.dumps(i) + "\n" for i in items))
+    outside.write_text("".join(json.dumps(i) + "\n" for i in items))
     common = ("evaluate", "-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.2, "-n", 4)
-    found = document(*common, "--selective", "--ood", strange, "--out", tmp_path / "r")
-    assert found["ood"].pop("data") == str(strange) and "selective" not in document(*common)
+    found = document(*common, "--selective", "--ood", outside, "--out", tmp_path / "r")
+    assert found["ood"].pop("data") == str(outside) and "selective" not in document(*common)
 
     model = load_adapter(str(llama.adapter), device="cpu", dtype="float32")
     adapter = tfb_ext.bayesianize(model.model, sigma=0.2)
-    own, other = (encode(read_jsonl(f), model.tokenizer) for f in (llama.test, strange))
+    own, other = (encode(read_jsonl(f), model.tokenizer) for f in (llama.test, outside))
     for name, samples in (("mean", 0), ("tfb", 4)):
         p, q = (tfb_ext.predict(adapter, data, samples) for data in (own, other))
         wrong, ours, theirs = p.labels != own.labels_tensor(), *map(tfb_ext.uncertainty.uncertainty_scores, (p, q))
@@ -206,7 +206,7 @@ def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 3 and "risk at 90%" in page and "FPR at 95 % TPR" in page
     for picture in ("risk_coverage.png", "out_of_distribution.png"):
         assert (tmp_path / "r" / picture).read_bytes().startswith(b"\x89PNG")
-    table = plain(works(*common, "--selective", "--ood", strange).stdout)
+    table = plain(works(*common, "--selective", "--ood", outside).stdout)
     for text in (
         "Selective prediction: 10 items",
         "AURC",
@@ -217,7 +217,7 @@ def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
         assert text in table
 
 
-def test_strangers_with_samples_of_their_own_number(llama: Folders, tmp_path: Path) -> None:
+def test_out_of_distribution_with_another_number_of_samples(llama: Folders, tmp_path: Path) -> None:
     """With adaptive sampling the two sets draw differently, and what was not drawn counts for nothing."""
     common = ("evaluate", "-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.05, "-n", 12, "--adaptive", 0.9)
     found = document(*common, "--selective", "--ood", llama.anchors, "--out", tmp_path / "r")
@@ -240,7 +240,7 @@ def test_selective_without_errors_has_no_auroc(llama: Folders, tmp_path: Path) -
     assert "n/a" in works("evaluate", *common, "-d", right, "--selective").stdout
 
 
-def test_strangers_must_have_the_datas_choices(llama: Folders, tmp_path: Path, fails: Any) -> None:
+def test_out_of_distribution_items_must_have_the_datas_choices(llama: Folders, tmp_path: Path, fails: Any) -> None:
     other, empty = tmp_path / "other.jsonl", tmp_path / "empty.jsonl"
     other.write_text(json.dumps({"prompt": "area", "choices": [" yes", " no"]}) + "\n")
     empty.write_text("\n")

@@ -85,7 +85,7 @@ def page(tmp_path: Path) -> Path:
     return path
 
 
-def test_page_has_every_token_with_its_doubt(tmp_path: Path) -> None:
+def test_page_has_every_token_with_its_uncertainty(tmp_path: Path) -> None:
     parser = Tokens()
     parser.feed(page(tmp_path).read_text())
     assert [token[1] for token in parser.found] == ["no", " yes\n", " <b>wins", "yes", " <end>"]
