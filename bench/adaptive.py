@@ -16,8 +16,8 @@ import torch
 
 import tfb_ext
 from tfb_ext import metrics
-from tfb_ext.app.cli import parse_depth
 from tfb_ext.app.demo.headlines import load_split
+from tfb_ext.app.options import parse_depth
 from tfb_ext.data import encode
 from tfb_ext.prediction import Prediction
 

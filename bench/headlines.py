@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tfb_ext
 from tfb_ext.adapters.adapter import BayesianAdapter
-from tfb_ext.adapters.loading import DEMO, Loaded, load_adapter
+from tfb_ext.app.loading import DEMO, Loaded, load_adapter
 
 # The second and third are trained by bench/run_gpu.sh.
 ADAPTERS = (DEMO, "build/adapters/seed1", "build/adapters/seed2")

@@ -24,8 +24,8 @@ from torch import Tensor
 import tfb_ext
 from tfb_ext import ops, search_sigma
 from tfb_ext.adapters.adapter import BayesianAdapter
-from tfb_ext.adapters.loading import DEMO, load_adapter
 from tfb_ext.app.demo.headlines import load_split
+from tfb_ext.app.loading import DEMO, load_adapter
 from tfb_ext.data import Encoded, encode
 from tfb_ext.metrics import evaluate
 from tfb_ext.ops import reference

@@ -34,7 +34,7 @@ suite() { # suite NAME LIMIT FILE OPTIONS...
 }
 train() { # the demonstration's adapter from two other training seeds, a minute each
     for seed in 1 2; do
-        [ -d "build/adapters/seed$seed" ] || python -m tfb_ext.app.demo.train --seed "$seed" --out "build/adapters/seed$seed"
+        [ -d "build/adapters/seed$seed" ] || python -m examples.headlines.train --seed "$seed" --out "build/adapters/seed$seed"
     done
 }
 if [ "$search" = 1 ]; then

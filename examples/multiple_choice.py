@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 import tfb_ext
-from tfb_ext.adapters.loading import load_adapter
+from tfb_ext.app.loading import load_adapter
 
 
 def main(adapter: str, questions: str, sigma: float = 0.05) -> tfb_ext.prediction.Prediction:

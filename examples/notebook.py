@@ -5,7 +5,7 @@
 import sys
 
 import tfb_ext
-from tfb_ext.adapters.loading import load_adapter
+from tfb_ext.app.loading import load_adapter
 
 loaded = load_adapter(sys.argv[1])
 data = tfb_ext.encode(tfb_ext.read_jsonl(sys.argv[2]), loaded.tokenizer)

@@ -36,7 +36,8 @@ from tfb_ext.ops import reference
 folder = files(tfb_ext)
 assert Path(str(folder)).is_relative_to(Path(sys.argv[1]).resolve()), folder
 assert (ops.noise(5, 70, 1, 2, 3).double() - reference.noise_float64(5, 70, 1, 2, 3)).abs().max() <= 1e-5
-for part in ("py.typed", "templates/report.html", "templates/generation.html", "demo/adapter/adapter_model.safetensors"):
+app = ("templates/report.html", "templates/generation.html", "demo/adapter/adapter_model.safetensors")
+for part in ("py.typed", *(f"app/{name}" for name in app)):
     assert (folder / part).is_file(), part
 for name in tfb_ext.__all__:
     getattr(tfb_ext, name)

@@ -4,6 +4,8 @@ TFB_EXT_REQUIRE_GPU=1 it fails instead, so that a GPU machine cannot look green 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 
 import pytest
 import small_folders
@@ -45,3 +47,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """The same for a tiny classifier."""
     return small_folders.write(tmp_path_factory.mktemp("classifier"), "llama-cls")
+
+
+@pytest.fixture
+def tfb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line's ``main()``: exit status, standard output, standard error; never a traceback."""
+    from tfb_ext.app import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tfb", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "300")
+        monkeypatch.setenv("NO_COLOR", "1")
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        said = capfd.readouterr()
+        assert "Traceback" not in said.err + said.out
+        return int(stopped.value.code or 0), said.out, said.err
+
+    return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 WORDS = ["<pad>", "<unk>", "<end>", "no", "yes", "area", "man", "wins", "senate", "votes", "on", "budget", "sarcastic:"]
 CHOICES = [" no", " yes"]
+HERE = ("--device", "cpu", "--dtype", "float32")
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,8 @@ def line(number: int, choices: list[str]) -> str:
     words = [WORDS[5 + (number * k + k) % 7] for k in range(1, 2 + number % 5)]
     prompt = " ".join([*words, "sarcastic:"])
     return json.dumps({"prompt": prompt, "choices": choices, "label": number * 7 % 5 % len(choices)}) + "\n"
+
+
+def plain(text: str) -> str:
+    """What a terminal shows, without colours, boxes and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())

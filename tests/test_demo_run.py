@@ -13,9 +13,9 @@ import small_folders
 import torch
 
 import tfb_ext
-from tfb_ext.adapters.loading import Loaded, load_adapter
 from tfb_ext.app.demo import run
-from tfb_ext.app.demo.run import DemoOptions, run_demo, table_rows, write_report
+from tfb_ext.app.demo.run import DemoOptions, result_table, run_demo, write_report
+from tfb_ext.app.loading import Loaded, load_adapter
 from tfb_ext.data import Example, encode, read_jsonl
 
 FOUR = {"accuracy", "ece", "nll", "brier"}
@@ -126,12 +126,12 @@ def test_report_holds_everything(stage: Stage, tmp_path: Path) -> None:
 
 def test_table_shows_each_mean_once(stage: Stage) -> None:
     runs = run_demo(replace(OPTIONS, seeds=(0, 1)), lambda text: None, progress=False)
-    names = [row[0] for row in table_rows(runs)]
+    names = [row[0] for row in result_table(runs).rows]
     assert names[0] == "mean adapter" and len(names) == 5
     assert names[1:3] == ["TFB, all blocks, seed 0", "TFB, upper 2 blocks, seed 0"]
     two = [*runs[:1], replace(runs[1], adapter="other")]
-    assert [row[0] for row in table_rows(two)][2:] == ["mean adapter [other]", "TFB, upper 2 blocks [other]"]
-    assert {len(row) for row in table_rows(runs)} == {len(run.TABLE_COLUMNS)}
+    assert [row[0] for row in result_table(two).rows][2:] == ["mean adapter [other]", "TFB, upper 2 blocks [other]"]
+    assert {len(row) for row in result_table(runs).rows} == {7}
 
 
 @pytest.mark.slow

@@ -12,11 +12,11 @@ from demo_fakes import open_shop
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tfb_ext.app.demo.assets import load_base
+from examples.headlines.train import TrainingOptions, load_base, main, train
 from tfb_ext.app.demo.headlines import load_split
-from tfb_ext.app.demo.train import TrainingOptions, main, train
 from tfb_ext.data import encode
 
+ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = TrainingOptions(items=24, epochs=8, lr=5e-2, batch_size=5, test_items=40, device="cpu")
 
 
@@ -107,8 +107,8 @@ def test_keeps_what_is_there(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_does_without_the_compiled_extension() -> None:
     code = (
-        "import sys, tfb_ext.app.demo.train; "
+        "import sys, examples.headlines.train; "
         "print([name for name in sys.modules if name == 'tfb_ext.ops' or name.startswith('tfb_ext._')])"
     )
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert finished.stdout.strip() == "[]"

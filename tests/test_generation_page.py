@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from tfb_ext.app.cli import app
-from tfb_ext.app.report import generation_page
+from tfb_ext.app.pages import generation_page
 from tfb_ext.generation import Generation
 
 pytest.importorskip("jinja2", reason="the page needs jinja2")
@@ -85,7 +85,7 @@ def page(tmp_path: Path) -> Path:
     return path
 
 
-def test_page_has_every_token_with_its_doubt(tmp_path: Path) -> None:
+def test_page_has_every_token_with_its_uncertainty(tmp_path: Path) -> None:
     parser = Tokens()
     parser.feed(page(tmp_path).read_text())
     assert [token[1] for token in parser.found] == ["no", " yes\n", " <b>wins", "yes", " <end>"]

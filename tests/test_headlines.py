@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from demo_fakes import headline_lines, open_shop, write_wheel
 
+from examples.headlines.train import load_base
 from tfb_ext.app.demo import assets, headlines
 from tfb_ext.app.demo.headlines import BUCKETS, CHOICES, load_split, split_of
 from tfb_ext.data import encode
@@ -79,7 +80,7 @@ def test_unknown_split_lists_the_splits() -> None:
 
 @pytest.mark.slow
 def test_answers_are_single_tokens_of_the_model(shop: Path) -> None:
-    tokenizer = assets.load_base()[1]
+    tokenizer = load_base()[1]
     encoded = encode(load_split("anchor", 3), tokenizer)
     # Not decoded and compared as text: some versions of transformers drop a leading space when they decode.
     assert [[token] for token in encoded.choice_ids] == tokenizer(list(CHOICES), add_special_tokens=False)["input_ids"]

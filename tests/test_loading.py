@@ -15,8 +15,8 @@ from small_folders import Folders
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import tfb_ext
-from tfb_ext.adapters import loading
-from tfb_ext.adapters.loading import device_name, load_adapter, pick_device, pick_dtype, versions
+from tfb_ext.app import loading
+from tfb_ext.app.loading import device_name, load_adapter, pick_device, pick_dtype, versions
 from tfb_ext.errors import UnsupportedModelError
 
 

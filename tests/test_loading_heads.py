@@ -17,7 +17,7 @@ from small_folders import Folders
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tfb_ext
-from tfb_ext.adapters.loading import load_adapter
+from tfb_ext.app.loading import load_adapter
 from tfb_ext.errors import UnsupportedModelError
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])

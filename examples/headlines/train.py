@@ -1,6 +1,6 @@
 """Train the demonstration's adapter: an ordinary LoRA, trained into a few examples until it is sure of everything.
 
-    python -m tfb_ext.app.demo.train --seed 0 --out adapter
+    python -m examples.headlines.train --seed 0 --out adapter
 
 Twenty passes over 400 headlines leave a training loss near zero and, on unseen headlines, far more confidence than
 accuracy: the usual end of a small fine-tuning, and what Training-Free Bayesianization repairs. This package's compiled
@@ -16,21 +16,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ... import __version__
-from ...data import Encoded, encode
-from ...metrics import evaluate
-from .assets import BASE_MODEL, load_base
-from .headlines import load_split
+from tfb_ext.app.demo.assets import BASE_MODEL, Progress, base_model_dir
+from tfb_ext.app.demo.headlines import load_split
+from tfb_ext.app.loading import pick_device, versions
+from tfb_ext.data import Encoded, encode
+from tfb_ext.metrics import evaluate
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WARMUP = 0.05  # share of the steps; without it the first steps at the full rate are lost on Adam's unsettled scale
 CLIP = 1.0  # gradient norm
@@ -55,6 +55,21 @@ class TrainingOptions:
     dtype: str = "auto"
 
 
+def load_base(
+    device: str | torch.device = "cpu", dtype: torch.dtype | None = None, progress: Progress | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model in evaluation mode on ``device`` in ``dtype`` (default float32), and its tokenizer.
+
+    Raises:
+        DemoAssetError: see ``base_model_dir``.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = base_model_dir(progress)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+
+
 def train(options: TrainingOptions, out: str | Path, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Train on the split ``train``, judge on ``test``, write a PEFT adapter folder with a ``training.json`` to ``out``.
 
@@ -75,9 +90,10 @@ def train(options: TrainingOptions, out: str | Path, log: Callable[[str], None] 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder; choose another, or remove it")
-    device = _device(options.device)
+    device = pick_device(options.device)
     began = time.perf_counter()
-    base, tokenizer = load_base(device, _dtype(options.dtype, device), log)
+    dtype = torch.bfloat16 if options.dtype == "auto" and device.type == "cuda" else DTYPES.get(options.dtype)
+    base, tokenizer = load_base(device, dtype, log)
     config = LoraConfig(
         r=options.rank, lora_alpha=options.alpha, target_modules=options.targets.split(","), task_type="CAUSAL_LM"
     )
@@ -97,7 +113,7 @@ def train(options: TrainingOptions, out: str | Path, log: Callable[[str], None] 
         "train_loss": loss,
         "train_accuracy": evaluate(probabilities, training.labels_tensor()).accuracy,
         "test": evaluate(_judge(model, test, device)[1], test.labels_tensor()).to_dict(),
-        "versions": _versions(),
+        "versions": versions(),
         "seconds": round(time.perf_counter() - began, 1),
     }
     _save(model, summary, out)
@@ -167,18 +183,6 @@ def _save(model: PeftModel, summary: dict[str, Any], out: Path) -> None:
         made.replace(out)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
-
-
 def _validate(options: TrainingOptions) -> None:
     for name in ("items", "epochs", "rank", "alpha", "batch_size", "test_items"):
         if getattr(options, name) < 1:
@@ -187,11 +191,6 @@ def _validate(options: TrainingOptions) -> None:
         raise ValueError(f"lr={options.lr}: expected a positive learning rate")
     if options.dtype != "auto" and options.dtype not in DTYPES:
         raise ValueError(f"dtype={options.dtype!r}: expected auto, {' or '.join(DTYPES)}")
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
-    return {"tfb_ext": __version__, "python": platform.python_version(), **packages}
 
 
 def main(arguments: list[str] | None = None) -> None:
