@@ -14,8 +14,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_samples, check_seed, check_sigma
-from ..errors import ConfigError, SamplingError
+from ..checks import check_seed, check_sigma
+from ..errors import SamplingError
 from ..forward import contexts
 from ..forward.anatomy import Anatomy
 from ..forward.fold import Predictive
@@ -24,7 +24,7 @@ from ..posterior.canonical import LayerPosterior, canonical_name
 from ..posterior.config import FORMAT_VERSION, check_mode
 from .attached import Attached
 from .depth import Depth, first_random_block
-from .samples import SampleBatch
+from .samples import SampleBatch, make_batch
 from .saving import fingerprint, save
 
 
@@ -43,12 +43,10 @@ class BayesianAdapter:
         first: index of the first random block.
         antithetic: sample ``2k + 1`` is minus the noise of sample ``2k``.
         mode: how the noise meets the tokens: ``"weight"`` (one weight matrix a sample, the paper's equation), ``"flipout"``
-            (that, with random signs for every token) or ``"token"`` (fresh noise for every token, the cheapest). Rows and
-            positions of a call are numbered from 0; a step from a key-value cache draws anew in mode ``"token"`` and is refused
-            in ``"flipout"``. A sigma found in one mode does not hold in another.
-        family: what is noisy: ``"low-rank"`` (the paper's posterior), ``"constant"`` (the entries of A) or ``"full-rank"`` (all
-            entries of the update, in mode ``"token"`` only); see :mod:`tfb_ext.research.families`. A sigma found for one family does
-            not hold for another.
+            (that, with random signs for every token) or ``"token"`` (fresh noise for every token, the cheapest). A step from a
+            key-value cache draws anew in mode ``"token"`` and is refused in ``"flipout"``.
+        family: what is noisy: ``"low-rank"`` (the paper's posterior), or one of :mod:`tfb_ext.research.families`. A sigma found for
+            one family or mode does not hold for another.
         search: summary of the search that chose sigma, kept in the saved file.
         guard: whether the first context at a depth compares the model with separate passes, see :mod:`tfb_ext.forward.guard`.
     """
@@ -74,7 +72,7 @@ class BayesianAdapter:
         self.search: dict[str, Any] | None = None
         self._sigma = None if sigma is None else check_sigma(sigma)
         self.attached = Attached(model, name, anatomy, modules, family, self)
-        self._guard = Guard(self.attached, guard)
+        self.guard, self._guard = guard, Guard(self.attached)
         self._sigma_scalings = None if sigma is None else self._scalings()
         self.open_context: tuple[int, Predictive] | None = None
         try:
@@ -82,14 +80,6 @@ class BayesianAdapter:
         except BaseException:
             self.attached.detach()
             raise
-
-    @property
-    def guard(self) -> bool:
-        return self._guard.enabled
-
-    @guard.setter
-    def guard(self, value: bool) -> None:
-        self._guard.enabled = value
 
     @property
     def sigma(self) -> float | None:
@@ -205,12 +195,8 @@ class BayesianAdapter:
 
     @contextmanager
     def fanned_at(self, first: int, view: Predictive) -> Iterator[Predictive]:
-        """The same at any first random block, by one that checked the adapter's weights itself.
-
-        Args:
-            first: its index; with that of the head no block is random, only a head may be.
-        """
-        with contexts.fanned(self.attached, first, view, self._guard.layout(first, view.batch)):
+        """The same at any first random block, for callers that checked the adapter's weights; the index of the head is the last."""
+        with contexts.fanned(self.attached, first, view, self._guard.layout(first, view.batch, self.guard)):
             self.open_context = (first, view)
             try:
                 yield view
@@ -221,13 +207,12 @@ class BayesianAdapter:
     def sampling(self, samples: int | Sequence[int] = 10, sigma: float | None = None) -> Iterator[SampleBatch]:
         """Inside, the caller lays out S * B rows, sample-major (row ``s * B + b``), and gets S * B rows of raw outputs.
 
-        In mode ``"token"`` every call has the noise of its first tokens: a step from a cache needs a seed of its own, in a context
-        of its own, which :meth:`predictive` sees to by itself.
+        In mode ``"token"`` every call draws the noise of its first tokens, also a step from a cache.
         """
         batch = self.batch(samples, sigma)
         self.attached.check_ready()
         # One sample has all rows for itself, however they lie.
-        layout = self._guard.layout(self.first, batch, by_fan=False) if len(batch) > 1 else None
+        layout = self._guard.layout(self.first, batch, self.guard, by_fan=False) if len(batch) > 1 else None
         with contexts.laid_out(self.attached, self.first, batch, layout):
             yield batch
         self.attached.check(converted=True)
@@ -235,14 +220,13 @@ class BayesianAdapter:
     def compare(self, **inputs: Any) -> None:
         """Compare three samples in one call with separate passes on these arguments of the model, at the present depth.
 
-        What the first context does by itself on a tiny text. Calls in later contexts may then bring what only such calls bring to the
-        blocks.
+        What the first context does on a tiny text. Later calls may then bring what only such calls bring to the blocks.
 
         Raises:
             GuardError: they differ.
         """
         self.attached.check()
-        self._guard.compare(self.first, self.batch([0], 1.0), inputs)
+        self._guard.compare(self.first, self.batch([0], 1.0), self.guard, inputs)
 
     def batch(
         self,
@@ -255,22 +239,14 @@ class BayesianAdapter:
 
         ``antithetic`` and ``mode`` are the adapter's own where they are not given.
         """
-        numbers = check_samples(samples)
         if sigma is None and self.sigma is None:
             raise ValueError(
                 f"adapter {self.name!r} has no sigma yet; run tfb_ext.search_sigma(adapter, anchors), set adapter.sigma, or "
                 "pass sigma="
             )
-        seed = check_seed(self.seed)  # here and not in a layer, where an exception would leave PEFT's hooks behind
         given: Any = self.sigma if sigma is None else sigma
-        scales = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-        if not scales:
-            raise ValueError("sigma is an empty list, expected at least one number above 0")
-        checked = [check_sigma(s) for s in scales]
         mirrored = self.antithetic if antithetic is None else antithetic
-        scales = [s for s in checked for _ in numbers]
-        noise = check_mode(mode or self.mode, self.family)
-        return SampleBatch(tuple(scales), numbers * len(checked), seed, mirrored, noise, self.family)
+        return make_batch(samples, given, self.seed, mirrored, check_mode(mode or self.mode, self.family), self.family)
 
     def scale(self, sigma: float | None = None) -> float:
         """``sigma``, or the adapter's own; a ``ValueError`` if there is none or it is no finite number above 0."""
@@ -286,7 +262,7 @@ class BayesianAdapter:
             SamplingError: inside a sampling context, or after :meth:`unload`.
             UnsupportedModelError: a layer is gone, or its weights cannot carry a posterior. The old posterior stays then.
         """
-        if contexts.is_open(self.attached) or not self.attached.attached:
+        if contexts.is_open(self.attached) or not self.attached.is_attached:
             raise SamplingError(
                 "refresh() inside a sampling context or after unload(), expected neither. Fix: leave the with block first"
             )
@@ -313,8 +289,7 @@ class BayesianAdapter:
         Raises:
             OSError: it cannot be written.
         """
-        self._check_certified()
-        return save(self, Path(folder))
+        return save(self, Path(folder), certified=self.sigma is None or self._sigma_scalings == self._scalings())
 
     def fingerprint(self, version: int = FORMAT_VERSION) -> str:
         """SHA-256 of the adapter's A, B and bias as float32 and of the scaling: sigma was chosen for these and no others.
@@ -322,17 +297,6 @@ class BayesianAdapter:
         ``version`` is that of ``tfb_config.json``; before 3 the bias and the scaling were not part of it.
         """
         return fingerprint(self.attached, version)
-
-    def _check_certified(self) -> None:
-        """Raise unless sigma was set for the weights and the scaling that the adapter has now: what a file says of them."""
-        self.attached.check()
-        if self.sigma is None or self._sigma_scalings == self._scalings():
-            return
-        was = "weights" if self._sigma_scalings is None else "LoRA scaling"
-        raise ConfigError(
-            f"sigma = {self.sigma:g} was set for another {was} of adapter {self.name!r}, expected one for those it has now. Fix: search "
-            "sigma again, or set adapter.sigma to say that it holds"
-        )
 
     def posterior(self, name: str) -> LayerPosterior:
         """The posterior of one layer; a ``ValueError`` if it has none."""
@@ -350,13 +314,13 @@ class BayesianAdapter:
             ValueError: no such layer, no sigma, or a mode other than ``"weight"`` (the family ``"full-rank"`` with it), whose
                 samples are no weights.
         """
-        if self.family == "full-rank":
-            raise ValueError(
-                "samples of the family 'full-rank' are drawn for every token and are no weights; use the family 'low-rank' or "
-                "'constant'"
-            )
         if self.mode != "weight":
-            raise ValueError(f"samples of mode {self.mode!r} are no weights; set adapter.mode = 'weight'")
+            way = (
+                "set adapter.mode = 'weight'"
+                if self.family != "full-rank"
+                else "use the family 'low-rank' or 'constant'"
+            )
+            raise ValueError(f"samples of mode {self.mode!r} are drawn for every token and are no weights; {way}")
         posterior = self.posterior(name)
         batch = self.batch([sample], sigma)
         rank, n = posterior.mean.shape

@@ -47,7 +47,7 @@ class Attached:
             SampledUpdate(module, name, _block_of(anatomy, p.name), self.state, p)
             for module, p in zip(modules.values(), self.posteriors, strict=True)
         ]
-        self.attached = True
+        self.is_attached = True
         self._weights: dict[tuple[int, torch.device], Tensor] = {}
         for update, posterior in zip(self.updates, self.posteriors, strict=True):
             update.attach(posterior, owner)
@@ -75,7 +75,7 @@ class Attached:
     def detach(self) -> None:
         for update in self.updates:
             update.detach()
-        self.attached = False
+        self.is_attached = False
 
     def refresh(self) -> None:
         """Make the posteriors of the weights as they are now; the old ones stay where these cannot carry any."""
@@ -124,7 +124,7 @@ class Attached:
         Raises:
             SamplingError: the message names the first layer that differs and what to call.
         """
-        if not self.attached:
+        if not self.is_attached:
             raise SamplingError(f"adapter {self.name!r} was unloaded; call tfb_ext.bayesianize again")
         whole = all(beside.get(own) is part for beside, own, part in self._edges)
         if not whole or not all(u.is_attached() and self.name in u.module.lora_A for u in self.updates):

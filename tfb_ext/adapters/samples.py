@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_seed
+from ..checks import check_samples, check_seed, check_sigma
 
 # A step from a cache draws under seed + tokens * this: odd, so that no two of 2**64 lengths share a seed.
 TOKEN_SEED_STEP = 0x9E3779B97F4A7C15
@@ -102,3 +104,18 @@ def _seed_after(seed: Tensor, tokens: int | Tensor) -> Tensor:
 
 # One group of rows that draws nothing: the mean, for the blocks below the first random one.
 MEAN = SampleBatch((0.0,), (0,), 0, False)
+
+
+def make_batch(samples: Any, sigma: Any, seed: int, antithetic: bool, mode: str, family: str) -> SampleBatch:
+    """Row groups for samples (a count or numbers); with several sigmas one group of samples after another, the same noise in each.
+
+    Raises:
+        ValueError: a bad number, or none.
+    """
+    numbers = check_samples(samples)
+    seed = check_seed(seed)  # here and not in a layer, where an exception would come in the middle of a forward
+    scales = list(sigma) if isinstance(sigma, Sequence) and not isinstance(sigma, str) else [sigma]
+    if not scales:
+        raise ValueError("sigma is an empty list, expected at least one number above 0")
+    scales = [check_sigma(s) for s in scales]
+    return SampleBatch(tuple(s for s in scales for _ in numbers), numbers * len(scales), seed, antithetic, mode, family)

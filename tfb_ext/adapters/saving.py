@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from ..errors import ConfigError
 from ..files import replacing_folder
 from ..posterior.config import FORMAT_VERSION, TFBConfig
 from .attached import Attached, adapter_tensors
@@ -46,8 +47,18 @@ def fingerprint(attached: Attached, version: int = FORMAT_VERSION) -> str:
     return digest.hexdigest()
 
 
-def save(adapter: BayesianAdapter, folder: Path) -> Path:
-    """Write the folder whole or not at all; an adapter that is not called ``default`` goes into a subfolder of its name."""
+def save(adapter: BayesianAdapter, folder: Path, certified: bool) -> Path:
+    """Write the folder whole or not at all; an adapter that is not called ``default`` goes into a subfolder of its name.
+
+    Args:
+        certified: whether sigma was set for the weights and the scaling that the adapter has now, which the file says of them.
+    """
+    adapter.attached.check()
+    if not certified:
+        raise ConfigError(
+            f"sigma = {adapter.sigma:g} was set for other weights or another LoRA scaling of adapter {adapter.name!r}, expected one for "
+            "those it has now. Fix: search sigma again, or set adapter.sigma to say that it holds"
+        )
     place = folder if adapter.name == "default" else folder / adapter.name
     with replacing_folder(place) as staged:
         if adapter.name == "default" and (place / "README.md").is_file():  # PEFT keeps what people wrote into the card

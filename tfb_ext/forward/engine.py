@@ -16,7 +16,7 @@ from ..adapters.samples import SampleBatch
 from ..errors import UnsupportedModelError
 from .anatomy import CLASSIFIER_HEADS, last_position_only
 from .batches import Batch, Batches, Data, choice_logs, mask_of
-from .fold import Predictive, log_values
+from .fold import Predictive, log_means, log_values
 from .memory import Memory, room_for_trunk
 from .rows import at_targets
 from .trunk import Trunk
@@ -185,8 +185,8 @@ class Scorer(Batches):
         product of the tokens' means, normalised.
         """
         if self.sequences is None or self.sequences.score == "sequence":
-            return _log_means(self.samples(batch, samples, first), parts)
-        return self._reduced(batch, samples, first, True, lambda results: _log_means(_every_sample(results), parts), 1)
+            return log_means(self.samples(batch, samples, first), parts)
+        return self._reduced(batch, samples, first, True, lambda results: log_means(_every_sample(results), parts), 1)
 
     def average(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
         """Log of the mean probability (items, C) over all sample groups, without keeping any of a large head's."""
@@ -346,9 +346,3 @@ def _every_sample(results: Iterable[Result]) -> Tensor:
     """(S, B, ..., C), or (S, *targets.shape) where targets were asked for."""
     found = (result.targets if result.targets is not None else result.samples for result in results)
     return torch.cat([values for values in found if values is not None])
-
-
-def _log_means(logs: Tensor, parts: int) -> Tensor:
-    """Log probabilities (S, ...) -> (parts, ...): log of the mean over each of so many equal parts of the first axis."""
-    logs = logs.reshape(parts, -1, *logs.shape[1:])
-    return torch.logsumexp(logs, dim=1) - math.log(logs.shape[1])

@@ -113,6 +113,12 @@ def log_values(logits: Tensor, kind: Kind) -> Tensor:
     return nn.functional.logsigmoid(logits) if kind == "multi_label" else logits
 
 
+def log_means(logs: Tensor, parts: int) -> Tensor:
+    """Log probabilities (S, ...) -> (parts, ...): log of the mean over each of so many equal parts of the first axis."""
+    logs = logs.reshape(parts, -1, *logs.shape[1:])
+    return torch.logsumexp(logs, dim=1) - math.log(logs.shape[1])
+
+
 def check_untouched(model: nn.Module, view: Predictive, output: Any) -> None:
     """Refuse a model that computes on its head's output, for it would do so on log mean probabilities.
 

@@ -47,25 +47,25 @@ class Guard:
 
     Args:
         attached: the adapter's posteriors in the model.
-        enabled: compare at all; otherwise every context says that nothing was compared.
     """
 
-    def __init__(self, attached: Attached, enabled: bool) -> None:
-        self.attached, self.enabled = attached, enabled
+    def __init__(self, attached: Attached) -> None:
+        self.attached = attached
         self._found: dict[Hashable, Layout | GuardError] = {}
 
-    def layout(self, first: int, batch: SampleBatch, by_fan: bool = True) -> Layout | None:
+    def layout(self, first: int, batch: SampleBatch, enabled: bool, by_fan: bool = True) -> Layout | None:
         """The model's layout of rows at a first random block.
 
         Args:
             batch: any samples of the posterior, for its seed and mode.
+            enabled: compare at all; otherwise a warning says that nothing was compared.
             by_fan: for the fan; otherwise for calls whose rows the caller lays out.
 
         Raises:
             GuardError: samples in one call differ from separate passes.
         """
         check_free(self.attached)
-        if not self.enabled:
+        if not enabled:
             warnings.warn(
                 f"adapter {self.attached.name!r}: samples in one call were not compared with separate passes on this model (guard=False)",
                 stacklevel=5,
@@ -87,9 +87,9 @@ class Guard:
             raise GuardError(str(found))
         return found
 
-    def compare(self, first: int, batch: SampleBatch, example: Mapping[str, Any]) -> None:
+    def compare(self, first: int, batch: SampleBatch, enabled: bool, example: Mapping[str, Any]) -> None:
         """The same on these arguments of the model, whose blocks' arguments calls may then bring too."""
-        text = self.layout(first, batch)
+        text = self.layout(first, batch, enabled)
         found, _ = _learn(self.attached, first, batch, True, example)
         if text is not None:
             blocks = {*found.arguments, *text.arguments}

@@ -13,18 +13,17 @@ from ..adaptive import is_paired
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Predictive distribution of N items over C classes, float32 on the CPU; entropies in nats.
+class Probabilities:
+    """Per-sample probabilities of N items, float32 on the CPU; entropies in nats.
 
     Attributes:
-        sample_probabilities: (S, N, C), one distribution a sample; S = 1 for the mean adapter, and for choices scored by
-            tokens. NaN where an item did not need the sample.
-        choices: names of the classes, where they are known.
+        sample_probabilities: (S, N, C), one distribution (or a probability of every label) a sample; S = 1 for the mean
+            adapter, and for choices scored by tokens. NaN where an item did not need the sample.
+        choices: names of the classes or labels, where they are known.
         sigma: posterior scale; 0 for the mean adapter.
         samples: sample numbers; empty for the mean adapter.
         antithetic: whether samples come in mirrored pairs.
         seconds: wall time of the forwards.
-        drawn: (N,) int64, how many of the samples, from the first on, each item got; ``None`` where all got all of them.
     """
 
     sample_probabilities: Tensor
@@ -33,6 +32,16 @@ class Prediction:
     samples: tuple[int, ...]
     antithetic: bool
     seconds: float
+
+
+@dataclass(frozen=True)
+class Prediction(Probabilities):
+    """Predictive distribution of N items over C classes.
+
+    Attributes:
+        drawn: (N,) int64, how many of the samples, from the first on, each item got; ``None`` where all got all of them.
+    """
+
     drawn: Tensor | None = None
 
     @property
@@ -92,24 +101,8 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class MultiLabelPrediction:
-    """Predictive probabilities of L independent labels of N items, float32 on the CPU; entropies in nats.
-
-    Attributes:
-        sample_probabilities: (S, N, L), the sigmoid of each sample's outputs; S = 1 for the mean adapter.
-        choices: names of the labels, where they are known.
-        sigma: posterior scale; 0 for the mean adapter.
-        samples: sample numbers; empty for the mean adapter.
-        antithetic: whether samples come in mirrored pairs.
-        seconds: wall time of the forwards.
-    """
-
-    sample_probabilities: Tensor
-    choices: tuple[str, ...]
-    sigma: float
-    samples: tuple[int, ...]
-    antithetic: bool
-    seconds: float
+class MultiLabelPrediction(Probabilities):
+    """Predictive probabilities of L independent labels of N items: the sigmoid of each sample's outputs, averaged."""
 
     @property
     def probabilities(self) -> Tensor:
