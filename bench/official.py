@@ -215,7 +215,12 @@ def official_adapter(peft: PeftModel, adapter: str, seed: int) -> Iterator[Offic
     if not layers:
         raise ValueError(f"adapter {adapter!r} has no LoRA layer")
     for module in layers:
-        if not isinstance(module, LoraLinear) or module.merged or "forward" in module.__dict__:
+        if (
+            not isinstance(module, LoraLinear)
+            or module.merged
+            or "forward" in module.__dict__
+            or getattr(module, "tfb_open", None)
+        ):
             raise ValueError(f"a layer is {type(module).__name__}, expected an unmerged LoRA Linear that nothing wraps")
         if module.lora_B[adapter].weight.shape[0] < module.lora_B[adapter].weight.shape[1]:
             raise ValueError(

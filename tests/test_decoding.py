@@ -76,7 +76,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cuda":
         return "cuda"
     monkeypatch.setattr(decoding, "capturable", lambda device: True)
-    monkeypatch.setattr("tfb_ext.generation.capturable", lambda device: True)
+    monkeypatch.setattr("tfb_ext.generation.text.capturable", lambda device: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     # transformers asks for a compiled call on accelerators only.

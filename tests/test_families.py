@@ -15,6 +15,7 @@ from torch import Tensor
 
 import tfb_ext
 from tfb_ext import ops
+from tfb_ext.adapters.saving import config_of
 from tfb_ext.errors import ConfigError, SamplingError
 from tfb_ext.ops import reference
 from tfb_ext.posterior.canonical import layer_posterior
@@ -473,7 +474,7 @@ def test_files_without_the_field_are_low_rank(tmp_path: Path) -> None:
 
 
 def test_bad_families_in_files(tmp_path: Path) -> None:
-    good = bayesian(family="full-rank").config()
+    good = config_of(bayesian(family="full-rank"))
     for change, words in (
         ({"family": "isotropic"}, "family is 'isotropic', expected 'low-rank' or 'constant' or 'full-rank'"),
         ({"mode": "weight"}, "mode is 'weight', expected 'token', the only one of family 'full-rank'"),
@@ -511,9 +512,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="expected mode='token', or the family 'low-rank' or 'constant'"):
         adapter.mode = "weight"
     assert adapter.mode == "token"
-    with pytest.raises(
-        ValueError, match="samples of the family 'full-rank' are drawn for every token and are no weights"
-    ):
+    with pytest.raises(ValueError, match="samples of mode 'token' are no weights; use the family 'low-rank'"):
         adapter.sample_weights(adapter.layers[0], 0)
     ids = zoo.batch_for("llama", 1)["input_ids"]
     with pytest.raises(SamplingError, match="numbers its noise by the tokens of one call"), adapter.predictive(SAMPLES):

@@ -73,7 +73,7 @@ def test_equals_separate_passes(name: str, depth: str | int, device: str) -> Non
             logits = adapter.model(**batch).logits
         assert logits.dtype == torch.float32
         zoo.assert_as_exact_as(logits[keep], zoo.average(low)[keep], zoo.average(exact)[keep], spread)
-        assert view.folded is not None and torch.equal(pooled(name, view.folded)[0][keep], logits[keep])
+        assert view.folded is not None and torch.equal(pooled(name, view.folded[None])[0][keep], logits[keep])
         assert view.sample_outputs is not None
         per_sample = view.sample_outputs
         for k in range(SAMPLES):
@@ -414,7 +414,7 @@ def test_full_graph_compile_equals_eager() -> None:
         with adapter.predictive(count, sigma=sigma, keep_samples=keep) as view:
             logits = compiled(**batch).logits
         assert torch.allclose(logits, expected, atol=1e-5, equal_nan=True)
-        assert view.folded is not None and torch.equal(view.folded[0], logits)
+        assert view.folded is not None and torch.equal(view.folded, logits)
         assert (view.sample_outputs is not None) is keep
         assert eager.folded is not None and torch.allclose(view.folded, eager.folded, atol=1e-5, equal_nan=True)
     with torch.no_grad():

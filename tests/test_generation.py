@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig
 import tfb_ext
 from tfb_ext.forward.caches import cache_argument
 from tfb_ext.generation import Generation
+from tfb_ext.generation.options import quantised_rows_move
 
 SAMPLES, SIGMA, NEW, PROMPT = 3, 0.3, 6, 6
 
@@ -149,22 +150,35 @@ def test_rows_end_at_their_end() -> None:
 
 
 def test_scoring_is_cut_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tfb_ext import generation
+    from tfb_ext.generation import scores
 
     adapter, batch = bayesian(), zoo.prompt(3)
-    whole, score, asked = generate(adapter, batch), generation._score, []
+    whole, run, asked = generate(adapter, batch), scores.run, []
 
-    def tight(adapter: Any, sequences: Tensor, *rest: Any) -> Any:
-        asked.append(len(sequences))
-        if len(sequences) > 1:
+    def tight(adapter: Any, request: Any) -> Any:
+        asked.append((len(request.samples), len(request.inputs["input_ids"])))
+        if len(request.samples) * len(request.inputs["input_ids"]) > 4:
             raise torch.OutOfMemoryError
-        return score(adapter, sequences, *rest)
+        return run(adapter, request)
 
-    monkeypatch.setattr(generation, "_score", tight)
+    monkeypatch.setattr(scores, "run", tight)
     cut = generate(adapter, batch)
-    assert asked == [3, 1, 2, 1, 1]
+    assert asked[0] == (len(whole.samples), 3) and {rows for _, rows in asked} == {3}  # samples are split first
+    assert sum(size for size, rows in asked if size * rows <= 4) == len(whole.samples)
+    asked.clear()
+
+    def one_row(adapter: Any, request: Any) -> Any:
+        asked.append(len(request.inputs["input_ids"]))
+        if asked[-1] > 1:
+            raise torch.OutOfMemoryError
+        return run(adapter, request)
+
+    monkeypatch.setattr(scores, "run", one_row)
+    rows = generate(adapter, batch)
+    assert asked.count(1) >= 3
     for name in ("sample_log_probabilities", "log_probabilities", "total", "aleatoric", "alternative_probabilities"):
         assert close(getattr(cut, name), getattr(whole, name)), name
+        assert close(getattr(rows, name), getattr(whole, name)), name
 
 
 def test_per_sample_logits_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +360,7 @@ def test_quantised_caches_are_as_exact_as_each_samples_own(depth: Any, backend: 
 @pytest.mark.parametrize("backend", ["fp8", "quanto"])
 def test_searches_move_the_rows_of_quantised_caches(backend: str, search: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, adapter, batch = quantised(backend), bayesian("qwen2"), zoo.prompt(2)
-    if "beams" in search and not tfb_ext.generation._quantised_rows_move():
+    if "beams" in search and not quantised_rows_move():
         with pytest.raises(ValueError, match=r"num_beams 3: transformers .* cannot reorder quantised rows; upgrade it"):
             generate(adapter, batch, **SEARCHES[search], **options)
         return
@@ -530,7 +544,7 @@ def test_characters_of_several_tokens() -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from tfb_ext.generation import pieces_of
+    from tfb_ext.generation.result import pieces_of
 
     letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     made = Tokenizer(models.BPE(vocab=letters, merges=[]))

@@ -263,7 +263,7 @@ def test_the_models_patched_method_is_put_back(adapter: Any) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_length_is_the_one_that_transformers_makes(adapter: Any, seed: int) -> None:
     """Our copy of how ``generate`` tells a length that somebody chose from its default."""
-    from tfb_ext.generation import _resolved, _with_length
+    from tfb_ext.generation.options import resolved, with_length
 
     draw, model = torch.Generator().manual_seed(seed), adapter.anatomy.model
     kept, found = model.generation_config, list[int]()
@@ -287,7 +287,7 @@ def test_the_length_is_the_one_that_transformers_makes(adapter: Any, seed: int) 
             if torch.rand(1, generator=draw) < 0.5:
                 options["generation_config"] = GenerationConfig(do_sample=False, **some(*names))
             adapter.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-            config = _with_length(adapter, _resolved(adapter, options)[0], options, ids)
+            config = with_length(adapter, resolved(adapter, options)[0], options, ids)
             assert config.max_length == found[-1]
     finally:
         model.generation_config = kept

@@ -374,7 +374,7 @@ SPELLING = {"bytes": byte_fallback(), "pieces": word_pieces()}
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_pieces_join_to_the_text(kind: str, data: st.DataObject) -> None:
-    from tfb_ext.generation import pieces_of
+    from tfb_ext.generation.result import pieces_of
 
     words = SPELLING[kind]
     token = st.integers(0, len(words) - 1)

@@ -122,7 +122,7 @@ def test_changed_weights_are_noticed_and_refreshed(how: str, tmp_path: Path) -> 
     else:
         adapter.refresh()
         # Sigma was found for other weights: it can be used, and is not certified.
-        with pytest.raises(ConfigError, match="sigma = 0.3 was set for another weights"):
+        with pytest.raises(ConfigError, match="sigma = 0.3 was set for other weights"):
             adapter.save_pretrained(tmp_path / "after")
         assert not (tmp_path / "after").exists()
     assert_right(adapter)
@@ -172,7 +172,7 @@ def test_a_file_certifies_the_scaling_that_sigma_was_set_for(tmp_path: Path) -> 
     for module in zoo.lora_layers(adapter).values():
         module.scaling["default"] *= 2
     assert_right(adapter)  # which the samples follow
-    with pytest.raises(ConfigError, match="set for another LoRA scaling"):
+    with pytest.raises(ConfigError, match="or another LoRA scaling"):
         adapter.save_pretrained(tmp_path / "saved")
     adapter.sigma = SIGMA
     adapter.save_pretrained(tmp_path / "saved")

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .data import Example, encode, read_dataset, read_jsonl
     from .errors import TFBError
     from .generation.decoding import captured_decoding
-    from .generation.generate import generate
+    from .generation.text import generate
     from .metrics import evaluate
     from .prediction import predict, predict_multi_label, predict_regression
     from .search import search_sigma

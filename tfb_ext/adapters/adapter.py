@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -73,7 +72,7 @@ class BayesianAdapter:
         self._sigma = None if sigma is None else check_sigma(sigma)
         self.attached = Attached(model, name, anatomy, modules, family, self)
         self.guard, self._guard = guard, Guard(self.attached)
-        self._sigma_scalings = None if sigma is None else self._scalings()
+        self._sigma_scalings = None if sigma is None else self.attached.scalings()
         self.open_context: tuple[int, Predictive] | None = None
         try:
             self.depth = depth
@@ -88,10 +87,7 @@ class BayesianAdapter:
     @sigma.setter
     def sigma(self, value: float) -> None:
         self._sigma = check_sigma(value)
-        self._sigma_scalings = self._scalings()
-
-    def _scalings(self) -> tuple[float, ...]:
-        return tuple(m.scaling.get(self.name, math.nan) for m in self.attached.modules.values())
+        self._sigma_scalings = self.attached.scalings()
 
     @property
     def mode(self) -> str:
@@ -122,7 +118,6 @@ class BayesianAdapter:
 
     @property
     def posteriors(self) -> tuple[LayerPosterior, ...]:
-        """The layers' posteriors, the ones below the first random block included."""
         return self.attached.posteriors
 
     @property
@@ -195,7 +190,7 @@ class BayesianAdapter:
 
     @contextmanager
     def fanned_at(self, first: int, view: Predictive) -> Iterator[Predictive]:
-        """The same at any first random block, for callers that checked the adapter's weights; the index of the head is the last."""
+        """The same at any first random block, for callers that checked the weights; that of the head is the last."""
         with contexts.fanned(self.attached, first, view, self._guard.layout(first, view.batch, self.guard)):
             self.open_context = (first, view)
             try:
@@ -255,8 +250,7 @@ class BayesianAdapter:
     def refresh(self) -> None:
         """Rebuild the posterior of the adapter's weights as they are now, after training, loading or writing to them.
 
-        The search's summary is dropped. Sigma stays what it was and can be used, but is not saved before it is set or searched
-        again: it was found for other weights.
+        The search's summary is dropped. Sigma can still be used, but is not saved before it is set or searched again.
 
         Raises:
             SamplingError: inside a sampling context, or after :meth:`unload`.
@@ -264,7 +258,7 @@ class BayesianAdapter:
         """
         if contexts.is_open(self.attached) or not self.attached.is_attached:
             raise SamplingError(
-                "refresh() inside a sampling context or after unload(), expected neither. Fix: leave the with block first"
+                "refresh() inside a sampling context or after unload(). Fix: leave the with block first"
             )
         self.attached.refresh()
         self.search, self._sigma_scalings = None, None
@@ -289,7 +283,9 @@ class BayesianAdapter:
         Raises:
             OSError: it cannot be written.
         """
-        return save(self, Path(folder), certified=self.sigma is None or self._sigma_scalings == self._scalings())
+        return save(
+            self, Path(folder), certified=self.sigma is None or self._sigma_scalings == self.attached.scalings()
+        )
 
     def fingerprint(self, version: int = FORMAT_VERSION) -> str:
         """SHA-256 of the adapter's A, B and bias as float32 and of the scaling: sigma was chosen for these and no others.
@@ -320,7 +316,7 @@ class BayesianAdapter:
                 if self.family != "full-rank"
                 else "use the family 'low-rank' or 'constant'"
             )
-            raise ValueError(f"samples of mode {self.mode!r} are drawn for every token and are no weights; {way}")
+            raise ValueError(f"samples of mode {self.mode!r} are no weights; {way}")
         posterior = self.posterior(name)
         batch = self.batch([sample], sigma)
         rank, n = posterior.mean.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,10 @@ class Attached:
             for n, m in found
         )
 
+    def scalings(self) -> tuple[float, ...]:
+        """LoRA's scaling of each layer; NaN where the adapter is gone."""
+        return tuple(m.scaling.get(self.name, math.nan) for m in self.modules.values())
+
     def detach(self) -> None:
         for update in self.updates:
             update.detach()
@@ -90,6 +95,12 @@ class Attached:
             update.write(posterior)
         self.note()
         self.state.renew()
+
+    @property
+    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the layers that were seen to read one input together (q, k and v; gate and up), after a forward in a context."""
+        groups = (tuple(member.name for member in u.group) for u in self.updates if len(u.group) > 1)
+        return tuple(dict.fromkeys(groups))
 
     @property
     def is_on(self) -> bool:

@@ -48,15 +48,10 @@ def laid_out(attached: Attached, first: int, batch: SampleBatch, layout: Layout 
     model, state = attached.anatomy.model, attached.state
     # Every layer holds the caller's rows, so beams move them as they move any rows.
     caches = CacheWatch(len(attached.anatomy.blocks), 1, rows_of_cache(state, batch, None))
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            caches.adopt(output)
-            state.turn.end()
-
     with exclusive(attached), state.waiting() as wait, ExitStack() as undo:
         before = partial(_before_laid_out, attached, batch, caches)
         undo.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        after = partial(_after_laid_out, attached, caches)
         undo.callback(model.register_forward_hook(after, always_call=True).remove)
         undo.callback(caches.close)
         undo.enter_context(state.serving(batch, first, None if layout is None else layout.layers, fanned=True))
@@ -87,6 +82,14 @@ def _before_laid_out(
     state.each = rows // len(batch)
     batch_after(batch, kwargs)  # refuses what a step from a cache cannot be
     state.shared = None
+
+
+def _after_laid_out(
+    attached: Attached, caches: CacheWatch, module: nn.Module, args: tuple[Any, ...], output: Any
+) -> None:
+    if not torch.compiler.is_compiling():
+        caches.adopt(output)
+        attached.state.turn.end()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Generated text and its uncertainty."""
 
-from .generate import generate
 from .result import Generation
+from .text import generate
 
 __all__ = ["Generation", "generate"]
