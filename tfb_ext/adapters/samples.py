@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_samples, check_seed, check_sigma
-
-# A step from a cache draws under seed + tokens * this: odd, so that no two of 2**64 lengths share a seed.
-TOKEN_SEED_STEP = 0x9E3779B97F4A7C15
-
-
-def as_int64(seed: int) -> int:
-    """A 64-bit unsigned seed as the signed integer that holds the same bits."""
-    seed = check_seed(seed)
-    return seed - 2**64 if seed >= 2**63 else seed
+from ..ops import TOKEN_SEED_STEP, as_int64
 
 
 @dataclass(frozen=True)

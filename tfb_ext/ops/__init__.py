@@ -68,7 +68,8 @@ def use_portable_kernels(portable: bool) -> None:
         _C.limit_machine(**({"cluster_blocks": 1} if portable else {}))
 
 
-def _signed(seed: int) -> int:
+def as_int64(seed: int) -> int:
+    """A 64-bit unsigned seed as the signed integer that holds the same bits."""
     try:
         seed = operator.index(seed)
     except TypeError:
@@ -97,7 +98,7 @@ def noise(
         device: where the result lives.
         antithetic: sample 2k+1 is minus the noise of sample 2k.
     """
-    return torch.ops.tfb_ext.noise.default(r, n, _signed(seed), layer, sample, torch.device(device), antithetic)
+    return torch.ops.tfb_ext.noise.default(r, n, as_int64(seed), layer, sample, torch.device(device), antithetic)
 
 
 def shrink(
