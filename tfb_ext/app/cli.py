@@ -61,7 +61,7 @@ class Demo(Runs):
 
     adapter: list[str] | None = option(None, "Adapter folders ('demo': the packaged one).", "--adapter", "-a")
     seed: list[int] | None = option(None, "Noise seeds; repeat for several.")
-    depth: list[Any] | None = option(None, "Depths; repeat for several. Default: all and 0.5.", **DEPTH)
+    depth: list[str] | None = option(None, "Depths; repeat for several. Default: all and 0.5.", "--depth", **DEPTH)
     anchors: int | None = option(None, "Labelled anchors. Default: 100 on a CPU, 500 on a GPU.")
     test_items: int | None = option(None, "Test headlines. Default: 400 on a CPU, 2000 on a GPU.")
     search_samples: int | None = option(
@@ -77,7 +77,7 @@ class Demo(Runs):
 
         output = Output(self.json, {"--out": self.out if self.report else None}, {"--save": self.save})
         started = time.perf_counter()
-        asked = {"adapters": self.adapter, "seeds": self.seed, "depths": self.depth}
+        asked: dict[str, Any] = {"adapters": self.adapter, "seeds": self.seed, "depths": self.depth}
         demo = DemoOptions(
             **{name: tuple(values) for name, values in asked.items() if values},
             anchors=self.anchors,

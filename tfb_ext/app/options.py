@@ -155,7 +155,7 @@ class Posterior(Model):
     """An adapter that is sampled."""
 
     sigma: float | None = option(None, "Posterior scale; default: the one saved beside the adapter.", callback=_sigma)
-    depth: Any = option(None, f"{DEPTH_HELP}.", **DEPTH)
+    depth: str | None = option(None, f"{DEPTH_HELP}.", "--depth", **DEPTH)
 
     def open(self, examples: list[Example] | None = None) -> tuple[Loaded, BayesianAdapter]:
         loaded, bayesian = super().open(examples)
@@ -255,10 +255,12 @@ class Rule:
     bound: str | None = option(None, "two-sided (any change counts) or one-sided (only harm).")
     objective: str | None = option(None, "tolerance, minimum (lowest NLL) or one-se (smallest sigma near it).")
     method: str | None = option(None, "bisect, grid, root or official.")
-    bracket: Any = option(None, "Where to look first, such as 0.001,0.1.", parser=parse_bracket, metavar="LOW,HIGH")
+    bracket: str | None = option(
+        None, "Where to look first, such as 0.001,0.1.", "--bracket", parser=parse_bracket, metavar="LOW,HIGH"
+    )
     steps: int | None = option(None, "Bisection steps, grid points, most steps of root.")
-    depth: Any = option(
-        None, f"{DEPTH_HELP}; several with commas to choose from.", parser=parse_depths, metavar="DEPTHS"
+    depth: str | None = option(
+        None, f"{DEPTH_HELP}; several with commas to choose from.", "--depth", parser=parse_depths, metavar="DEPTHS"
     )
     early_stop: float | None = option(
         None, "Stop a sigma once its verdict is settled at this confidence, such as 0.99."
