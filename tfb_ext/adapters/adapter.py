@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -323,22 +322,11 @@ class BayesianAdapter:
         noise = ops.noise(rank, n, self.seed, posterior.layer, sample, torch.device("cpu"), self.antithetic)
         return posterior.basis, posterior.mean + batch.sigma[0] * noise
 
-    def __reduce__(self) -> Any:
-        """A copy, also one by pickle, is the same posterior on a copy of the model."""
-        from .attach import bayesianize
-
-        again = partial(
-            bayesianize,
-            adapter=self.name,
-            depth=self.depth,
-            sigma=self.sigma,
-            seed=self.seed,
-            antithetic=self.antithetic,
-            mode=self.mode,
-            family=self.family,
-            guard=self.guard,
-        )
-        return again, (self.model,), {"search": self.search}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, also one by pickle, is this posterior on the copied layers, with all that is known of it."""
+        self.__dict__.update(state)
+        if self.attached.is_attached:
+            self.attached.attach(self)
 
     def __repr__(self) -> str:
         sigma = "not searched yet" if self.sigma is None else f"{self.sigma:.4g}"

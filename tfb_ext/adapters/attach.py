@@ -15,8 +15,9 @@ from ..forward.anatomy import find_anatomy
 from ..posterior.canonical import canonical_name, unique_layer_ids
 from ..posterior.config import TFBConfig, check_family, check_mode
 from .adapter import BayesianAdapter, Depth
-from .layer import check_layer, updates_of
+from .layer import updates_of
 from .loading import attach_adapter
+from .supported import check_layer
 
 
 def bayesianize(

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..errors import SamplingError, UnsupportedModelError
 from ..forward.anatomy import Anatomy
 from ..posterior.canonical import LayerPosterior, canonical_name, layer_posterior
-from .layer import SampledUpdate, check_layer
+from .layer import SampledUpdate
 from .state import SamplingState
+from .supported import check_layer
 
 MOST_ELEMENTS = 2**24  # of the copy that checksums are made from: 64 MiB
 
@@ -50,8 +51,7 @@ class Attached:
         ]
         self.is_attached = True
         self._weights: dict[tuple[int, torch.device], Tensor] = {}
-        for update, posterior in zip(self.updates, self.posteriors, strict=True):
-            update.attach(posterior, owner)
+        self.attach(owner)
         # Where each layer hangs, as the dictionaries that change with it: every call looks at them.
         paths = {module: path for path, module in anatomy.model.named_modules()}
         self._places, edges = [], {}
@@ -72,6 +72,12 @@ class Attached:
             )
             for n, m in found
         )
+
+    def attach(self, owner: Any) -> None:
+        """Let the layers sample for ``owner``, the Bayesian adapter, where they do not yet."""
+        for update, posterior in zip(self.updates, self.posteriors, strict=True):
+            if not update.is_attached():
+                update.attach(posterior, owner)
 
     def scalings(self) -> tuple[float, ...]:
         """LoRA's scaling of each layer; NaN where the adapter is gone."""
@@ -110,6 +116,7 @@ class Attached:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Inside, the layers ask this adapter's state what to sample."""
+        self.check_present()
         try:
             for update in self.updates:
                 update.module.tfb_open = update
@@ -135,11 +142,7 @@ class Attached:
         Raises:
             SamplingError: the message names the first layer that differs and what to call.
         """
-        if not self.is_attached:
-            raise SamplingError(f"adapter {self.name!r} was unloaded; call tfb_ext.bayesianize again")
-        whole = all(beside.get(own) is part for beside, own, part in self._edges)
-        if not whole or not all(u.is_attached() and self.name in u.module.lora_A for u in self.updates):
-            self._check_layers()
+        self.check_present()
         weights = [t for module in self.modules.values() for t in adapter_tensors(module, self.name)]
         if not all(isinstance(t, Tensor) for t in weights):
             self._check_layers()
@@ -150,6 +153,17 @@ class Attached:
                 f"the weights of adapter {self.name!r} are not those that its posterior was made from (first difference in layer "
                 f"{changed!r}). Fix: adapter.refresh(), then search sigma again"
             )
+
+    def check_present(self) -> None:
+        """Raise unless the layers are in the model, with this posterior."""
+        if not self.is_attached:
+            raise SamplingError(f"adapter {self.name!r} was unloaded; call tfb_ext.bayesianize again")
+        whole = all(beside.get(own) is part for beside, own, part in self._edges)
+        if not whole or not all(u.is_attached() and self._is_plain(u.module) for u in self.updates):
+            self._check_layers()
+
+    def _is_plain(self, module: Any) -> bool:
+        return self.name in module.lora_A and self.name not in module.lora_variant
 
     def _check_layers(self) -> None:
         """Raise for the first layer that is not as it was."""
@@ -169,7 +183,7 @@ class Attached:
                     f"adapter {self.name!r} has no weights in layer {name!r} (deleted, quantised?), expected those that the posterior was made "
                     f"from. Fix: load the adapter again and {again}"
                 )
-            if not update.is_attached():
+            if not update.is_attached() or self.name in module.lora_variant:
                 raise SamplingError(
                     f"layer {name!r} holds no posterior of this object any more (loaded or Bayesianised anew?), expected its own. "
                     f"Fix: {again}"
@@ -180,7 +194,8 @@ class Attached:
         wanted, off = [self.name], 0
         for update, module, beside, own in self._places:
             state = module.__dict__  # at every call: nn.Module's attribute access would cost several times as much
-            if beside.get(own) is not module or state.get("tfb_updates", {}).get(self.name) is not update:
+            here = beside.get(own) is module and state.get("tfb_updates", {}).get(self.name) is update
+            if not here or self.name in state["lora_variant"]:
                 self.check()
             active = state["_active_adapter"]
             disabled = state["_disable_adapters"]

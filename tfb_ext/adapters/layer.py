@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import SamplingError, UnsupportedModelError
+from ..errors import SamplingError
 from ..posterior.canonical import LayerPosterior
 from .base import SUPPORTED, accumulate_, accumulates, float_type, linear_columns
 from .samples import MEAN
@@ -39,22 +39,26 @@ class SampledLayer(nn.Module):
     tfb_open: SampledUpdate | None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        update: SampledUpdate | None = self.tfb_open
+        update: SampledUpdate | None = self.__dict__.get("tfb_open")  # others may keep this method beyond the posterior
         if update is None or not update.is_active():
-            return super().forward(x, *args, **kwargs)
+            return plain_class(self).forward(self, x, *args, **kwargs)
         if not args and not kwargs and update.writes_first(x):
             return update.written_first(x)
         if not update.is_random():
             return super().forward(x, *args, **kwargs)
         others = [name for name in self.active_adapters if name != update.adapter and name in self.lora_A]
         if not others:
-            return update.added(x, self.base_layer(x, *args, **kwargs))
+            result = self.base_layer(x, *args, **kwargs)
+            return update.added(x, result.clone() if self.base_layer._forward_hooks else result)
         active, self._active_adapter = self._active_adapter, others
         try:
             result = super().forward(x, *args, **kwargs)
         finally:
             self._active_adapter = active
         return update.added(x, result)
+
+    def _get_name(self) -> str:
+        return str(plain_class(self).__name__)  # in PEFT's reports the layer is what it was
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if any(update.state.batch is not None for update in self.tfb_updates.values()):
@@ -115,7 +119,13 @@ class SampledUpdate:
         self.full_rank = posterior.family == "full-rank"
         self.buffers = (f"tfb_basis_{adapter}", f"tfb_mean_{adapter}")
         self.group: list[SampledUpdate] = [self]
-        self.owner: Callable[[], Any] = lambda: None
+        self.values: tuple[Tensor, ...] = ()  # the buffers as they were written
+        self.owner: Callable[[], Any] = _nobody
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy keeps the buffers, which the copied layer does not have."""
+        kept = tuple(self.module._buffers[name] for name in self.buffers) if self.is_attached() else ()
+        return {**self.__dict__, "owner": _nobody, "values": kept}
 
     def attach(self, posterior: LayerPosterior, owner: Any) -> None:
         """Put the posterior beside the adapter's weights, in buffers that no checkpoint holds, and let the layer sample."""
@@ -126,22 +136,32 @@ class SampledUpdate:
             module.tfb_updates, module.tfb_open = {}, None
         self.owner = weakref.ref(owner)
         module.tfb_updates[self.adapter] = self
-        self.write(posterior)
+        if self.values:  # of a copy
+            for name, value in zip(self.buffers, self.values, strict=True):
+                module.register_buffer(name, value, persistent=False)
+        else:
+            self.write(posterior)
 
     def write(self, posterior: LayerPosterior) -> None:
         module = self.module
         device = module.lora_A[self.adapter].weight.device
+        if device.type == "meta":  # offloaded
+            device = next(
+                (module._buffers[n].device for n in self.buffers if n in module._buffers), torch.device("cpu")
+            )
         # The products round the basis to the base's type, so it is kept in that. M + sigma E is rounded once, as a sum.
         self.base_type = float_type(module)
         half = self.base_type in (torch.bfloat16, torch.float16)
         basis = posterior.basis.to(device, self.base_type if half else torch.float32)
-        for name, value in zip(self.buffers, (basis, posterior.mean.to(device)), strict=True):
+        self.values = (basis, posterior.mean.to(device))
+        for name, value in zip(self.buffers, self.values, strict=True):
             module.register_buffer(name, value, persistent=False)
 
     def restore_types(self, posterior: LayerPosterior) -> None:
-        """Make the buffers anew where the model was converted (``model.to(dtype)``), which rounded them."""
-        mean = self.module._buffers[self.buffers[1]]
-        if not mean.is_meta and (mean.dtype != torch.float32 or float_type(self.module) != self.base_type):
+        """Make the buffers anew where the model was moved or converted (``model.to(dtype)``), which may have rounded them."""
+        found = [self.module._buffers[name] for name in self.buffers]
+        same = all(now is then for now, then in zip(found, self.values, strict=True))
+        if not any(value.is_meta for value in found) and not (same and float_type(self.module) == self.base_type):
             self.write(posterior)
 
     def is_attached(self) -> bool:
@@ -151,8 +171,12 @@ class SampledUpdate:
         module = self.module
         if not self.is_attached():
             return
+        hook = module.__dict__.get("_hf_hook")  # accelerate's, which puts back what it found
         for name in self.buffers:
             delattr(module, name)
+            for each in (hook, *getattr(hook, "hooks", ())):
+                getattr(each, "original_devices", {}).pop(name, None)
+        self.values = ()
         del module.tfb_updates[self.adapter]
         if not module.tfb_updates:
             del module.tfb_updates, module.tfb_open
@@ -194,6 +218,8 @@ class SampledUpdate:
         """The layer's output (..., m) of ``x`` (..., n), by the update, onto which the base product accumulates."""
         state, version = self.state, _version(x)
         shared = state.shared
+        if state.seen is not None:
+            state.asked.add(self.name)
         if shared is None or shared.x is not x or shared.version != version or self.name not in shared.updates:
             shared = state.shared = self._share(x, version)
         y = shared.updates.pop(self.name)
@@ -232,7 +258,7 @@ class SampledUpdate:
 
     def _join(self, x: Tensor, version: int) -> None:
         """Learn that this layer reads what the layer before it read, so that the next forward reads it once for both."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or x.is_inference():  # whose writes do not count
             return
         last = self.state.last
         if last is not None and last[1]() is x and last[2] == version:
@@ -250,6 +276,8 @@ class SampledUpdate:
         batch, module = self.state.batch, self.module
         assert batch is not None
         self.state.check_rows(self.name, x)
+        if self.state.seen is not None:
+            self.state.asked.add(self.name)
         sigma, samples, seed = batch.tensors(x.device)
         scaling = module.scaling[self.adapter]  # the layer's own: PEFT's rescaling helpers change it
         basis, mean = (getattr(module, name) for name in self.buffers)
@@ -274,6 +302,10 @@ class SampledUpdate:
         return y.view(result.shape)
 
 
+def _nobody() -> None:
+    """The owner of a posterior whose adapter is gone."""
+
+
 def _matrix(x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -282,46 +314,6 @@ def _matrix(x: Tensor) -> Tensor:
 def _version(x: Tensor) -> int:
     """Changes when ``x`` is written to. Tensors of inference mode and of a trace do not count."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
-def check_layer(name: str, module: Any, adapter: str, own: SamplingState | None = None) -> None:
-    """Refuse a layer that cannot carry a posterior, naming it, the reason and the way out; changes nothing.
-
-    ``own``: the state of a posterior that the layer may carry already.
-    """
-
-    def refuse(reason: str, way_out: str) -> None:
-        raise UnsupportedModelError(f"layer {name!r} ({plain_class(module).__name__}): {reason}; {way_out}")
-
-    update = updates_of(module).get(adapter)
-    if update is not None and update.state is not own and update.owner() is not None:
-        refuse(f"adapter {adapter!r} is Bayesian already", "call unload() on its BayesianAdapter first")
-    variant = module.lora_variant.get(adapter)
-    if variant is not None:
-        refuse(
-            f"adapter {adapter!r} uses PEFT's {type(variant).__name__}, whose update is not B A x",
-            "only plain LoRA (with rsLoRA, rank patterns, lora_bias, PiSSA, OLoRA, LoftQ) has a TFB posterior",
-        )
-    if plain_class(module) not in SUPPORTED:
-        refuse(
-            "this kind of LoRA layer is not supported",
-            f"supported: {', '.join(cls.__module__ + '.' + cls.__name__ for cls in SUPPORTED)}; "
-            "train the adapter without this module in target_modules",
-        )
-    # accelerate's hooks keep the bound method that they call, which becomes ours; other wrappers keep it where nobody finds it.
-    own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
-    if own is not None and getattr(own, "__func__", None) not in (SampledLayer.forward, plain_class(module).forward):
-        refuse("its forward was replaced, and would not sample", "call tfb_ext.bayesianize before replacing it")
-    if module.merged:
-        refuse(f"adapters {module.merged_adapters} are merged into the weights", "call unmerge_adapter() first")
-    weight = getattr(module.get_base_layer(), "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype == torch.float64:
-        refuse("its weight is float64, expected float32, bfloat16 or float16", "convert the model: model.float()")
-    for part in (module.lora_A[adapter], module.lora_B[adapter]):
-        if not isinstance(part.weight, Tensor):
-            refuse(f"its adapter is a {type(part).__name__} without a weight tensor", "quantise the base model alone")
-        if type(part.weight).__name__ == "DTensor":
-            refuse("its adapter weight is a DTensor shard", "gather the adapter's weights first")
 
 
 def head_columns(head: Any, hidden: Tensor, columns: Tensor) -> Tensor:
@@ -334,7 +326,7 @@ def head_columns(head: Any, hidden: Tensor, columns: Tensor) -> Tensor:
         if type(head) is nn.Linear:
             return linear_columns(head, hidden, columns)
         update = head.tfb_open if isinstance(head, SampledLayer) else None
-        if update is not None and type(head.base_layer) is nn.Linear and head.active_adapters == [update.adapter]:
+        if update is not None and accumulates(head.base_layer, hidden) and head.active_adapters == [update.adapter]:
             if head.disable_adapters or (update.is_active() and update.is_random()):
                 base = linear_columns(head.base_layer, hidden, columns)
                 return base if head.disable_adapters else update.added(hidden, base, columns)

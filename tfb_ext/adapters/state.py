@@ -75,6 +75,7 @@ class SamplingState:
         tokens: positions of a row in it.
         layout: by layer name, how its input's rows lie; ``None`` where that is not known.
         seen: while a list, sampled layers write the shapes of their inputs there and nothing is checked.
+        asked: while ``seen`` is a list, the layers that gave their own output.
         missed: random layers that ran before the fan, which the model's hook turns into an error.
         shared: computed for the next layers that get the same input.
         last: the layer that read its input last, that input, and its version.
@@ -91,6 +92,7 @@ class SamplingState:
         self.tokens = 0
         self.layout: Mapping[str, RowLayout] | None = None
         self.seen: list[tuple[str, tuple[int, ...]]] | None = None
+        self.asked: set[str] = set()
         self.missed: list[str] = []
         self.shared: SharedInput | None = None
         self.last: tuple[Any, weakref.ref[Tensor], int] | None = None
@@ -100,6 +102,12 @@ class SamplingState:
 
     def renew(self) -> None:
         self.number = uuid.uuid4().hex
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copy has nothing of a context
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
 
     @contextmanager
     def serving(

@@ -46,6 +46,8 @@ class Fan:
         self.repeater = Repeater(len(view.batch), layout)
         self.trunk = TrunkPass(list(self.anatomy.blocks), first, view.trunk)
         self.pending: Tensor | None = None
+        # The caller's hooks on the head see its whole input, and the fold what they make of its output.
+        self.hooked = bool(self.anatomy.head._forward_hooks or self.anatomy.head._forward_pre_hooks)
         self.broken = False  # did the last forward raise once its rows were laid out?
         self.one_position = False  # does the forward in progress need the last block at its last position alone?
         text: Any = self.anatomy.model.config.get_text_config()
@@ -205,6 +207,8 @@ class Fan:
                 f"{self.rows}) first. Fix: {ONE_SAMPLE}"
             )
         self.pending = hidden
+        if self.hooked:
+            return (hidden, *args[1:]), kwargs
         if self.view.columns is not None:
             return (hidden[:0], *args[1:]), kwargs
         piece = self.samples_per_piece(head, hidden)
@@ -227,7 +231,8 @@ class Fan:
         targets = self.checked_targets(head, hidden)
         folding = Folding(self.kind, view.keep_samples, targets, view.observe)
         if view.columns is not None:
-            output = head_columns(head, hidden, view.columns)
+            columns = view.columns.to(output.device)
+            output = output.index_select(-1, columns) if self.hooked else head_columns(head, hidden, columns)
             piece = size
         else:
             piece = output.shape[0] // self.rows if self.rows else size

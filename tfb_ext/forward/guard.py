@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from ..adapters.attached import Attached
 from ..adapters.samples import SampleBatch
 from ..adapters.state import ONE_SAMPLE, RowLayout
-from ..errors import GuardError
+from ..errors import GuardError, SamplingError
 from .contexts import check_free, fanned, laid_out
 from .fold import Folding, Predictive
 from .rows import Layout, check_packing
@@ -100,7 +101,8 @@ class Guard:
         model = self.attached.anatomy.model
         weight = next(model.parameters())
         attention = getattr(model.config, "_attn_implementation", None)
-        return (first, by_fan, batch.mode, weight.dtype, weight.device, attention)
+        replaced = tuple(u.name for u in self.attached.updates if "forward" in u.module.__dict__)
+        return (first, by_fan, batch.mode, weight.dtype, weight.device, attention, replaced)
 
 
 def _learn(
@@ -278,12 +280,20 @@ class _Trial(TinyCalls):
             context: Any = fanned(self.attached, self.first, Predictive(batch), Layout({}, arguments))
         else:
             context = laid_out(self.attached, self.first, batch, None)
+        called: list[str] = []
+        random = [u for u in self.attached.updates if u.block >= self.first]
+        hooks = [u.module.register_forward_pre_hook(partial(_note, called, u.name)) for u in random]
         with context:
-            state.seen = seen
+            state.seen, state.asked = seen, set()
             try:
                 outputs = [out for call in calls for out in call(1 if self.by_fan else len(SAMPLES))]
             finally:
                 state.seen = None
+                for hook in hooks:
+                    hook.remove()
+        missing = sorted(set(called) - state.asked)
+        if missing:
+            raise SamplingError(f"layer {missing[0]!r} never asked its posterior; was its forward replaced?")
         return outputs if self.by_fan else [self.values(out).unflatten(0, (len(SAMPLES), -1)) for out in outputs]
 
     def _expected(self, separate: list[Tensor]) -> list[Tensor]:
@@ -314,6 +324,10 @@ class _Trial(TinyCalls):
             if layout == "tokens" or name not in found:
                 found[name] = layout
         return found, ""
+
+
+def _note(called: list[str], name: str, module: Any, args: Any) -> None:
+    called.append(name)
 
 
 def _rms(values: Tensor) -> float:

@@ -142,7 +142,7 @@ def _ordinary_tokens(model: Any) -> Tensor:
 def undisturbed(attached: Attached) -> Iterator[None]:
     """Inside, calls of the model would sample, whatever mode it is in and whichever adapter is active; they leave nothing on it."""
     model = attached.anatomy.model
-    with _unchanged(model), _plain_text(model), torch.no_grad():
+    with _unchanged(model), _plain_text(model), torch.inference_mode(False), torch.no_grad():
         for part in model.modules():
             part.training = False
         for module in attached.modules.values():
