@@ -200,7 +200,10 @@ def run(app: Callable[[], Any]) -> None:
 
 
 def _discard_output() -> None:
-    """Standard output is broken: what is left in its buffer must not fail once more at the interpreter's end."""
+    """Where standard output is broken, what is left in its buffer must not fail once more at the interpreter's end."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
