@@ -355,6 +355,7 @@ def fresh_base(seed: int = 0) -> Any:
     return zoo.peft_model("llama-head", seed=seed).unload()
 
 
+@pytest.mark.slow
 def test_save_and_load(tmp_path: Path) -> None:
     adapter = tfb_ext.bayesianize(zoo.peft_model("llama-head"), sigma=0.37, seed=2**63 + 5, depth=3, antithetic=False)
     adapter.search = {"reason": "by hand", "evaluations": [[0.1, 0.5]]}

@@ -234,6 +234,7 @@ def test_refuses_what_cannot_stop() -> None:
 # The scorer's part --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", zoo.slow_but([2, 9, 1000], 9))
 def test_out_of_memory_keeps_the_trunk_in_halves(most: int) -> None:
     """Whether the first batches or the packed ones do not fit: rows below run once, and samples are the same."""

@@ -39,6 +39,7 @@ def test_unknown_switch_is_an_error() -> None:
     assert "TFB_EXT_BUILD is 'gpu', expected auto, cpu or cuda" in run.stderr
 
 
+@pytest.mark.slow
 def test_cuda_build_names_what_is_missing() -> None:
     # Without nvcc anywhere the CUDA build must refuse, whether or not torch has CUDA.
     run = setup_py("cuda", PATH="/nonexistent", CUDA_HOME="/nonexistent")

@@ -155,6 +155,7 @@ def test_search_then_evaluate_and_predict_with_the_saved_sigma(llama: Folders, t
     assert override["sigma"] == pytest.approx(0.9) and override["items"][0]["standard_error"] == [None, None]
 
 
+@pytest.mark.slow
 def test_tables_for_people(llama: Folders, tmp_path: Path) -> None:
     saved = tmp_path / "bayes"
     result = works(
@@ -231,6 +232,7 @@ def test_out_of_distribution_with_another_number_of_samples(llama: Folders, tmp_
     assert 0 <= found["selective"]["tfb"]["total"]["aurc"] <= 1
 
 
+@pytest.mark.slow
 def test_selective_without_errors_has_no_auroc(llama: Folders, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in llama.test.read_text().splitlines()][:3]
     common = ("-a", llama.adapter, *HERE, "--sigma", 1e-6, "-n", 2)
@@ -336,6 +338,7 @@ def test_scores_that_cannot_be(llama: Folders, classifier: Folders, fails: Any) 
     )
 
 
+@pytest.mark.slow
 def test_classifier(classifier: Folders, tmp_path: Path) -> None:
     common = ("-a", classifier.adapter, *HERE, "-n", 4)
     found = document("search", *common, "-d", classifier.anchors, "--save", tmp_path / "bayes")
@@ -389,6 +392,7 @@ def test_missing_extension_is_one_sentence() -> None:
 # Failures -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_errors_are_one_sentence(llama: Folders, tmp_path: Path, fails: Any) -> None:
     bad_label, two_tokens = tmp_path / "label.jsonl", tmp_path / "tokens.jsonl"
     bad_label.write_text(json.dumps({"prompt": "area", "choices": small_folders.CHOICES, "label": "maybe"}) + "\n")

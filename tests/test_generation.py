@@ -622,6 +622,7 @@ def test_classifiers_do_not_generate() -> None:
         generate(bayesian("llama-cls"), zoo.prompt(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", zoo.slow_but([{}, {"do_sample": True}], {}))
 def test_nan_names_the_module(options: dict[str, Any]) -> None:
     adapter = bayesian()

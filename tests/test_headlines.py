@@ -28,6 +28,7 @@ def texts(name: str) -> list[str]:
     return [example.prompt for example in load_split(name)]
 
 
+@pytest.mark.slow
 def test_every_headline_is_in_one_split(shop: Path) -> None:
     prompts = [prompt for name in BUCKETS for prompt in texts(name)]
     published = {json.loads(line)["input"][-1]["content"] for line in headline_lines(600)}

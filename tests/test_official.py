@@ -243,6 +243,7 @@ def test_with_the_same_draws_both_searches_are_the_same() -> None:
     assert run.metrics == pytest.approx(run.official_metrics, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_with_draws_of_their_own_they_are_alike() -> None:
     run = both(3, steps_apart=True, shared=False)
     assert run.nll == pytest.approx(run.official_nll, rel=0.5)

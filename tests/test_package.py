@@ -69,6 +69,7 @@ def test_errors_are_the_builtin_kinds_too() -> None:
     assert issubclass(tfb_ext.errors.ConfigError, ValueError)
 
 
+@pytest.mark.slow
 def test_no_pickle_and_no_global_generator() -> None:
     """Files are safetensors and JSON; what torch draws comes from a generator of its own, or from a fork of the global one."""
     forbidden = {"pickle", "torch.save", "torch.load", "torch.normal"}

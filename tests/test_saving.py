@@ -112,6 +112,7 @@ def test_killed_at_any_step_the_folder_is_the_old_or_the_new_one(tmp_path: Path)
     assert number > 8 and outcomes[-1] and not outcomes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", zoo.slow_but([OSError, KeyboardInterrupt], OSError))
 def test_failed_at_any_step_the_folder_is_the_old_or_the_new_one(error: type[BaseException], tmp_path: Path) -> None:
     old, new = two_adapters()
@@ -144,6 +145,7 @@ def test_a_new_sigma_replaces_one_file_and_keeps_the_folder(tmp_path: Path) -> N
     assert place.stat().st_ino == inode and tfb_ext.load(adapter.unload().unload(), place).sigma == 0.7
 
 
+@pytest.mark.slow
 def test_in_the_current_folder_and_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = two_adapters()
     place = old_folder(tmp_path, old)

@@ -60,6 +60,7 @@ class Results(TorchDispatchMode):
 # Equal to separate passes, however it is cut ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", zoo.slow_but(["all", 2, 1, "head"], 1))
 def test_equals_separate_passes_however_it_is_cut(depth: int | str) -> None:
     adapter = bayesian("llama-head", depth=depth)

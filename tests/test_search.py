@@ -403,6 +403,7 @@ def test_auto_takes_the_smallest_sigma_near_the_lowest_nll_of_good_labels() -> N
     assert min(e.nll for e in result.evaluations) < result.baseline.nll - 0.05
 
 
+@pytest.mark.slow
 def test_auto_counts_flips_of_memorised_anchors() -> None:
     adapter, anchors = overconfident(wrong_every=0, factor=2000.0)
     result = look(adapter, anchors)
@@ -414,6 +415,7 @@ def test_auto_counts_flips_of_memorised_anchors() -> None:
         look(adapter, anchors, recipe="paper", apply=False)
 
 
+@pytest.mark.slow
 def test_auto_counts_flips_without_labels() -> None:
     adapter, anchors = overconfident()
     result = look(adapter, replace(anchors, labels=[None, *anchors.labels[1:]]))
@@ -471,6 +473,7 @@ def test_trunk_runs_once_a_search() -> None:
     assert result.tokens == sum(map(len, anchors.token_ids)) * (1 + SAMPLES * len(result.evaluations))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("depth", "kept"), zoo.slow_but([(2, 2), (0.25, 1), (4, "all"), ("all", "all"), (1.0, "all")], (2, 2))
 )
@@ -499,6 +502,7 @@ def test_deterministic_and_seeded() -> None:
     assert look(adapter, anchors).evaluations != first.evaluations
 
 
+@pytest.mark.slow
 def test_apply() -> None:
     adapter, anchors = overconfident()
     result = look(adapter, anchors, depth=2, apply=False)
@@ -530,6 +534,7 @@ def test_save_and_load(tmp_path: Any) -> None:
     assert raw == json.loads(json.dumps(result.to_dict()))
 
 
+@pytest.mark.slow
 def test_one_anchor_has_no_standard_error_and_still_saves(tmp_path: Any) -> None:
     adapter, anchors = overconfident()
     with warnings.catch_warnings():
@@ -544,6 +549,7 @@ def test_one_anchor_has_no_standard_error_and_still_saves(tmp_path: Any) -> None
     again.plot(tmp_path / "a.png")
 
 
+@pytest.mark.slow
 def test_printed_table() -> None:
     adapter, anchors = overconfident()
     result = look(adapter, anchors, metric="accuracy", tolerance=0.25, depth=2)
@@ -575,6 +581,7 @@ def test_band_and_plot(tmp_path: Any) -> None:
         (tmp_path / "a.png").unlink()
 
 
+@pytest.mark.slow
 def test_summary_ends_in_the_adapters_config(tmp_path: Any) -> None:
     adapter, anchors = overconfident()
     result = look(adapter, anchors, depth=2)

@@ -45,6 +45,7 @@ class Interrupt:
             raise self.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", zoo.slow_but([KeyboardInterrupt, RuntimeError], KeyboardInterrupt))
 @pytest.mark.parametrize("at", zoo.slow_but([4, 6, 11], 6))
 def test_goes_on_where_it_was_interrupted(error: type[BaseException], at: int, tmp_path: Path) -> None:
@@ -68,6 +69,7 @@ def test_goes_on_where_it_was_interrupted(error: type[BaseException], at: int, t
     assert counter.calls == batches * (1 + len(whole.evaluations)) - (at - 1)
 
 
+@pytest.mark.slow
 def test_a_finished_search_costs_nothing_and_another_rule_uses_its_results(tmp_path: Path) -> None:
     adapter, anchors = prepared()
     path = tmp_path / "search.json"

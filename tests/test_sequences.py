@@ -161,6 +161,7 @@ def measured(p: Tensor, mean: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", zoo.slow_but(["sequence", "token"], "sequence"))
 @pytest.mark.parametrize("by_length", zoo.slow_but([False, True], True))
 @pytest.mark.parametrize(
@@ -193,6 +194,7 @@ def gap(probabilities: Tensor, targets: Tensor) -> Tensor:
     return 1 - probabilities.gather(1, targets[:, None])[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -224,11 +226,13 @@ def test_recipes_and_metrics_end_on_what_predict_gives(options: dict[str, Any]) 
         assert chosen.value == pytest.approx(float(gap(p, labels).mean()), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_unlabelled_anchors_are_judged_by_flips() -> None:
     found = look(bayesian(), small_sets.sequences(12))
     assert (found.metric, found.labelled, found.anchors) == ("flips", False, 12) and found.satisfied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", zoo.slow_but([1, 5, None], 5))
 def test_batches_and_memory_change_nothing(batch_size: int | None) -> None:
     """Rows of one item that do not fit together go one after the other, and are put together again."""
@@ -277,6 +281,7 @@ def test_early_stop_sees_fewer_items() -> None:
     assert early.tokens < 120 * 4 * 20 * SAMPLES * len(early.evaluations)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_of_these_choices_and_this_score(tmp_path: Path) -> None:
     adapter = bayesian()
     anchors = labelled(adapter)

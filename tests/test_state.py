@@ -391,6 +391,7 @@ def test_copies_inside_a_context_are_refused(context: str) -> None:
     assert_right(adapter)
 
 
+@pytest.mark.slow
 def test_a_lost_handle_can_be_made_anew() -> None:
     adapter = bayesian()
     model = adapter.model

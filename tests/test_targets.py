@@ -133,6 +133,7 @@ def test_set_anew_before_each_call() -> None:
         assert view.target_log_probabilities is None
 
 
+@pytest.mark.slow
 def test_full_graph_compile_equals_eager() -> None:
     adapter, batch = bayesian("llama", 2), zoo.batch_for("llama")
     targets = next_tokens(batch)
