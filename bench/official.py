@@ -226,7 +226,7 @@ def official_adapter(peft: PeftModel, adapter: str, seed: int) -> Iterator[Offic
             raise ValueError(
                 f"a layer's B is {tuple(module.lora_B[adapter].weight.shape)}, expected no more ranks than rows"
             )
-    twin = OfficialAdapter(peft, adapter, layers, seed)
+    authors = OfficialAdapter(peft, adapter, layers, seed)
     kept = []
     try:
         for number, module in enumerate(layers):
@@ -235,8 +235,8 @@ def official_adapter(peft: PeftModel, adapter: str, seed: int) -> Iterator[Offic
             u, d, vh = torch.linalg.svd(b.detach().float(), full_matrices=False)
             b.data.copy_(u * d)
             a.data.copy_(vh @ a.detach().float())
-            module.forward = partial(twin.forward, number, module.forward)
-        yield twin
+            module.forward = partial(authors.forward, number, module.forward)
+        yield authors
     finally:
         for module, (a, old_a, b, old_b) in zip(layers, kept, strict=False):
             a.data.copy_(old_a)
@@ -299,16 +299,16 @@ def official_search(
         seed: of torch's generator on the model's device.
         noise: other draws than that generator's.
     """
-    with official_adapter(peft, adapter, seed) as twin:
-        twin.noise = twin.noise if noise is None else noise(twin)
-        cuda = twin.device.type == "cuda"
-        now = clock(twin.device)
-        batches = twin.batches(anchors, batch_size)
+    with official_adapter(peft, adapter, seed) as authors:
+        authors.noise = authors.noise if noise is None else noise(authors)
+        cuda = authors.device.type == "cuda"
+        now = clock(authors.device)
+        batches = authors.batches(anchors, batch_size)
         if cuda:
-            torch.cuda.synchronize(twin.device)
-            torch.cuda.reset_peak_memory_stats(twin.device)
+            torch.cuda.synchronize(authors.device)
+            torch.cuda.reset_peak_memory_stats(authors.device)
         start = now()
-        mean = twin.probabilities(batches)
+        mean = authors.probabilities(batches)
         labels = mean.argmax(dim=-1)
         baseline = pseudo_nll(mean, labels)
         seconds_baseline = now() - start
@@ -317,9 +317,9 @@ def official_search(
 
         def nll_at(sigma: float) -> float:
             start = now()
-            twin.decompose(sigma)
+            authors.decompose(sigma)
             decomposed = now()
-            nll = pseudo_nll(twin.probabilities(batches, samples), labels)
+            nll = pseudo_nll(authors.probabilities(batches, samples), labels)
             seconds_per_step.append(now() - start)
             seconds_decompose.append(decomposed - start)
             return nll
@@ -333,7 +333,7 @@ def official_search(
             seconds_baseline,
             tuple(seconds_per_step),
             tuple(seconds_decompose),
-            torch.cuda.max_memory_allocated(twin.device) if cuda else 0,
+            torch.cuda.max_memory_allocated(authors.device) if cuda else 0,
         )
 
 

@@ -82,16 +82,16 @@ class SharedNoise:
         ValueError: the two bases do not span the same range.
     """
 
-    def __init__(self, adapter: BayesianAdapter, twin: OfficialAdapter) -> None:
+    def __init__(self, adapter: BayesianAdapter, authors: OfficialAdapter) -> None:
         self.seed = adapter.seed
         self.sample = 0
         self.drawn: dict[tuple[Any, ...], Tensor] = {}
         modules = lora_layers(adapter.model, adapter.layers)
         posteriors = {id(m): p for m, p in zip(modules, adapter.posteriors, strict=True)}
-        self.posteriors = [posteriors[id(module)] for module in twin.layers]
+        self.posteriors = [posteriors[id(module)] for module in authors.layers]
         self.turns = []
-        for module, posterior in zip(twin.layers, self.posteriors, strict=True):
-            theirs = torch.nn.functional.normalize(module.lora_B[twin.name].weight.float(), dim=0)
+        for module, posterior in zip(authors.layers, self.posteriors, strict=True):
+            theirs = torch.nn.functional.normalize(module.lora_B[authors.name].weight.float(), dim=0)
             turn = theirs.T @ posterior.basis.to(theirs)
             off = float((turn @ turn.T - torch.eye(len(turn), device=turn.device)).abs().max())
             if off > 0.01:
@@ -164,17 +164,17 @@ def compare(
     )
     predicted = tfb_ext.predict(adapter, test, samples, sigma=ours.sigma, batch_size=batch_size).probabilities
 
-    def noise(twin: OfficialAdapter) -> Noise:
-        return SharedNoise(adapter, twin) if shared else twin.noise
+    def noise(authors: OfficialAdapter) -> Noise:
+        return SharedNoise(adapter, authors) if shared else authors.noise
 
     theirs = official_search(
         adapter.model, adapter.name, anchors, samples=samples, tolerance=tolerance, batch_size=batch_size, seed=run,
         noise=noise,
     )  # fmt: skip
-    with official_adapter(adapter.model, adapter.name, 2**32 + run) as twin:
-        twin.noise = noise(twin)
-        twin.decompose(theirs.sigma)
-        official = twin.probabilities(twin.batches(test, batch_size), samples).cpu()
+    with official_adapter(adapter.model, adapter.name, 2**32 + run) as authors:
+        authors.noise = noise(authors)
+        authors.decompose(theirs.sigma)
+        official = authors.probabilities(authors.batches(test, batch_size), samples).cpu()
     first = theirs.evaluations[0]
     labels = test.labels_tensor()
     return Parity(

@@ -176,14 +176,14 @@ class Setting:
         ours = tfb_ext.predict(self.adapter, few, 0).probabilities
         activate(self.peft, "theirs")
         now, seconds = clock(self.device), {}
-        with official_adapter(self.peft, "theirs", 0) as twin:
-            theirs = twin.probabilities(twin.batches(few, self.load.batch_sizes[0])).cpu()
-            twin.decompose(LOW)
+        with official_adapter(self.peft, "theirs", 0) as authors:
+            theirs = authors.probabilities(authors.batches(few, self.load.batch_sizes[0])).cpu()
+            authors.decompose(LOW)
             for size in self.load.batch_sizes:
-                batches = twin.batches(few, size)
-                twin.probabilities(batches[:1])
+                batches = authors.batches(few, size)
+                authors.probabilities(batches[:1])
                 start = now()
-                twin.probabilities(batches, 2)
+                authors.probabilities(batches, 2)
                 seconds[size] = now() - start
         labels = ours.argmax(dim=-1)
         nll = pseudo_nll(ours, labels), pseudo_nll(theirs, labels)

@@ -59,7 +59,7 @@ def footprint(adapter: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "depth"), DEPTHS)
 def test_equals_separate_passes(name: str, depth: str | int, device: str) -> None:
     adapter = bayesian(name, device, depth=depth)
-    exact_adapter = zoo.twin64(adapter)
+    exact_adapter = zoo.float64_copy(adapter)
     for rows in (1, 3):
         batch = zoo.batch_for(name, rows, device)
         keep = zoo.real_positions(name, batch)
@@ -86,7 +86,7 @@ def test_bfloat16_is_within_its_own_rounding(name: str, device: str) -> None:
     adapter = bayesian(name, device, dtype=torch.bfloat16, depth=2)
     batch = zoo.batch_for(name, device=device)
     keep = zoo.real_positions(name, batch)
-    exact_adapter = zoo.twin64(adapter)
+    exact_adapter = zoo.float64_copy(adapter)
     exact = zoo.separate_passes(exact_adapter, range(SAMPLES), SIGMA, log_probabilities(exact_adapter, batch))
     low = zoo.separate_passes(adapter, range(SAMPLES), SIGMA, log_probabilities(adapter, batch))
     with adapter.predictive(SAMPLES):

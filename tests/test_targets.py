@@ -56,7 +56,7 @@ def test_equal_separate_passes(name: str, depth: Any, several: int, left: bool, 
     adapter = bayesian(name, depth, device)
     batch = zoo.moved(zoo.inputs(3, left=left), device)
     targets = next_tokens(batch, several)
-    exact_adapter = zoo.twin64(adapter)
+    exact_adapter = zoo.float64_copy(adapter)
     exact, low = oracle(exact_adapter, batch, targets), oracle(adapter, batch, targets)
     with adapter.predictive(SAMPLES, targets=targets) as view:
         logits = adapter.model(**batch).logits

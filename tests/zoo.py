@@ -202,7 +202,7 @@ def compared(adapter: Any, *depths: Any) -> Any:
     return adapter
 
 
-def twin64(adapter: Any) -> Any:
+def float64_copy(adapter: Any) -> Any:
     """The same Bayesian adapter on a float64 copy of its model; only for :func:`separate_passes`.
 
     Eager attention makes its softmax in float32, where a float64 mask is minus infinity: such a copy stays float32.

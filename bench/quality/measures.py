@@ -1,9 +1,9 @@
-"""Measures of predictions: accuracy, calibration, and how well the uncertainty knows errors and strangers.
+"""Measures of predictions: accuracy, calibration, and how well the uncertainty ranks errors and out-of-distribution prompts.
 
 Accuracy, ECE, NLL and Brier are ``tfb_ext.evaluate``'s, areas under curves torchmetrics'. Three scores of uncertainty are
 judged, each higher for the more uncertain item: the confidence (minus the top probability), the entropy of the mean probabilities
 (total uncertainty) and the mutual information (epistemic). Where one number has to do: errors by confidence, for that is what a
-prediction is taken or left by, and strangers by entropy, for the mutual information of a single pass is zero, so it cannot
+prediction is taken or left by, and out-of-distribution prompts by entropy, for the mutual information of a single pass is zero, so it cannot
 compare methods; all three are in every row.
 """
 
@@ -44,7 +44,7 @@ class Predicted:
 
 
 def measure(predicted: Predicted) -> dict[str, float | None]:
-    """Every measure by name; an area that does not exist (no error, no stranger) is None."""
+    """Every measure by name; an area that does not exist (no error, no out-of-distribution prompt) is None."""
     metrics = tfb_ext.evaluate(predicted.probabilities, predicted.labels)
     values: dict[str, float | None] = {
         "accuracy": metrics.accuracy,

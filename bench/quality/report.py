@@ -31,7 +31,7 @@ COLUMNS = (
     ("nll", "NLL", 1, 3),
     ("brier", "Brier", 1, 3),
     ("auroc_error", "AUROC error", 1, 3),
-    ("auroc_ood", "AUROC stranger", 1, 3),
+    ("auroc_ood", "AUROC OOD", 1, 3),
     ("aurc", "AURC", 1, 3),
 )
 DEPTHS = {"all": "all", "head": "head", 0.5: "1/2", 0.25: "1/4", 0.125: "1/8"}

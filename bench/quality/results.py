@@ -31,7 +31,7 @@ class Row:
         method: ``mean``, ``dropout``, ``ensemble``, ``laplace``, ``blob``, ``tfb``, or one of them with ``+temperature``.
         seed: the training seed; None for an ensemble.
         forwards: what the prediction costs, in forwards of the model: see ``forwards``.
-        outside: (M, C) log probabilities of the strangers, where they are known as a whole.
+        outside: (M, C) log probabilities of the out-of-distribution prompts, where they are known as a whole.
         seconds: of a prediction of a thousand items; None where it was no call of its own.
     """
 

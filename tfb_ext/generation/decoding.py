@@ -37,7 +37,7 @@ def captured_decoding(model: BayesianAdapter | nn.Module) -> Iterator[CapturedDe
     size share their graphs; for the model's own ``generate`` inside ``adapter.predictive(...)`` or outside (then it is the
     plain model); and for any transformers model. Steps that a graph cannot hold run as usual: on the CPU, from caches with
     sliding windows, over several devices, with hidden states or attentions asked for. ``compile_config=`` still compiles.
-    Forward hooks of one's own do not run in a replayed step.
+    Forward hooks of the caller's do not run in a replayed step.
 
     Args:
         model: a Bayesian adapter, a transformers model, or one that PEFT wrapped.

@@ -35,7 +35,7 @@ class Scores:
 def score_tokens(
     adapter: BayesianAdapter, sequences: Tensor, mask: Tensor, start: int, batch: SampleBatch, alternatives: int = 5
 ) -> Scores:
-    """Every sample's opinion of the tokens from position ``start`` on.
+    """Every sample's probabilities of the tokens from position ``start`` on.
 
     Samples and rows are halved while they do not fit into memory. The logits of S samples are made and let go piece by piece.
 
