@@ -1,4 +1,4 @@
-"""The direct way through a layer: taken where it may be, equal to the slot's, shared by layers with one input, put back."""
+"""Through a layer: the update first or the base first, equal outputs, one pass for layers with one input."""
 
 from __future__ import annotations
 
@@ -88,19 +88,19 @@ def test_an_input_that_was_changed_in_between_is_read_again() -> None:
     assert not torch.allclose(changed, before, atol=1e-3)
 
 
-# The direct way and the slot ------------------------------------------------------------------------------------------
+# The update first, and the base first ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("depth", ["all", 1])
-def test_direct_equals_the_slot(depth: Any, dtype: torch.dtype, device: str) -> None:
+def test_update_first_equals_base_first(depth: Any, dtype: torch.dtype, device: str) -> None:
     adapter = bayesian("qwen2", device, dtype=dtype, depth=depth)  # whose q, k and v have a bias
     batch = zoo.batch_for("qwen2", device=device)
     keep = batch["attention_mask"].bool()
     direct = predict(adapter, batch)[:, keep]
     seen: list[int] = []
-    for module in zoo.lora_layers(adapter).values():  # a hook on a base layer sends its calls to PEFT's forward
+    for module in zoo.lora_layers(adapter).values():  # a hook on a base layer has the base run first
         module.get_base_layer().register_forward_pre_hook(lambda *_: seen.append(1))
     slot = predict(adapter, batch)[:, keep]
     assert len(seen) == len(adapter.layers)
@@ -110,7 +110,7 @@ def test_direct_equals_the_slot(depth: Any, dtype: torch.dtype, device: str) -> 
 
 
 def test_blocks_below_cost_what_random_ones_cost() -> None:
-    """The mean adapter takes the direct way too: as many operators below the first random block as in it."""
+    """The mean adapter writes its update first too: as many operators below the first random block as in it."""
     with zoo.Operators() as upper:
         predict(bayesian("llama", depth=1), zoo.batch_for("llama"))
     with zoo.Operators() as whole:
