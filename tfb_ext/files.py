@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ from typing import Any
 from .errors import ConfigError
 
 CONFIG_NAME = "tfb_config.json"  # says what the other files of a folder are, so it is written last
+
+
+def for_json(value: Any) -> Any:
+    """``value`` with None for every number that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {name: for_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [for_json(part) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json_object(path: Path, way_out: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class SampledUpdate:
 
     Attributes:
         module: the LoRA layer.
-        name, layer, rank: as in the posterior.
+        name, layer: as in the posterior.
         block: index of the transformer block that holds the layer.
         group: the updates that were seen to read one input one after the other (q, k and v; gate and up).
         owner: gives the Bayesian adapter, or ``None`` once that is gone.

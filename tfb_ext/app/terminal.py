@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from rich import table as rich_table
 from rich.console import Console
 from rich.text import Text
 
+from ..files import for_json
 from .pages import Table
 
 # Control characters, which a terminal obeys; line breaks and tabs are layout.
@@ -59,15 +59,7 @@ def show_table(table: Table, console: Console | None = None) -> None:
 
 def to_json(document: Any, indent: int | None = None) -> str:
     """The document as JSON, which has no NaN and no infinity: they are null."""
-    return json.dumps(_finite(document), allow_nan=False, indent=indent)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(v) for name, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(for_json(document), allow_nan=False, indent=indent)
 
 
 class Output:

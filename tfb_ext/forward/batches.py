@@ -122,7 +122,7 @@ class Batches:
         self.sequences = encoded if encoded is not None and encoded.choice_tokens is not None else None
         choices = encoded.choice_tokens if encoded is not None and encoded.choice_tokens is not None else ((),)
         self._rows_per_item = len(choices)
-        self._room = room = room_for_tokens(self.model, self.device) if self.device.type == "cuda" else 0
+        room = room_for_tokens(self.model, self.device) if self.device.type == "cuda" else 0
         self._most_rows = batch_size * self._rows_per_item if batch_size else BATCH_CUDA
         self._encoded = encoded
         self._rows = encoded if self.sequences is None else self.sequences.sequences()

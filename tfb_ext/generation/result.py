@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..files import for_json
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -83,7 +85,7 @@ class Generation:
             item |= {name: value[row, :count].tolist() for name, value in columns.items()}
             items.append(item | ({"pieces": list(self.pieces[row])} if self.pieces else {}))
         numbers = {"sigma": self.sigma, "samples": list(self.samples), "seconds": self.seconds}
-        found: dict[str, Any] = _for_json(numbers | {"items": items})
+        found: dict[str, Any] = for_json(numbers | {"items": items})
         return found
 
     @property
@@ -117,12 +119,3 @@ def pieces_of(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tupl
         ends.append(max(ends[-1], len(os.path.commonprefix([decode(tokens[:end]), whole]))))
     ends.append(len(whole))
     return tuple(whole[start:end] for start, end in pairwise(ends))
-
-
-def _for_json(value: Any) -> Any:
-    """The same with None for every number that JSON has no word for."""
-    if isinstance(value, dict):
-        return {name: _for_json(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_for_json(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

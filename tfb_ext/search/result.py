@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from ..checks import check_sigma, is_number
 from ..errors import ConfigError
-from ..files import read_json_object, write_atomically
+from ..files import for_json, read_json_object, write_atomically
 from .criterion import Criterion
 from .records import Records, shortened
 
@@ -150,7 +150,7 @@ class SigmaSearch:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name without the records, ready for JSON, which has no NaN: such numbers are ``None``."""
-        found: dict[str, Any] = _finite(asdict(replace(self, records=None)))
+        found: dict[str, Any] = for_json(asdict(replace(self, records=None)))
         del found["records"]
         return found
 
@@ -192,8 +192,8 @@ class SigmaSearch:
     def summary(self) -> dict[str, Any]:
         """The part that is worth keeping in ``tfb_config.json``."""
         keep = "recipe metric tolerance bound objective method mode samples anchors labelled reason stop confidence".split()
-        kept: dict[str, Any] = _finite({name: getattr(self, name) for name in keep})
-        return kept | {"interval": _finite(list(self.interval))}
+        kept: dict[str, Any] = for_json({name: getattr(self, name) for name in keep})
+        return kept | {"interval": for_json(list(self.interval))}
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -227,14 +227,6 @@ _CHOSEN = "   <- chosen"
 
 def _percent(share: float) -> str:
     return "?" if math.isnan(share) else f"{share:.0%}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(v) for name, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_finite(v) for v in value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _restored(kind: type, raw: Any, name: str) -> Any:
