@@ -17,11 +17,14 @@ from ..errors import SamplingError
 from ..forward import contexts
 from ..forward.anatomy import Anatomy
 from ..forward.fold import Predictive
-from ..forward.guard import Guard
+from ..forward.layouts import Guard
 from ..posterior.canonical import LayerPosterior, canonical_name
 from ..posterior.config import FORMAT_VERSION, check_mode
 from .attached import Attached
-from .depth import Depth, first_random_block
+from .depth import Depth as Depth
+from .depth import Place as Place
+from .depth import Span as Span
+from .depth import first_random_block, span_name, span_tokens
 from .samples import SampleBatch, make_batch
 from .saving import fingerprint, save
 
@@ -39,6 +42,9 @@ class BayesianAdapter:
         seed: 64-bit noise seed.
         depth: random blocks counted from the top, or ``"all"`` or ``"head"``; assign to change it.
         first: index of the first random block.
+        span: which tokens of a row are random: ``"all"``, ``"answer"`` (the position that an answer is read from and what follows
+            it), or so many last tokens up to that position. Assign to change it. The prompt before them is the mean adapter's and
+            runs once. In :meth:`predictive` the answer is read from the last token of each row, by its mask.
         antithetic: sample ``2k + 1`` is minus the noise of sample ``2k``.
         mode: how the noise meets the tokens: ``"weight"`` (one weight matrix a sample, the paper's equation), ``"flipout"``
             (that, with random signs for every token) or ``"token"`` (fresh noise for every token, the cheapest). A step from a
@@ -57,6 +63,7 @@ class BayesianAdapter:
         modules: dict[str, Any],
         *,
         depth: Depth,
+        span: Span,
         sigma: float | None,
         seed: int,
         antithetic: bool,
@@ -74,7 +81,7 @@ class BayesianAdapter:
         self._sigma_scalings = None if sigma is None else self.attached.scalings()
         self.open_context: tuple[int, Predictive] | None = None
         try:
-            self.depth = depth
+            self.depth, self.span = depth, span
         except BaseException:
             self.attached.detach()
             raise
@@ -104,6 +111,25 @@ class BayesianAdapter:
     def depth(self, value: Depth) -> None:
         self.first = self.first_random_block(value)
         self._depth: int | str = self.depth_name(self.first)
+
+    @property
+    def span(self) -> int | str:
+        return self._span
+
+    @span.setter
+    def span(self, value: Span) -> None:
+        tokens = span_tokens(value)
+        if tokens is not None and self.family == "full-rank":
+            raise ValueError(
+                f"span is {value!r} with the family 'full-rank', whose noise is of whole rows, expected span='all'. Fix: the family "
+                "'low-rank' or 'constant', or span='all'"
+            )
+        self._span: int | str = span_name(tokens)
+
+    @property
+    def place(self) -> Place:
+        """What is random, as numbers: the first random block and the last tokens."""
+        return Place(self.first, span_tokens(self.span))
 
     def depth_name(self, first: int) -> int | str:
         """The depth whose first random block is ``first``, as :attr:`depth` spells it."""
@@ -149,6 +175,7 @@ class BayesianAdapter:
         samples: int | Sequence[int] = 10,
         sigma: float | None = None,
         *,
+        span: Span | None = None,
         keep_samples: bool = False,
         columns: Tensor | None = None,
         targets: Tensor | None = None,
@@ -158,6 +185,7 @@ class BayesianAdapter:
         Args:
             samples: how many samples, or their numbers.
             sigma: posterior scale instead of the adapter's own.
+            span: random tokens instead of the adapter's own.
             keep_samples: keep each forward's per-sample log probabilities in ``.sample_outputs`` (S, B, ..., V).
             columns: output features to compute (int64 (C,)), normalised among themselves; the model's logits then have
                 C columns. For classification over label tokens.
@@ -175,7 +203,9 @@ class BayesianAdapter:
                 one or is merged, rows are packed, targets do not fit.
         """
         batch = self.batch(samples, sigma)
-        with self.fanned(Predictive(batch, keep_samples=keep_samples, columns=columns, targets=targets)) as view:
+        tokens = span_tokens(self.span if span is None else span)
+        made = Predictive(batch, keep_samples=keep_samples, columns=columns, targets=targets, span=tokens)
+        with self.fanned(made) as view:
             yield view
 
     @contextmanager
@@ -190,7 +220,8 @@ class BayesianAdapter:
     @contextmanager
     def fanned_at(self, first: int, view: Predictive) -> Iterator[Predictive]:
         """The same at any first random block, for callers that checked the weights; that of the head is the last."""
-        with contexts.fanned(self.attached, first, view, self._guard.layout(first, view.batch, self.guard)):
+        layout = self._guard.layout(first, view.batch, self.guard, span=view.span)
+        with contexts.fanned(self.attached, first, view, layout):
             self.open_context = (first, view)
             try:
                 yield view
@@ -204,6 +235,11 @@ class BayesianAdapter:
         In mode ``"token"`` every call draws the noise of its first tokens, also a step from a cache.
         """
         batch = self.batch(samples, sigma)
+        if self.span != "all":
+            raise SamplingError(
+                f"span is {self.span!r}, and sampling() gives rows that are random as a whole, expected span 'all'. Fix: "
+                "adapter.predictive(..., keep_samples=True), or set adapter.span = 'all'"
+            )
         self.attached.check_ready()
         # One sample has all rows for itself, however they lie.
         layout = self._guard.layout(self.first, batch, self.guard, by_fan=False) if len(batch) > 1 else None

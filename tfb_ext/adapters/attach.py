@@ -14,7 +14,7 @@ from ..files import CONFIG_NAME
 from ..forward.anatomy import find_anatomy
 from ..posterior.canonical import canonical_name, unique_layer_ids
 from ..posterior.config import TFBConfig, check_family, check_mode
-from .adapter import BayesianAdapter, Depth
+from .adapter import BayesianAdapter, Depth, Span
 from .layer import updates_of
 from .loading import attach_adapter
 from .supported import check_layer
@@ -30,6 +30,7 @@ def bayesianize(
     mode: str | None = None,
     family: str = "low-rank",
     guard: bool = True,
+    span: Span = "all",
 ) -> BayesianAdapter:
     """Attach the TFB posterior to a trained LoRA adapter; the model's outputs do not change until a context is opened.
 
@@ -43,6 +44,8 @@ def bayesianize(
         mode: ``"weight"``, ``"flipout"`` or ``"token"``; see :class:`BayesianAdapter`. ``None`` is ``"weight"``, and ``"token"``
             for the family ``"full-rank"``.
         family: ``"low-rank"`` (the paper's posterior), ``"constant"`` or ``"full-rank"``; see :mod:`tfb_ext.research.families`.
+        span: which tokens of a row are random: ``"all"`` (the paper), ``"answer"`` or a number of last ones; see
+            :class:`BayesianAdapter`. Samples of few tokens share one forward of the prompt, so any number of them costs about that.
         guard: compare the model with separate passes on a tiny input in its first context at each depth. A few forwards;
             ``False`` (for models whose weights are offloaded, say) puts it off, and every context says so.
 
@@ -86,6 +89,7 @@ def bayesianize(
         anatomy,
         dict(found),
         depth=depth,
+        span=span,
         sigma=sigma,
         seed=seed,
         antithetic=antithetic,
@@ -144,7 +148,7 @@ def _restore(bayesian: BayesianAdapter, config: TFBConfig, path: Path) -> None:
         )
     bayesian.search = config.search
     try:
-        bayesian.depth = config.depth
+        bayesian.depth, bayesian.span = config.depth, config.span
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 

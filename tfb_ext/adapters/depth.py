@@ -1,12 +1,23 @@
-"""Depth: how many blocks from the top are random."""
+"""Depth: how many blocks from the top are random. Span: how many tokens from the end are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..checks import is_integer
 
 Depth = int | float | str
+Span = int | str
+
+ANSWER = 1  # tokens of the span "answer": the position that an answer is read from
+
+
+class Place(NamedTuple):
+    """What is random: the blocks from ``first`` on, in the last ``span`` tokens up to an answer's position, or in all (``None``)."""
+
+    first: int
+    span: int | None = None
 
 
 def first_random_block(depth: Depth, total: int, blocks: Sequence[int], name: str) -> int:
@@ -38,3 +49,21 @@ def first_random_block(depth: Depth, total: int, blocks: Sequence[int], name: st
             f"{total}); use depth={total - highest if highest < total else 'all'!r} or more"
         )
     return found
+
+
+def span_tokens(span: Span) -> int | None:
+    """Random tokens up to the position that an answer is read from; ``None`` for all.
+
+    Raises:
+        ValueError: no span.
+    """
+    if span in ("all", "answer"):
+        return None if span == "all" else ANSWER
+    if is_integer(span, 1):
+        return int(span)
+    raise ValueError(f"span is {span!r}, expected 'all', 'answer' or a number of last tokens, 1 or more")
+
+
+def span_name(tokens: int | None) -> int | str:
+    """The span of so many random tokens, as ``adapter.span`` spells it."""
+    return "all" if tokens is None else "answer" if tokens == ANSWER else tokens

@@ -233,10 +233,10 @@ class SampledUpdate:
         state = self.state
         self._join(x, version)
         together = [self, *(u for u in self.group if u is not self and u.is_active() and u.writes_first(x))]
-        batch = MEAN
+        batch, items = MEAN, None
         if self.block >= state.first:
             assert state.batch is not None
-            batch = state.batch
+            batch, items = state.batch, state.items
             for update in together:
                 state.check_rows(update.name, x)
         rows = _matrix(x)
@@ -253,6 +253,7 @@ class SampledUpdate:
             [u.layer for u in together],
             batch.mode,
             batch.antithetic,
+            *(items[1:] if items is not None else ()),
         )
         return SharedInput(x, version, rows, dict(zip((u.name for u in together), updates, strict=True)))
 
@@ -288,7 +289,8 @@ class SampledUpdate:
             bias = None if bias is None else bias.index_select(0, columns)
         rows = _matrix(x).to(result.dtype)
         drawn = (*(MEAN if self.full_rank else batch).tensors(x.device), self.layer)
-        z = ops.shrink(rows, mean, *drawn, "weight" if self.full_rank else batch.mode, batch.antithetic)
+        places = () if self.state.items is None else self.state.items[1:]
+        z = ops.shrink(rows, mean, *drawn, "weight" if self.full_rank else batch.mode, batch.antithetic, *places)
         y = result.reshape(-1, result.shape[-1])
         ops.expand_(y, z, basis if basis.dtype == z.dtype else basis.float(), scaling)
         if self.full_rank:

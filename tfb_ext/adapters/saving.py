@@ -28,6 +28,7 @@ def config_of(adapter: BayesianAdapter) -> TFBConfig:
         family=adapter.family,
         antithetic=adapter.antithetic,
         depth=adapter.depth,
+        span=adapter.span,
         layers=adapter.layers,
         base_model=peft_config.base_model_name_or_path,
         search=adapter.search,

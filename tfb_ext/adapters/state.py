@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -64,6 +64,18 @@ class SharedInput:
     updates: dict[str, Tensor]
 
 
+class Items(NamedTuple):
+    """Rows of a layer's input that lie item by item: of each ``lead`` rows of the mean, then ``each`` of every sample in turn."""
+
+    items: int
+    lead: int
+    each: int
+
+    def rows(self, size: int) -> int:
+        """Of one item with so many samples."""
+        return self.lead + size * self.each
+
+
 class SamplingState:
     """The samples of the pass in progress, if any, and where its rows lie.
 
@@ -73,6 +85,7 @@ class SamplingState:
         fanned: whether the rows are already laid out sample by sample at this point of the forward.
         each: rows of one sample in the call in progress; 0 between calls.
         tokens: positions of a row in it.
+        items: where rows lie item by item; ``None`` where they lie sample by sample.
         layout: by layer name, how its input's rows lie; ``None`` where that is not known.
         seen: while a list, sampled layers write the shapes of their inputs there and nothing is checked.
         asked: while ``seen`` is a list, the layers that gave their own output.
@@ -90,6 +103,7 @@ class SamplingState:
         self.fanned = False
         self.each = 0
         self.tokens = 0
+        self.items: Items | None = None
         self.layout: Mapping[str, RowLayout] | None = None
         self.seen: list[tuple[str, tuple[int, ...]]] | None = None
         self.asked: set[str] = set()
@@ -119,7 +133,7 @@ class SamplingState:
         try:
             yield
         finally:
-            self.context = self.batch = self.layout = self.shared = self.last = None
+            self.context = self.batch = self.layout = self.shared = self.last = self.items = None
             self.fanned, self.each = False, 0
             self.missed.clear()
 
@@ -163,10 +177,18 @@ class SamplingState:
             SamplingError: other leading sizes than the layer had when the model was compared with separate passes.
         """
         assert self.batch is not None
+        size, lead = len(self.batch.samples), x.shape[0]
+        if self.items is not None:
+            each = self.items.rows(size)
+            if x.shape[:2] == (self.items.items, each) or (x.dim() == 2 and lead == self.items.items * each):
+                return
+            raise SamplingError(
+                f"layer {name!r} got an input of shape {tuple(x.shape)}, expected {self.items.items} rows of {each} tokens "
+                f"({self.items.lead} of the prompt, {self.items.each} of each of {size} samples). Fix: span='all'; or {ONE_SAMPLE}"
+            )
         if self.seen is not None:
             self.seen.append((name, tuple(x.shape)))
             return
-        size, lead = len(self.batch.samples), x.shape[0]
         if size == 1 or lead == 0:
             return
         rows = size * self.each

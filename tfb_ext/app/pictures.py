@@ -233,7 +233,7 @@ def search_trace(search: SigmaSearch, path: str | Path) -> None:
     axes.axvline(search.sigma, color=RED, lw=1.4, label=f"chosen: sigma = {search.sigma:.3g}")
     metric = AXIS_NAMES.get(search.metric, search.metric)
     axes.set(ylim=(low, high), xlabel="posterior scale sigma", ylabel=f"{metric} on {search.anchors} anchors")
-    where = f", depth {search.depth}" if search.depths else ""
+    where = f", depth {search.depth}, span {search.span}" if search.depths else ""
     rule = f"{search.metric} within {search.tolerance:.2%}, {search.bound}"
     rule = {"minimum": "lowest NLL", "one-se": "smallest near the lowest NLL"}.get(search.objective, rule)
     _title(axes, f"Search for sigma{where}: {rule}")
@@ -247,10 +247,16 @@ def _draw_depths(axes: Axes, search: SigmaSearch) -> None:
     """What each depth's sigma gives against what its predictions cost, behind the best with a standard error."""
     best = min(d.score for d in search.depths)
     for found in search.depths:
-        colour = RED if found.depth == search.depth else BLUE if found.satisfied else MUTED
+        chosen = (found.depth, found.span) == (search.depth, search.span)
+        colour = RED if chosen else BLUE if found.satisfied else MUTED
         x, y = found.forwards, best + found.behind[0]
         axes.errorbar(x, y, found.behind[1], color=colour, marker="o", ms=5, capsize=3, lw=1)
-        axes.annotate(f" {found.depth}\n sigma {found.sigma:.3g}", (x, y), fontsize=8, color=INK)
+        axes.annotate(
+            f" {found.depth}{'' if found.span == 'all' else f', {found.span}'}\n sigma {found.sigma:.3g}",
+            (x, y),
+            fontsize=8,
+            color=INK,
+        )
     axes.set_xlabel(f"cost of a prediction with {search.samples} samples, forwards of the plain model")
     axes.set_ylabel("minus entropy (nats)" if search.objective == "tolerance" else "NLL (nats)")
     _title(axes, "Depths, and how far each is behind the best")

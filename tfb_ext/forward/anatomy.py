@@ -101,6 +101,11 @@ def find_anatomy(model: Any, lora_names: list[str]) -> Anatomy:
     return Anatomy(model, holding[0][1], holding[0][0], head, head_name)
 
 
+def blocks_parent(anatomy: Anatomy) -> Any:
+    """The module whose forward runs the blocks: it takes tokens and gives the last hidden states."""
+    return anatomy.model.get_submodule(anatomy.blocks_name.rpartition(".")[0])
+
+
 def _find_head(model: Any) -> tuple[str, nn.Module]:
     head = next((getattr(model, n) for n in CLASSIFIER_HEADS if isinstance(getattr(model, n, None), nn.Module)), None)
     if head is None and hasattr(model, "get_output_embeddings"):

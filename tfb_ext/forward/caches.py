@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SamplingError
+from .tail import columns_of
 
 if TYPE_CHECKING:
     from ..adapters.samples import SampleBatch
@@ -50,10 +51,11 @@ class CacheWatch:
         first: index of the first block whose layer holds rows of every sample.
         size: how many samples.
         rows_of: names the samples; a cache goes on only under the same. ``None``: no layer holds rows of every sample.
+        side_by_side: samples lie along the sequence, so that the last columns are not the last tokens.
     """
 
-    def __init__(self, first: int, size: int, rows_of: Hashable | None) -> None:
-        self.first, self.size, self.rows_of = first, size, rows_of
+    def __init__(self, first: int, size: int, rows_of: Hashable | None, side_by_side: bool = False) -> None:
+        self.first, self.size, self.rows_of, self.side_by_side = first, size, rows_of, side_by_side
         self.is_open = True
         self._seen: list[weakref.ref[Any]] = []
 
@@ -65,7 +67,7 @@ class CacheWatch:
         """
         for part in _caches(cache):
             found = part.__dict__.get(_ROWS)
-            if found != self.rows_of and _is_filled(part):
+            if found != self.rows_of and is_filled(part):
                 whose = "of a call outside this context" if found is None else "of other samples"
                 raise SamplingError(
                     f"the key-value cache holds tokens {whose}, expected an empty cache or one that these samples filled. "
@@ -81,6 +83,8 @@ class CacheWatch:
             if isinstance(patched, _Patch) and patched.watch is self:
                 continue
             cache.reorder_cache = _Reorder(cache, self)
+            if self.side_by_side:
+                cache.crop = _Crop(cache, self)
             if hasattr(cache, "batch_select_indices"):
                 cache.batch_select_indices = _Select(cache, self)
             if getattr(cache, "offloading", False):
@@ -92,7 +96,7 @@ class CacheWatch:
         self.is_open = False
         for reference in self._seen:
             cache = reference()
-            for name in () if cache is None else ("reorder_cache", "batch_select_indices", "prefetch"):
+            for name in () if cache is None else ("reorder_cache", "batch_select_indices", "prefetch", "crop"):
                 if isinstance(cache.__dict__.get(name), _Patch) and cache.__dict__[name].watch is self:
                     del cache.__dict__[name]
         self._seen.clear()
@@ -130,6 +134,9 @@ class _Reorder(_Patch):
         for index, layer in enumerate(cache.layers):
             fanned = indices if index < self.watch.first else self.fanned(layer, indices)
             getattr(layer, self.name)(fanned)
+        columns = columns_of(cache)
+        if columns is not None:
+            columns.select(indices)
 
     def fanned(self, layer: Any, indices: Tensor) -> Tensor:
         rows = indices.shape[0]
@@ -148,6 +155,18 @@ class _Select(_Reorder):
         rows = keys.shape[0] // self.watch.size
         picked = torch.arange(rows, device=keys.device)[indices]
         return torch.cat([picked + s * rows for s in range(self.watch.size)])
+
+
+class _Crop(_Patch):
+    """With a span, the last columns are not the last tokens."""
+
+    name = "crop"
+
+    def run(self, cache: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        raise SamplingError(
+            "cache.crop() cuts columns off, and with a span the samples' columns lie beside each other, expected a cache that only grows. "
+            "Fix: generate without an assistant model or prompt lookup, or span='all'"
+        )
 
 
 class _Prefetch(_Patch):
@@ -179,9 +198,42 @@ def _caches(found: Any) -> Iterator[Any]:
                 yield cache
 
 
-def _is_filled(cache: Any) -> bool:
+def filled_cache(kept: Sequence[Tensor]) -> Any:
+    """A cache that holds these keys and values, layer after layer, and does not write to them."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for keys, values in zip(kept[::2], kept[1::2], strict=True):
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def room_of(cache: Any) -> int | None:
+    """Columns that a static cache has; ``None`` of one that grows."""
+    layers = getattr(cache, "layers", None) or ()
+    return next((int(layer.max_cache_len) for layer in layers if hasattr(layer, "max_cache_len")), None)
+
+
+def windows_opened(cache: Any, room: int = 0) -> None:
+    """Let an empty cache's layers keep what is behind a sliding window, since their columns are not the places of tokens; in a
+    static cache with that room, or that of its longest layer."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+    room = room or max((getattr(layer, "max_cache_len", 0) for layer in getattr(cache, "layers", ())), default=0)
+    for index, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[index] = DynamicLayer()
+        elif type(layer) is StaticSlidingWindowLayer:
+            cache.layers[index] = StaticLayer(max_cache_len=room)
+
+
+def is_filled(cache: Any) -> bool:
     """Whether any layer holds a token."""
-    for layer in cache.layers:
+    for layer in getattr(cache, "layers", None) or ():
         recurrent = getattr(layer, "has_previous_state", False)  # a dict of states from transformers 5.24 on
         if any(recurrent.values()) if isinstance(recurrent, dict) else recurrent:
             return True

@@ -19,6 +19,7 @@ from .caches import CacheWatch, cache_of, rows_of_cache
 from .fan import Fan
 from .fold import Predictive
 from .rows import Layout, batch_after, batch_shape, check_packing
+from .span import SpanFan, SpanLayout
 
 # Models inside a sampling context: two fans on one model would multiply their rows and mix up the samples.
 _SAMPLING_MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -38,7 +39,10 @@ def check_free(attached: Attached) -> None:
 @contextmanager
 def fanned(attached: Attached, first: int, view: Predictive, layout: Layout | None) -> Iterator[Predictive]:
     """Inside, calls of the model carry the view's samples from block ``first`` on: B rows in and out."""
-    with exclusive(attached), Fan(attached, first, view, layout).open():
+    fan = (
+        SpanFan(attached, first, view, layout) if isinstance(layout, SpanLayout) else Fan(attached, first, view, layout)
+    )
+    with exclusive(attached), fan.open():
         yield view
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import BayesianAdapter, Depth
+from ..adapters.adapter import BayesianAdapter, Place
 from ..adapters.samples import SampleBatch
 from ..errors import UnsupportedModelError
 from .anatomy import CLASSIFIER_HEADS, last_position_only
@@ -19,7 +19,7 @@ from .batches import Batch, Batches, Data, choice_logs, mask_of
 from .fold import Predictive, log_means, log_values
 from .memory import Memory, room_for_trunk
 from .rows import at_targets
-from .trunk import Trunk
+from .trunk import PROMPT, Trunk
 
 # Above this many classes (a vocabulary) per-sample results are not kept, only their average.
 MANY_CLASSES = 1024
@@ -32,14 +32,15 @@ class Request:
     Attributes:
         inputs: its arguments, B rows.
         samples: whose outputs to average; ``None`` for the mean adapter, by PEFT's own arithmetic.
-        first: index of the first random block; ``None`` is the adapter's own.
+        place: what is random; ``None`` is the adapter's own. With a span an answer is read from the first position that has a
+            target, or from the last token of each row.
         keep: give every sample's outputs too.
         columns, targets, observe, trunk, key: as in :class:`~tfb_ext.forward.fold.Predictive`.
     """
 
     inputs: dict[str, Any]
     samples: SampleBatch | None = None
-    first: int | None = None
+    place: Place | None = None
     keep: bool = False
     columns: Tensor | None = None
     targets: Tensor | None = None
@@ -69,6 +70,7 @@ def run(adapter: BayesianAdapter, request: Request) -> Result:
     """Call the model once."""
     model = adapter.anatomy.model
     if request.samples is not None:
+        place = request.place or adapter.place
         view = Predictive(
             request.samples,
             columns=request.columns,
@@ -77,8 +79,10 @@ def run(adapter: BayesianAdapter, request: Request) -> Result:
             targets=request.targets,
             trunk=request.trunk,
             key=request.key,
+            span=place.span,
+            answers=None if place.span is None else answer_lengths(request.inputs, request.targets),
         )
-        with adapter.fanned_at(adapter.first if request.first is None else request.first, view):
+        with adapter.fanned_at(place.first, view):
             average = model(**request.inputs).logits
         return Result(len(view.batch), average, view.sample_outputs, view.target_log_probabilities)
     with torch.no_grad():
@@ -141,8 +145,8 @@ class Scorer(Batches):
     """Runs a data set's batches, with samples fused and chunked, and the trunk kept where that saves work.
 
     Args:
-        depth: random blocks; ``None`` is the adapter's own.
-        keep_trunk: keep the hidden states at the first random block for later calls; a sequence of depths keeps those of each.
+        place: what is random; ``None`` is the adapter's own.
+        keep_trunk: keep what is the same for all samples for later calls; a sequence of places keeps what each of them needs.
         options: of :class:`~tfb_ext.forward.batches.Batches`.
 
     The methods give log probabilities of the classes; of a multi-label head those of each label, of a regression the outputs.
@@ -153,17 +157,19 @@ class Scorer(Batches):
         adapter: BayesianAdapter,
         data: Data,
         *,
-        depth: Depth | None = None,
-        keep_trunk: bool | Sequence[Depth] = False,
+        place: Place | None = None,
+        keep_trunk: bool | Sequence[Place] = False,
         **options: Any,
     ) -> None:
         adapter.attached.check_ready()
         super().__init__(adapter, data, **options)
-        depths = tuple(keep_trunk) if isinstance(keep_trunk, Sequence) else (adapter.depth if depth is None else depth,)
-        self.first = adapter.first if depth is None else adapter.first_random_block(depth)
+        self.place = adapter.place if place is None else place
+        places = tuple(keep_trunk) if isinstance(keep_trunk, Sequence) else (self.place,)
         self.keep_trunk = bool(keep_trunk)
-        self._firsts = tuple(sorted({adapter.first_random_block(d) for d in depths} - {0}))
+        self._firsts = tuple(sorted({_trunk_of(p) for p in places} - {0}))
         self._trunk: Trunk | None = None
+        self._pools = adapter.anatomy.head_name in CLASSIFIER_HEADS and not self.labels_tokens
+        self._mean_tokens = self.tokens / max(sum(len(b.index) for b in self.batches), 1)
         self.memory = Memory(self.device, self.fitting_rows, self._split_trunk)
         self.tokens_run = 0
 
@@ -171,34 +177,34 @@ class Scorer(Batches):
         """(items, C) under the mean adapter, PEFT's own arithmetic."""
         return self._reduced(batch, None, None, False, _mean_of, 0)
 
-    def samples(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
+    def samples(self, batch: Batch, samples: SampleBatch, place: Place | None = None) -> Tensor:
         """(S, items, C) of every sample group; only for heads and label sets of up to 1024 classes.
 
-        ``first``: the first random block, by default the scorer's own.
+        ``place``: what is random, by default the scorer's own.
         """
-        return self._reduced(batch, samples, first, True, _every_sample, 1)
+        return self._reduced(batch, samples, place, True, _every_sample, 1)
 
-    def averages(self, batch: Batch, samples: SampleBatch, parts: int, first: int | None = None) -> Tensor:
+    def averages(self, batch: Batch, samples: SampleBatch, parts: int, place: Place | None = None) -> Tensor:
         """Log of the mean probability (parts, items, C) over each of so many equal parts of the sample groups.
 
         One fused batch, as :meth:`samples`, and for as few classes. Of sequences that are scored by their tokens it is the
         product of the tokens' means, normalised.
         """
         if self.sequences is None or self.sequences.score == "sequence":
-            return log_means(self.samples(batch, samples, first), parts)
-        return self._reduced(batch, samples, first, True, lambda results: log_means(_every_sample(results), parts), 1)
+            return log_means(self.samples(batch, samples, place), parts)
+        return self._reduced(batch, samples, place, True, lambda results: log_means(_every_sample(results), parts), 1)
 
-    def average(self, batch: Batch, samples: SampleBatch, first: int | None = None) -> Tensor:
+    def average(self, batch: Batch, samples: SampleBatch, place: Place | None = None) -> Tensor:
         """Log of the mean probability (items, C) over all sample groups, without keeping any of a large head's."""
         if self.sequences is not None:
-            return self.averages(batch, samples, 1, first)[0]
-        return self._reduced(batch, samples, first, False, mixture, 0)
+            return self.averages(batch, samples, 1, place)[0]
+        return self._reduced(batch, samples, place, False, mixture, 0)
 
     def _reduced(
         self,
         batch: Batch,
         samples: SampleBatch | None,
-        first: int | None,
+        place: Place | None,
         keep: bool,
         reduce: Callable[[Iterator[Result]], Tensor],
         dim: int,
@@ -206,15 +212,15 @@ class Scorer(Batches):
         """What ``reduce`` makes of the passes over a batch, at its items, which are the axis ``dim``."""
 
         def whole(batch: Batch) -> Tensor:
-            return self.items(reduce(self._passes(batch, samples, first, keep)), batch, stacked=dim == 1)
+            return self.items(reduce(self._passes(batch, samples, place, keep)), batch, stacked=dim == 1)
 
         values = self.memory.whole_or_halves(batch, whole, lambda parts: torch.cat(parts, dim=dim))
         return choice_logs(self.sequences, values, batch)
 
-    def _passes(self, batch: Batch, samples: SampleBatch | None, first: int | None, keep: bool) -> Iterator[Result]:
-        first = self.first if first is None else first
+    def _passes(self, batch: Batch, samples: SampleBatch | None, place: Place | None, keep: bool) -> Iterator[Result]:
+        place = self.place if place is None else place
         request = Request(
-            batch.inputs, None, first, keep and batch.targets is None, batch.columns, batch.targets, key=batch.key
+            batch.inputs, None, place, keep and batch.targets is None, batch.columns, batch.targets, key=batch.key
         )
         if samples is None:
             yield self.memory.once(lambda: run(self.adapter, request))
@@ -223,25 +229,36 @@ class Scorer(Batches):
 
         def call(part: SampleBatch) -> Result:
             nonlocal trunk
-            trunk = self._trunk_for(first, len(part) < len(samples))
+            trunk = self._trunk_for(batch, place, len(part) < len(samples))
             return run(self.adapter, replace(request, samples=part, trunk=trunk))
 
         tokens = int(mask_of(batch).sum())
-        for result in self.memory.passes(batch, samples, call):
-            self.tokens_run += tokens * result.size
+        share = 1.0 if place.span is None else min(1.0, self.random_tokens(batch, place) / tokens)
+        for result in self.memory.passes(batch, samples, call, share):
+            self.tokens_run += round(share * tokens * result.size)
             yield result
         if not self.keep_trunk and trunk is not None:
             trunk.forget(batch.key)
 
     # The trunk ----------------------------------------------------------------------------------------------------------
 
-    def _trunk_for(self, first: int, several_passes: bool) -> Trunk | None:
-        if first == 0 or not (self.keep_trunk or several_passes) or not self._firsts:
+    def random_tokens(self, batch: Batch, place: Place) -> int:
+        """Of all rows of a batch, for one sample."""
+        lengths = answer_lengths(batch.inputs, batch.targets)
+        answers = len(batch) if lengths is None else int(lengths.sum())
+        return answers + ((place.span or 1) - 1) * len(batch)
+
+    def _trunk_for(self, batch: Batch, place: Place, several_passes: bool) -> Trunk | None:
+        if _trunk_of(place) == 0 or not (self.keep_trunk or several_passes) or not self._firsts:
             return None
+        if place.span is not None and not (self._pools or "logits_to_keep" in batch.inputs):
+            return None  # logits of the prompt are asked for, which its keys and values do not give
         if self._trunk is None:
             width = self.model.config.get_text_config().hidden_size
             tokens = sum(b.inputs["input_ids"].numel() for b in self.batches) if self.keep_trunk else 0
             size = tokens * width * next(self.model.parameters()).element_size() * len(self._firsts)
+            if PROMPT in self._firsts:
+                size *= 2 * len(self.adapter.anatomy.blocks)  # at most
             self._trunk = Trunk(self._firsts, *room_for_trunk(self.device, size))
         return self._trunk
 
@@ -291,7 +308,8 @@ class Scorer(Batches):
         assert encoded is not None
         places = {index: (home, row) for home in homes for row, index in enumerate(home.index.tolist())}
         kept = {item: all(self._is_kept(places[row][0]) for row in self._rows_of([item])) for item in items}
-        size = max(1, min(int(self.memory.rows) // samples, self._most_rows) // self._rows_per_item)
+        share = 1.0 if self.place.span is None else min(1.0, 1 / samples + self.place.span / self._mean_tokens)
+        size = max(1, min(int(self.memory.rows / (samples * share)), self._most_rows) // self._rows_per_item)
         for from_trunk in (True, False):
             some = [item for item in items if kept[item] is from_trunk]
             for group in encoded.select(some).groups(size):
@@ -307,7 +325,7 @@ class Scorer(Batches):
                 yield batch
 
     def _is_kept(self, home: Batch) -> bool:
-        return self._trunk is not None and (self.first, home.key) in self._trunk.hidden
+        return self._trunk is not None and (_trunk_of(self.place), home.key) in self._trunk.hidden
 
     def _next_key(self) -> Hashable:
         self._selections += 1
@@ -319,21 +337,43 @@ class Scorer(Batches):
         if trunk is None or not all(self._is_kept(home) for home, _, _ in sources):
             return
         # At the head there may be less than a hidden state a position: the last one's, or a pooled one.
-        last = self.first == len(self.adapter.anatomy.blocks) and "logits_to_keep" in batch.inputs
-        moved: Tensor | None = None
-        for home, rows, targets in sources:
-            hidden = trunk.hidden[self.first, home.key][rows].to(self.device)
-            if hidden.dim() == 3 and not last:
-                missing = width - hidden.shape[1]
-                # A negative number cuts padding off.
-                hidden = torch.nn.functional.pad(
-                    hidden, (0, 0, missing, 0) if self._padded_left else (0, 0, 0, missing)
-                )
-            if moved is None:
-                moved = hidden.new_empty(len(batch.index), *hidden.shape[1:])
-            moved[targets] = hidden
-        assert moved is not None
-        trunk.hidden[self.first, batch.key] = moved
+        block = _trunk_of(self.place)
+        last = block == len(self.adapter.anatomy.blocks) and "logits_to_keep" in batch.inputs
+
+        def joined(parts: Sequence[Tensor]) -> Tensor:
+            moved: Tensor | None = None
+            for part, (_, rows, targets) in zip(parts, sources, strict=True):
+                hidden = part[rows].to(self.device)
+                if hidden.dim() >= 3 and not last:  # (rows, tokens, n), or (rows, heads, tokens, n)
+                    missing = width - hidden.shape[-2]
+                    # A negative number cuts padding off.
+                    pad = (0, 0, missing, 0) if self._padded_left else (0, 0, 0, missing)
+                    hidden = torch.nn.functional.pad(hidden, pad)
+                if moved is None:
+                    moved = hidden.new_empty(len(batch.index), *hidden.shape[1:])
+                moved[targets] = hidden
+            assert moved is not None
+            return moved
+
+        kept = zip(*(trunk.hidden[block, home.key] for home, _, _ in sources), strict=True)
+        trunk.hidden[block, batch.key] = tuple(map(joined, kept))
+
+
+def _trunk_of(place: Place) -> int:
+    """What :class:`~tfb_ext.forward.trunk.Trunk` keeps for it; 0 for nothing."""
+    return place.first if place.span is None else PROMPT
+
+
+def answer_lengths(inputs: Mapping[str, Any], targets: Tensor | None) -> Tensor | None:
+    """(B,) tokens of each row from the first position on that has one of the targets of the last positions; ``None`` without targets."""
+    if targets is None:
+        return None
+    asked = (targets >= 0).flatten(2).any(2) if targets.dim() > 2 else targets >= 0
+    behind = asked.cumsum(1) > 0
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        behind = behind & mask[:, -targets.shape[1] :].bool().to(behind.device)
+    return behind.sum(1).clamp(min=1)
 
 
 def _mean_of(results: Iterable[Result]) -> Tensor:

@@ -62,9 +62,7 @@ class Fan:
             for handle in self.hooks():
                 undo.callback(handle.remove)
             undo.callback(self.trunk.end)
-            fanned = self.first < len(anatomy.blocks)
-            rows_of = rows_of_cache(state, view.batch, self.first) if fanned else None
-            self.caches = CacheWatch(self.first, len(view.batch), rows_of)
+            self.caches = self.cache_watch()
             undo.callback(self.caches.close)
             layers = None if self.layout is None else self.layout.layers
             undo.enter_context(state.serving(view.batch, self.first, layers))
@@ -85,6 +83,11 @@ class Fan:
                     f"{name} failed between its blocks or in them, where rows are laid out by sample ({type(error).__name__}: {lines[0]}), "
                     f"expected a model that takes any number of rows there. Fix: {ONE_SAMPLE}"
                 ) from error
+
+    def cache_watch(self) -> CacheWatch:
+        fanned = self.first < len(self.anatomy.blocks)
+        rows_of = rows_of_cache(self.state, self.view.batch, self.first) if fanned else None
+        return CacheWatch(self.first, len(self.view.batch), rows_of)
 
     def hooks(self) -> Iterator[Any]:
         """Register the hooks one after the other; each is given out before the next one is made."""
@@ -260,7 +263,7 @@ class Fan:
                 f"targets need class probabilities, and the model's head is {self.kind.replace('_', '-')}; use "
                 "keep_samples=True and take what you need of .sample_outputs"
             )
-        expected = (self.rows, *hidden.shape[1:-1])
+        expected = self.shape_of_targets(hidden)
         axes = len(expected)
         fits = tuple(targets.shape[:axes]) == expected and targets.dim() in (axes, axes + 1)
         if targets.dtype != torch.int64 or not fits:
@@ -274,6 +277,9 @@ class Fan:
                 f"targets reach {int(targets.max())}, expected numbers below {width}, one for each output that the head makes"
             )
         return targets.to(hidden.device)
+
+    def shape_of_targets(self, hidden: Tensor) -> tuple[int, ...]:
+        return (self.rows, *hidden.shape[1:-1])
 
     def capped(self, logits: Tensor) -> Tensor:
         if self.soft_cap is None:

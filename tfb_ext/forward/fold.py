@@ -42,6 +42,8 @@ class Predictive:
         target_log_probabilities: (S, *targets.shape) per-sample log probabilities of the targets in the last forward, 0 for
             those that are not looked up, so that a sum over positions is that of a sequence. All that is kept of S * B * T * V.
         key: which batch of the trunk the next forward is; ``None`` keeps no trunk.
+        span: of each row so many last tokens are random, counted from the position that an answer is read from; ``None``: all.
+        answers: (B,) with a span, how many of a row's last tokens are an answer's: that position and those after it. 1 without it.
     """
 
     batch: SampleBatch
@@ -51,6 +53,8 @@ class Predictive:
     targets: Tensor | None = None
     trunk: Trunk | None = None
     key: Hashable | None = None
+    span: int | None = None
+    answers: Tensor | None = None
     folded: Tensor | None = None
     sample_outputs: Tensor | None = None
     target_log_probabilities: Tensor | None = None

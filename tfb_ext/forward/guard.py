@@ -10,9 +10,8 @@ one row with a key-value cache and a step from it.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ from ..adapters.attached import Attached
 from ..adapters.samples import SampleBatch
 from ..adapters.state import ONE_SAMPLE, RowLayout
 from ..errors import GuardError, SamplingError
-from .contexts import check_free, fanned, laid_out
+from .contexts import fanned, laid_out
 from .fold import Folding, Predictive
 from .rows import Layout, check_packing
 from .tiny import ROWS, TOKENS, Outputs, TinyCalls, leading_sizes, undisturbed
@@ -43,69 +42,7 @@ ATTEMPTS = 3  # with other tokens: routing to experts may tip over by rounding
 Arguments = dict[int, dict[str, str | int]]  # what a block's arguments count, see Layout
 
 
-class Guard:
-    """What is known of how a model lays out its rows, learnt where a context first needs it.
-
-    Args:
-        attached: the adapter's posteriors in the model.
-    """
-
-    def __init__(self, attached: Attached) -> None:
-        self.attached = attached
-        self._found: dict[Hashable, Layout | GuardError] = {}
-
-    def layout(self, first: int, batch: SampleBatch, enabled: bool, by_fan: bool = True) -> Layout | None:
-        """The model's layout of rows at a first random block.
-
-        Args:
-            batch: any samples of the posterior, for its seed and mode.
-            enabled: compare at all; otherwise a warning says that nothing was compared.
-            by_fan: for the fan; otherwise for calls whose rows the caller lays out.
-
-        Raises:
-            GuardError: samples in one call differ from separate passes.
-        """
-        check_free(self.attached)
-        if not enabled:
-            warnings.warn(
-                f"adapter {self.attached.name!r}: samples in one call were not compared with separate passes on this model (guard=False)",
-                stacklevel=5,
-            )
-            return None
-        if not any(u.block >= first for u in self.attached.updates):
-            return Layout({}, {})
-        key = self._key(first, batch, by_fan)
-        if key not in self._found:
-            try:
-                layout, compared = _learn(self.attached, first, batch, by_fan, None)
-                if not compared:
-                    return layout
-                self._found[key] = layout
-            except GuardError as error:
-                self._found[key] = error
-        found = self._found[key]
-        if isinstance(found, GuardError):
-            raise GuardError(str(found))
-        return found
-
-    def compare(self, first: int, batch: SampleBatch, enabled: bool, example: Mapping[str, Any]) -> None:
-        """The same on these arguments of the model, whose blocks' arguments calls may then bring too."""
-        text = self.layout(first, batch, enabled)
-        found, _ = _learn(self.attached, first, batch, True, example)
-        if text is not None:
-            blocks = {*found.arguments, *text.arguments}
-            arguments = {b: {**found.arguments.get(b, {}), **text.arguments.get(b, {})} for b in blocks}
-            self._found[self._key(first, batch, True)] = Layout({**found.layers, **text.layers}, arguments)
-
-    def _key(self, first: int, batch: SampleBatch, by_fan: bool) -> Hashable:
-        model = self.attached.anatomy.model
-        weight = next(model.parameters())
-        attention = getattr(model.config, "_attn_implementation", None)
-        replaced = tuple(u.name for u in self.attached.updates if "forward" in u.module.__dict__)
-        return (first, by_fan, batch.mode, weight.dtype, weight.device, attention, replaced)
-
-
-def _learn(
+def learn(
     attached: Attached, first: int, batch: SampleBatch, by_fan: bool, example: Mapping[str, Any] | None
 ) -> tuple[Layout, bool]:
     """The layout of rows, once samples in one call are known to equal separate passes; and whether they are.
@@ -115,7 +52,7 @@ def _learn(
     model = attached.anatomy.model
     check_packing(model, {})
     with undisturbed(attached):
-        trial = _Trial(attached, first, batch, by_fan, example)
+        trial = Trial(attached, first, batch, by_fan, example)
         arguments = trial.arguments() if by_fan else {}
         problem = ""
         for attempt in range(ATTEMPTS):
@@ -130,7 +67,7 @@ def _learn(
     )
 
 
-class _Trial(TinyCalls):
+class Trial(TinyCalls):
     """The comparison on one model, at one first random block."""
 
     def __init__(
@@ -276,10 +213,7 @@ class _Trial(TinyCalls):
         self, calls: list[Callable[[int], Outputs]], arguments: Arguments, sigma: float, seen: list[Any]
     ) -> list[Tensor]:
         batch, state = self._batch(SAMPLES, sigma), self.attached.state
-        if self.by_fan:
-            context: Any = fanned(self.attached, self.first, Predictive(batch), Layout({}, arguments))
-        else:
-            context = laid_out(self.attached, self.first, batch, None)
+        context = self._context(batch, arguments)
         called: list[str] = []
         random = [u for u in self.attached.updates if u.block >= self.first]
         hooks = [u.module.register_forward_pre_hook(partial(_note, called, u.name)) for u in random]
@@ -295,6 +229,11 @@ class _Trial(TinyCalls):
         if missing:
             raise SamplingError(f"layer {missing[0]!r} never asked its posterior; was its forward replaced?")
         return outputs if self.by_fan else [self.values(out).unflatten(0, (len(SAMPLES), -1)) for out in outputs]
+
+    def _context(self, batch: SampleBatch, arguments: Arguments) -> AbstractContextManager[Any]:
+        if self.by_fan:
+            return fanned(self.attached, self.first, Predictive(batch), Layout({}, arguments))
+        return laid_out(self.attached, self.first, batch, None)
 
     def _expected(self, separate: list[Tensor]) -> list[Tensor]:
         if not self.by_fan:

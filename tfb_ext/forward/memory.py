@@ -62,9 +62,15 @@ class Memory:
             pass
         raise DoesNotFitError
 
-    def passes(self, batch: Rows, samples: SampleBatch, call: Callable[[SampleBatch], T]) -> Iterator[T]:
-        """``call`` of chunks of the sample groups; out of memory halves the chunk and goes on with the same samples."""
-        chunk = int(max(1, min(len(samples), self.rows // max(len(batch), 1))))
+    def passes(
+        self, batch: Rows, samples: SampleBatch, call: Callable[[SampleBatch], T], share: float = 1.0
+    ) -> Iterator[T]:
+        """``call`` of chunks of the sample groups; out of memory halves the chunk and goes on with the same samples.
+
+        ``share``: of its batch that one sample takes.
+        """
+        cost = max(len(batch) * share, 1e-9)
+        chunk = int(max(1, min(len(samples), self.rows / cost)))
         start = 0
         while start < len(samples):
             part = samples.part(start, min(start + chunk, len(samples)))
@@ -78,7 +84,7 @@ class Memory:
                 if len(part) == 1:
                     raise DoesNotFitError
                 chunk = len(part) // 2
-                self.rows = chunk * len(batch)
+                self.rows = chunk * cost
                 self._release()
                 continue
             start += len(part)

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PROMPT = -1
+
 
 @dataclass
 class Trunk:
     """Hidden states at the inputs of some blocks, kept per batch, so that later samples and sigmas skip the blocks below.
 
     Attributes:
-        firsts: blocks whose input is kept, ascending; the number of blocks stands for the head.
+        firsts: blocks whose input is kept, ascending; the number of blocks stands for the head, and ``PROMPT`` for keys and values
+            of all positions, the mean adapter's, which spans go on from.
         device: where they are kept; ``None`` keeps them where they were made. Host memory is pinned for a GPU's copies.
         limit: bytes; what goes beyond is not kept, and is computed again.
         hidden: by (block, key of the batch).
@@ -26,40 +29,52 @@ class Trunk:
     firsts: tuple[int, ...]
     device: torch.device | None = None
     limit: float = math.inf
-    hidden: dict[tuple[int, Hashable], Tensor] = field(default_factory=dict)
+    hidden: dict[tuple[int, Hashable], tuple[Tensor, ...]] = field(default_factory=dict)
     returns_tuple: bool = False
 
-    def keep(self, block: int, key: Hashable, hidden: Tensor) -> None:
+    def wants(self, block: int, key: Hashable) -> bool:
+        return block in self.firsts and (block, key) not in self.hidden
+
+    def keep(self, block: int, key: Hashable, *hidden: Tensor) -> None:
         """Keep the input of ``block`` for the batch ``key``, if it is asked for, new and within the limit."""
-        if block not in self.firsts or (block, key) in self.hidden:
+        if not self.wants(block, key) or self.bytes() + _bytes(hidden) > self.limit:
             return
-        if self.bytes() + hidden.numel() * hidden.element_size() > self.limit:
-            return
+        self.hidden[block, key] = tuple(map(self._moved, hidden))
+
+    def _moved(self, hidden: Tensor) -> Tensor:
         if self.device is None or self.device == hidden.device:
-            self.hidden[block, key] = hidden
-            return
+            return hidden
         pinned = hidden.is_cuda and self.device.type == "cpu"
         room = torch.empty(hidden.shape, dtype=hidden.dtype, device=self.device, pin_memory=pinned)
         # Both ways go through one stream, so that nothing need wait for a copy before the copy that reads it.
-        self.hidden[block, key] = room.copy_(hidden, non_blocking=True)
+        return room.copy_(hidden, non_blocking=True)
+
+    def kept(self, block: int, key: Hashable, device: torch.device) -> tuple[Tensor, ...] | None:
+        """What is kept, on ``device``; ``None`` where nothing is."""
+        found = self.hidden.get((block, key))
+        return None if found is None else tuple(part.to(device, non_blocking=True) for part in found)
 
     def nearest(self, first: int, key: Hashable) -> int | None:
         """The highest block not above ``first`` whose input is kept for this batch."""
-        return max((b for b in self.firsts if b <= first and (b, key) in self.hidden), default=None)
+        return max((b for b in self.firsts if 0 <= b <= first and (b, key) in self.hidden), default=None)
 
     def split(self, key: Hashable, parts: Sequence[tuple[Hashable, slice]]) -> None:
         """Keep what is kept for a batch under the keys of parts of its rows instead, without a copy."""
         for block in self.firsts:
             hidden = self.hidden.pop((block, key), None)
             if hidden is not None:
-                self.hidden.update({(block, part): hidden[rows] for part, rows in parts})
+                self.hidden.update({(block, part): tuple(h[rows] for h in hidden) for part, rows in parts})
 
     def forget(self, key: Hashable) -> None:
         for block in self.firsts:
             self.hidden.pop((block, key), None)
 
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.hidden.values())
+        return sum(map(_bytes, self.hidden.values()))
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class TrunkPass:
@@ -80,7 +95,7 @@ class TrunkPass:
     def hooks(self) -> Iterator[Any]:
         if self.first > 0 and self.trunk is not None:
             yield self.blocks[0].register_forward_hook(self._after_lowest)
-            for index in (i for i in self.trunk.firsts if i < self.first):
+            for index in (i for i in self.trunk.firsts if 0 <= i < self.first):
                 yield self.blocks[index].register_forward_pre_hook(partial(self._before, index), with_kwargs=True)
 
     def _after_lowest(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -99,7 +114,9 @@ class TrunkPass:
         if self.trunk is None or self.key is None or index == 0:
             return hidden
         if index == self.resumed:
-            return self.trunk.hidden[index, self.key].to(hidden.device, non_blocking=True)
+            found = self.trunk.kept(index, self.key, hidden.device)
+            assert found is not None
+            return found[0]
         if self.resumed is None or index > self.resumed:
             self.trunk.keep(index, self.key, hidden)
         return hidden

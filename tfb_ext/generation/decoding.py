@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import BayesianAdapter
 from ..adapters.samples import SampleBatch
-from ..forward.caches import cache_of
+from ..forward.caches import cache_of, windows_opened
 from ..forward.fold import Predictive
 from ..forward.rows import asks_for
+from ..forward.tail import columns_of
 
 GRAPHS = 4  # kept at a time; each holds the memory of one step
 
@@ -109,8 +110,10 @@ class CapturedDecoding:
         self._met.clear()
         self._cache = None
 
-    def cache(self, rows: int, length: int) -> Any:
+    def cache(self, rows: int, length: int, prompt: int = 1) -> Any:
         """An empty static cache for ``rows`` rows of at least ``length`` tokens; the last call's own if it serves.
+
+        Of these ``prompt`` are the prompt's: with a span it has columns for them once, and for what follows once a sample.
 
         Give it to the model's ``generate`` as its cache, and the graphs of the call before are used again. Rows are the
         caller's: prompts times beams or returned sequences. Only one cache is kept.
@@ -118,7 +121,10 @@ class CapturedDecoding:
         from transformers import StaticCache
 
         context = self._context()
-        kind = (rows, None if context is None else (context[0], len(context[1].batch)))
+        view = None if context is None else context[1]
+        kind = (rows, None if context is None or view is None else (context[0], len(view.batch), view.span))
+        if view is not None and view.span is not None:
+            length = prompt + len(view.batch) * (view.span + max(length - prompt - 1, 0))
         if self._cache is not None:
             kept_kind, kept_length, cache = self._cache
             if kept_kind == kind and kept_length >= length:
@@ -128,6 +134,8 @@ class CapturedDecoding:
         self.clear()  # their cache is gone
         rounded = -(-length // 64) * 64
         made = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=rounded)
+        if view is not None and view.span is not None:
+            windows_opened(made, rounded)
         self._cache = (kind, rounded, made)
         return made
 
@@ -200,7 +208,9 @@ class CapturedDecoding:
             if view.observe is not None or view.targets is not None or view.key is not None:
                 return None
             batch, columns = view.batch, view.columns
-            sampled = (len(batch), batch.antithetic, batch.mode, batch.family, first)
+            sampled = (len(batch), batch.antithetic, batch.mode, batch.family, first, view.span)
+            noted = columns_of(cache)  # which a graph reads
+            sampled += (None if noted is None else noted.own.data_ptr(),)
             sampled += (view.keep_samples, None if columns is None else (columns.data_ptr(), tuple(columns.shape)))
         elif self.adapter is not None and self.adapter.is_sampling:
             return None

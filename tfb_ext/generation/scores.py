@@ -106,7 +106,7 @@ def first_nan(adapter: BayesianAdapter, batch: SampleBatch, inputs: Mapping[str,
     modules = list(adapter.anatomy.model.named_modules())
     hooks = [m.register_forward_hook(watch(n)) for n, m in modules if n]
     try:
-        with adapter.fanned(Predictive(batch)):
+        with adapter.fanned(Predictive(batch, span=adapter.place.span)):
             adapter.anatomy.model(**inputs, use_cache=False)
     except SamplingError:
         pass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,7 +100,7 @@ def generate(
     started = time.perf_counter()
     try:
         with (
-            adapter.fanned(Predictive(batch)),
+            adapter.fanned(Predictive(batch, span=adapter.place.span)),
             _static_decoding(adapter, ids, config, options) as options,
             _recorded_ends(adapter) as ends,
         ):
@@ -156,16 +156,17 @@ def _static_decoding(
     """The options to generate with: in graphs where a static cache is asked for, in the kept one if ``captured_decoding`` is open."""
     model = adapter.anatomy.model
     wanted = config.cache_implementation == "static" and config.compile_config is None and not config.disable_compile
-    if not wanted or not capturable(ids.device):
+    decoding, span = open_decoding(model), adapter.place.span
+    if not wanted or not (capturable(ids.device) or span is not None):
         yield options
         return
-    decoding = open_decoding(model)
-    if decoding is None:
+    if decoding is None and span is None:
         with captured_decoding(adapter):
             yield options
-    else:
+        return
+    with nullcontext(decoding) if decoding is not None else captured_decoding(adapter) as opened:
         rows = len(ids) * max(config.num_beams or 1, config.num_return_sequences or 1)
-        cache = decoding.cache(rows, config.max_length)
+        cache = opened.cache(rows, config.max_length, ids.shape[1])
         yield options | {"cache_implementation": None, cache_argument(model): cache}
 
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapters.adapter import BayesianAdapter, Depth
+from ..adapters.adapter import BayesianAdapter, Depth, Span
 from ..adapters.attach import bayesianize, load
 from ..checks import check_sigma
 from ..errors import UnsupportedModelError
@@ -56,6 +56,7 @@ class TFBLM(HFLM):
         n_samples: posterior samples; 0 for the mean adapter, which then is the harness's own ``hf`` model with ``peft``.
         sigma: posterior scale; default: the one saved beside the adapter.
         depth: random blocks from the top: a number, a fraction, ``"all"``, ``"head"``; default: the saved one, else all.
+        span: random tokens: ``"all"``, ``"answer"`` (the continuation's own) or a number of last ones; default: as saved, else all.
         bma: ``"sequence"`` or ``"token"``, the place where samples are averaged in log-likelihoods.
         seed: noise seed; default: the saved one, else 0.
         antithetic: draw samples in mirrored pairs; default: as saved, else yes.
@@ -77,6 +78,7 @@ class TFBLM(HFLM):
         n_samples: int = 10,
         sigma: float | None = None,
         depth: Depth | None = None,
+        span: Span | None = None,
         bma: str = "sequence",
         seed: int | None = None,
         antithetic: bool | None = None,
@@ -115,6 +117,8 @@ class TFBLM(HFLM):
             self.adapter.sigma = sigma
         if depth is not None:
             self.adapter.depth = depth
+        if span is not None:
+            self.adapter.span = int(span) if str(span).isdecimal() else span
         if seed is not None:
             self.adapter.seed = seed
         if antithetic is not None:
@@ -261,6 +265,7 @@ class TFBLM(HFLM):
             "bma": self.bma,
             "sigma": adapter.sigma,
             "depth": adapter.depth,
+            "span": adapter.span,
             "seed": adapter.seed,
             "antithetic": adapter.antithetic,
             "mode": adapter.mode,

@@ -16,8 +16,8 @@ from ..errors import ConfigError
 from ..files import CONFIG_NAME, read_json_object, write_atomically
 
 # Version 2 added the family: a reader of version 1 would take every family for "low-rank". From version 3 on the fingerprint is
-# of the layers' scaling too.
-FORMAT_VERSION = 3
+# of the layers' scaling too. Version 4 added the span.
+FORMAT_VERSION = 4
 MODES = ("weight", "flipout", "token")
 FAMILIES = ("low-rank", "constant", "full-rank")
 
@@ -48,6 +48,7 @@ class TFBConfig:
         mode: noise mode.
         antithetic: whether sample ``2k + 1`` mirrors sample ``2k``.
         depth: number of random blocks from the top, ``"all"`` or ``"head"``.
+        span: random tokens, ``"all"``, ``"answer"`` or a number of last ones; before format 4 ``"all"``.
         layers: canonical names of the Bayesian layers.
         base_model: the base model's name as PEFT recorded it.
         family: variance family; files of format 1 have none and mean ``"low-rank"``.
@@ -66,6 +67,7 @@ class TFBConfig:
     layers: tuple[str, ...]
     base_model: str | None
     family: str = "low-rank"
+    span: int | str = "all"
     search: dict[str, Any] | None = None
     fingerprint: str | None = None
     package_version: str = __version__
@@ -100,6 +102,8 @@ class TFBConfig:
             )
         if version == 1:
             raw["family"] = "low-rank"
+        if version < 4:
+            raw["span"] = "all"
         for name, good, wanted in _FIELDS:
             if not good(raw.get(name)):
                 _refuse(path, name, raw.get(name), wanted)
@@ -127,6 +131,10 @@ def _is_depth(value: Any) -> bool:
     return value in ("all", "head") or _passes(lambda number: check_count("depth", number), value)
 
 
+def _is_span(value: Any) -> bool:
+    return value in ("all", "answer") or _passes(lambda number: check_count("span", number), value)
+
+
 def _is_layers(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
@@ -139,6 +147,7 @@ _FIELDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("family", lambda v: v in FAMILIES, " or ".join(map(repr, FAMILIES))),
     ("antithetic", lambda v: isinstance(v, bool), "true or false"),
     ("depth", _is_depth, "a positive number of blocks, 'all' or 'head'"),
+    ("span", _is_span, "a positive number of tokens, 'all' or 'answer'"),
     ("layers", _is_layers, "a list of layer names"),
     ("fingerprint", lambda v: isinstance(v, str | None), "a SHA-256 in hexadecimal or null"),
     ("base_model", lambda v: isinstance(v, str | None), "the base model's name or null"),

@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..adapters.adapter import BayesianAdapter, Depth
+from ..adapters.adapter import BayesianAdapter, Depth, Span
 from ..checks import check_samples
 from ..forward.batches import Data
 from .anchors import Anchors
-from .depths import choose, depths_of, search_depths
+from .depths import choose, places_of, search_places
 from .plan import (
     LARGEST,
     MEMORISED_NLL,
@@ -51,6 +51,7 @@ def search_sigma(
     steps: int | None = None,
     samples: int | Sequence[int] = 10,
     depth: Depth | Sequence[Depth] | None = None,
+    span: Span | Sequence[Span] | None = None,
     batch_size: int | None = None,
     early_stop: float | None = None,
     checkpoint: str | Path | None = None,
@@ -58,7 +59,7 @@ def search_sigma(
     progress: bool = True,
     apply: bool = True,
 ) -> SigmaSearch:
-    """Find sigma on anchors and (``apply=True``) set it, its depth, its mode and its summary on the adapter.
+    """Find sigma on anchors and (``apply=True``) set it, its depth, span, mode and its summary on the adapter.
 
     Recipes fill in what is not given:
 
@@ -87,6 +88,8 @@ def search_sigma(
         samples: posterior samples at every sigma, the same ones.
         depth: random blocks, if other than the adapter's. Of several the one with the lowest NLL is taken, or with a tolerance
             the one with most entropy within it; of those within a standard error of the best the cheapest.
+        span: random tokens, if other than the adapter's; of several, each at every depth, one is taken in the same way. The prompt
+            before them runs once for all sigmas.
         batch_size: anchors a forward, before the fan; halved where memory runs out.
         early_stop: leave out anchors once a sigma's verdict is settled at this confidence, such as 0.99, or its change is known
             to 5 % of the tolerance. Anchors then go in random order; small batches give more occasions.
@@ -103,7 +106,7 @@ def search_sigma(
     started = time.perf_counter()
     options = Options(recipe, metric, tolerance, bound, objective, method, bracket, steps, early_stop)
     options.check()
-    numbers, depths, settings = check_samples(samples), depths_of(adapter, depth), settings_of(recipe)
+    numbers, places, settings = check_samples(samples), places_of(adapter, depth, span), settings_of(recipe)
     antithetic = adapter.antithetic if settings.antithetic is None else settings.antithetic
     mode = adapter.mode if settings.mode is None else settings.mode
     ranks = Ranks()
@@ -113,7 +116,7 @@ def search_sigma(
             adapter,
             anchors,
             ranks,
-            depths=depths,
+            places=places,
             batch_size=batch_size,
             shuffle=early_stop is not None,
             sharded=sharded,
@@ -128,20 +131,20 @@ def search_sigma(
         baseline_nll = float(run.records.baseline[:, 0].mean())
         plan = make_plan(options, run.labelled, baseline_nll)
         _warn_of_memorised(plan, baseline_nll)
-        run.expect(plan.steps * len(depths))
-        tried = search_depths(adapter, run, plan, depths)
+        run.expect(plan.steps * len(places))
+        tried = search_places(adapter, run, plan, places)
     finally:
         if run is not None:
             run.close()
         ranks.close()
-    best, results = choose(adapter, tried, len(numbers))
+    best, results = choose(tried, len(numbers))
     result = SigmaSearch(
         **best.found._asdict(),
         satisfied=best.satisfied,
         confidence=float("nan") if best.chosen is None else best.chosen.confidence,
         interval=best.interval,
         evaluations=tuple(sorted(best.evaluations, key=lambda e: e.sigma)),
-        baseline=best.verdicts.evaluation(best.first, 0.0, best.depth),
+        baseline=best.verdicts.evaluation(best.place, 0.0, best.depth),
         recipe=recipe,
         metric=plan.metric_name,
         **{name: getattr(plan, name) for name in ("tolerance", "bound", "objective", "method", "reason", "early_stop")},
@@ -150,6 +153,7 @@ def search_sigma(
         mode=mode,
         seed=adapter.seed,
         depth=best.depth,
+        span=best.span,
         depths=results if len(tried) > 1 else (),
         anchors=run.size,
         labelled=run.labelled,
@@ -167,6 +171,8 @@ def search_sigma(
         adapter.mode = mode
         if depth is not None:
             adapter.depth = result.depth
+        if span is not None:
+            adapter.span = result.span
         if settings.mode is not None:
             adapter.antithetic = antithetic
     return result

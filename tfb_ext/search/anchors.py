@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapters.adapter import BayesianAdapter, Depth
+from ..adapters.adapter import BayesianAdapter, Place
 from ..adapters.samples import MEAN, SampleBatch
 from ..errors import SamplingError
 from ..forward.batches import IGNORED, Batch, Data, item_labels
 from ..forward.engine import MANY_CLASSES, Scorer
 from .model_key import content, model_key
 from .ranks import Ranks
-from .records import FIELDS, Records, read_records
+from .records import FIELDS, MEAN_PLACE, Records, read_records
 
 Settled = Callable[[Sequence[float]], set[float]]
 
@@ -31,7 +31,7 @@ class Anchors:
     """A data set under the mean adapter and at any sigmas.
 
     Args:
-        depths: whose trunks are kept; deepest first.
+        places: for which what all samples share is kept; the deepest first.
         shuffle: batches in random order.
         sharded: every rank brought its own anchors; otherwise all hold the same set and run a part of it.
         numbers, antithetic, mode: of the samples.
@@ -49,7 +49,7 @@ class Anchors:
         data: Data,
         ranks: Ranks,
         *,
-        depths: Sequence[Depth],
+        places: Sequence[Place],
         batch_size: int | None,
         shuffle: bool,
         sharded: bool,
@@ -64,10 +64,10 @@ class Anchors:
         self.scorer = scorer = Scorer(
             adapter,
             data,
-            depth=depths[0],
+            place=places[0],
             batch_size=batch_size,
             samples=len(numbers),
-            keep_trunk=depths,
+            keep_trunk=places,
             shuffle=shuffle,
             shard=(0, 1) if sharded else (ranks.rank, ranks.size),
             may_be_empty=ranks.size > 1,
@@ -77,6 +77,9 @@ class Anchors:
         self.sharded = sharded
         self.noise = numbers, antithetic, mode
         self.keep_probabilities = metric is not None
+        # Where a span is tried, the mean adapter's keys and values are kept; else hidden states at the depths.
+        spans = [p for p in places if p.span is not None]
+        self._of_mean = spans[0] if spans else Place(len(adapter.anatomy.blocks))
         self.checkpoint = checkpoint if ranks.rank == 0 else None
         by_token = any(b.token_labelled for b in scorer.batches)
         classes = scorer.classes if scorer.batches else 0
@@ -121,6 +124,14 @@ class Anchors:
     def tokens(self) -> int:
         """Tokens times samples that went through the random blocks."""
         return self.scorer.tokens_run
+
+    def share(self, place: Place) -> float:
+        """Of a forward, what one sample takes."""
+        total = len(self.adapter.anatomy.blocks)
+        if place.span is None:
+            return 1 - place.first / total
+        random = sum(self.scorer.random_tokens(batch, place) for batch in self.scorer.batches)
+        return min(1.0, random / max(self.scorer.tokens, 1))
 
     # Who has which anchors --------------------------------------------------------------------------------------------
 
@@ -178,7 +189,7 @@ class Anchors:
         rows: list[Tensor] = []
         kept: list[Tensor] = []
         for batch in self.scorer.batches:
-            logs = self.scorer.average(batch, MEAN, first=len(self.adapter.anatomy.blocks))
+            logs = self.scorer.average(batch, MEAN, self._of_mean)
             guesses = logs.argmax(-1)
             targets = item_labels(batch) if self.use_labels else guesses
             numbers = torch.stack([guesses.cpu(), targets.cpu()], dim=1).double()
@@ -189,11 +200,11 @@ class Anchors:
         table = self._everywhere(rows, len(FIELDS) + 2)
         records = Records(key, table[:, : len(FIELDS)].clone(), table[:, -2].long(), table[:, -1].long())
         if self.keep_probabilities:
-            records.probabilities[-1, 0.0] = self._everywhere(kept, self.classes).float()
+            records.probabilities[MEAN_PLACE, 0.0] = self._everywhere(kept, self.classes).float()
         return records
 
-    def run(self, first: int, sigmas: Sequence[float], settled: Settled | None = None) -> None:
-        """Fill the records of these sigmas at this first random block, as far as they are not there.
+    def run(self, place: Place, sigmas: Sequence[float], settled: Settled | None = None) -> None:
+        """Fill the records of these sigmas at this place, as far as they are not there.
 
         All sigmas and samples of a batch are one fused batch, which the scorer cuts as memory asks. ``settled`` is asked after
         every batch which of the sigmas need no more anchors.
@@ -204,7 +215,7 @@ class Anchors:
         if self.keep_probabilities:
             for sigma in active:
                 room = torch.full((self.size, self.classes), math.nan)
-                self.records.probabilities.setdefault((first, sigma), room)
+                self.records.probabilities.setdefault((place, sigma), room)
         self.bar.total = max(self.bar.total, self.bar.n + self.local * len(active))
         try:
             for i in range(self.rounds):
@@ -212,14 +223,14 @@ class Anchors:
                     break
                 if i < len(self.scorer.batches):
                     self.bar.set_postfix_str(f"sigma {', '.join(f'{s:.3g}' for s in active)}")
-                    self._score(i, first, active)
+                    self._score(i, place, active)
                     self.bar.update(len(self.positions[i]) * len(active))
                 if settled is not None:
-                    self._share(first, active, self.positions[i : i + 1])
+                    self._share(place, active, self.positions[i : i + 1])
                     done = settled(active)
                     active = [s for s in active if s not in done]
             if settled is None:
-                self._share(first, active, self.positions)
+                self._share(place, active, self.positions)
         finally:
             if self.checkpoint is not None:
                 self.records.write(self.checkpoint)
@@ -233,23 +244,23 @@ class Anchors:
         self.bar.refresh()
         self.bar.close()
 
-    def _score(self, number: int, first: int, sigmas: Sequence[float]) -> None:
+    def _score(self, number: int, place: Place, sigmas: Sequence[float]) -> None:
         """One batch into the records, at those sigmas that lack it."""
         batch, at = self.scorer.batches[number], self.positions[number]
-        missing = [s for s in sigmas if self.records.at(first, s)[at, 0].isnan().any()]
+        missing = [s for s in sigmas if self.records.at(place, s)[at, 0].isnan().any()]
         guesses, targets = self.records.guesses[at], self.records.targets[at]
-        for sigma, logs in zip(missing, self._log_probabilities(batch, first, missing), strict=True):
-            self.records.at(first, sigma)[at] = _measure(logs, targets.to(logs.device), guesses.to(logs.device), sigma)
+        for sigma, logs in zip(missing, self._log_probabilities(batch, place, missing), strict=True):
+            self.records.at(place, sigma)[at] = _measure(logs, targets.to(logs.device), guesses.to(logs.device), sigma)
             if self.keep_probabilities:
-                self.records.probabilities[first, sigma][at] = _probabilities(logs)
+                self.records.probabilities[place, sigma][at] = _probabilities(logs)
 
-    def _log_probabilities(self, batch: Batch, first: int, sigmas: Sequence[float]) -> list[Tensor]:
+    def _log_probabilities(self, batch: Batch, place: Place, sigmas: Sequence[float]) -> list[Tensor]:
         """Log mean probability (items, C) at each sigma; small heads take all sigmas in one fused batch."""
         if not sigmas:
             return []
         if self.classes > MANY_CLASSES:
-            return [self.scorer.average(batch, self._samples([s]), first) for s in sigmas]
-        return list(self.scorer.averages(batch, self._samples(sigmas), len(sigmas), first))
+            return [self.scorer.average(batch, self._samples([s]), place) for s in sigmas]
+        return list(self.scorer.averages(batch, self._samples(sigmas), len(sigmas), place))
 
     def _samples(self, sigmas: Sequence[float]) -> SampleBatch:
         numbers, antithetic, mode = self.noise
@@ -265,14 +276,14 @@ class Anchors:
             table[part[:, 0].long()] = part[:, 1:]
         return table
 
-    def _share(self, first: int, sigmas: Sequence[float], positions: Sequence[Tensor]) -> None:
+    def _share(self, place: Place, sigmas: Sequence[float], positions: Sequence[Tensor]) -> None:
         """Exchange what the ranks found for their items at these positions."""
         if self.ranks.size == 1 or not sigmas:
             return
         at = torch.cat([torch.zeros(0, dtype=torch.int64), *positions])
-        tables = [self.records.at(first, s) for s in sigmas]
+        tables = [self.records.at(place, s) for s in sigmas]
         if self.keep_probabilities:
-            tables += [self.records.probabilities[first, s] for s in sigmas]
+            tables += [self.records.probabilities[place, s] for s in sigmas]
         mine = torch.cat([at.double()[:, None], *(t[at].double() for t in tables)], dim=1)
         for part in self.ranks.gather(mine):
             columns = part[:, 1:].split([t.shape[1] for t in tables], dim=1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.adapter import Place
 from ..checks import MOST_NUMBER, check_sigma, is_integer
 from ..errors import ConfigError
 from ..files import parse_json_object, write_atomically
@@ -22,7 +23,8 @@ MOST = {"nll": MOST_NUMBER, "right": 1.0, "flip": 1.0, "brier": 2.0, "entropy": 
 FIELDS = tuple(MOST)
 ROUNDING = 1e-3  # may cross these bounds by so much
 
-At = tuple[int, float]
+At = tuple[Place, float]  # what is random, and sigma
+MEAN_PLACE = Place(-1)  # of the mean adapter
 
 
 @dataclass
@@ -34,8 +36,8 @@ class Records:
         baseline: (items, 5), of the mean adapter; columns are ``FIELDS``.
         guesses: (items,) int64, the mean adapter's answers.
         targets: (items,) int64, the labels, or the guesses again.
-        values: by (first random block, sigma), (items, 5).
-        probabilities: by (first random block, sigma), (items, C) float32; the mean adapter's under (-1, 0). Empty unless a
+        values: by (place, sigma), (items, 5).
+        probabilities: by (place, sigma), (items, C) float32; the mean adapter's under (``MEAN_PLACE``, 0). Empty unless a
             metric of the caller's own asks for them.
     """
 
@@ -49,9 +51,9 @@ class Records:
     def __len__(self) -> int:
         return len(self.baseline)
 
-    def at(self, first: int, sigma: float) -> Tensor:
+    def at(self, place: Place, sigma: float) -> Tensor:
         """(items, 5) of this sigma, made empty where it is new."""
-        return self.values.setdefault((first, sigma), torch.full_like(self.baseline, math.nan))
+        return self.values.setdefault((place, sigma), torch.full_like(self.baseline, math.nan))
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: NaN is ``None``, a column is a list."""
@@ -62,10 +64,10 @@ class Records:
         return {
             "key": self.key,
             "baseline": columns(self.baseline),
-            "evaluations": [{"first": f, "sigma": s, **columns(v)} for (f, s), v in self.values.items()],
+            "evaluations": [{**p._asdict(), "sigma": s, **columns(v)} for (p, s), v in self.values.items()],
             "probabilities": [
-                {"first": f, "sigma": s, "rows": [_with_none(row) for row in p]}
-                for (f, s), p in self.probabilities.items()
+                {**p._asdict(), "sigma": s, "rows": [_with_none(row) for row in rows]}
+                for (p, s), rows in self.probabilities.items()
             ],
             "guesses": self.guesses.tolist(),
             "targets": self.targets.tolist(),
@@ -79,13 +81,15 @@ class Records:
             ValueError: it is anything else: a part is missing or of the wrong kind, length or range.
         """
         try:
+            for entry in (*raw["evaluations"], *raw["probabilities"]):
+                entry.setdefault("span", None)  # of a file from before there were spans
             records = cls(
                 raw["key"],
                 _table(raw["baseline"]),
                 torch.tensor(raw["guesses"], dtype=torch.int64),
                 torch.tensor(raw["targets"], dtype=torch.int64),
-                {(entry["first"], check_sigma(entry["sigma"])): _table(entry) for entry in raw["evaluations"]},
-                {(e["first"], float(e["sigma"])): _tensor(e["rows"]).float() for e in raw["probabilities"]},
+                {(_place(entry), check_sigma(entry["sigma"])): _table(entry) for entry in raw["evaluations"]},
+                {(_place(e), float(e["sigma"])): _tensor(e["rows"]).float() for e in raw["probabilities"]},
             )
             written = records.to_dict()
             # Where reading and writing gives another text, an entry is there twice, a class is no integer, ...
@@ -105,10 +109,10 @@ class Records:
             "guesses": bool((classes >= 0).all() and (classes < 2**31).all()),
             "baseline": torch.equal((self.guesses == self.targets).double(), self.baseline[:, 1]),
         }
-        for at, table in [((0, 0.0), self.baseline), *self.values.items()]:
+        for at, table in [((Place(0), 0.0), self.baseline), *self.values.items()]:
             seen = table[~table.isnan().all(1)]
             inside = bool(((seen >= -ROUNDING) & (seen <= most)).all() and (seen[:, 1:3] % 1 == 0).all())
-            fits[f"evaluation at {at}"] = inside and len(table) == items and is_integer(at[0], 0)
+            fits[f"evaluation at {at}"] = inside and len(table) == items and _is_place(at[0])
         for at, rows in self.probabilities.items():
             seen = rows[~rows.isnan().all(1)]
             inside = bool((seen >= -ROUNDING).all() and ((seen.sum(1) - 1).abs() <= ROUNDING).all())
@@ -124,9 +128,9 @@ class Records:
         most = int(max(self.guesses.max(), self.targets.max()))
         if most >= classes:
             raise ValueError(f"guesses and targets reach class {most}, expected 0 to {classes - 1}")
-        runs = {} if self.key.get("metric") is None else {(-1, 0.0): self.baseline, **self.values}
+        runs = {} if self.key.get("metric") is None else {(MEAN_PLACE, 0.0): self.baseline, **self.values}
         if set(self.probabilities) != set(runs):
-            raise ValueError(f"probabilities are there at {sorted(self.probabilities)}, expected {sorted(runs)}")
+            raise ValueError(f"probabilities are there at {list(self.probabilities)}, expected {list(runs)}")
         for at, run in runs.items():
             rows = self.probabilities[at]
             if rows.shape[1] != classes or not torch.equal(rows.isnan()[:, 0], run.isnan()[:, 0]):
@@ -163,6 +167,14 @@ def read_records(path: Path, key: Mapping[str, Any], classes: int) -> Records | 
     except ValueError as error:
         raise ConfigError(f"{path} holds no records of a search ({error}); {advice}") from None
     return records
+
+
+def _place(entry: Mapping[str, Any]) -> Place:
+    return Place(entry["first"], entry["span"])
+
+
+def _is_place(place: Place) -> bool:
+    return is_integer(place.first, 0) and (place.span is None or is_integer(place.span, 1))
 
 
 def _table(columns: Any) -> Tensor:

@@ -52,18 +52,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class DepthResult:
-    """What the search found at one of several depths.
+    """What the search found at one of several depths and spans.
 
     Attributes:
-        depth: random blocks.
+        depth, span: random blocks and tokens.
         sigma, satisfied, interval, stop: as :class:`SigmaSearch`.
         nll, accuracy, flips, entropy: of the evaluation at ``sigma``.
-        score: what depths are compared by: NLL, or with a tolerance minus the entropy that it bought; lower is better.
-        behind: ``score`` minus that of the best depth, and its paired standard error over anchors.
+        score: what they are compared by: NLL, or with a tolerance minus the entropy that it bought; lower is better.
+        behind: ``score`` minus that of the best, and its paired standard error over anchors.
         forwards: cost of a prediction with the search's samples, in forwards of the plain model.
     """
 
     depth: int | str
+    span: int | str
     sigma: float
     satisfied: bool
     interval: tuple[float, float]
@@ -93,7 +94,8 @@ class SigmaSearch:
         reason: why the recipe chose this metric and objective.
         stop: why the search ended.
         depth: random blocks from the top, ``"all"`` or ``"head"``; the chosen one, if there was a choice.
-        depths: what was found at each, if there was a choice, the deepest first.
+        span: random tokens, ``"all"``, ``"answer"`` or a number of last ones; the chosen one. Sigma holds in no other.
+        depths: what was found at each depth and span, if there was a choice, the deepest first.
         mode: noise mode of the search; sigma holds in no other.
         seconds, tokens: wall time, and tokens times samples that went through the random blocks.
         records: what every anchor gave at every sigma, for :func:`~tfb_ext.search_sigma` to go on from; ``None`` after loading
@@ -120,6 +122,7 @@ class SigmaSearch:
     mode: str
     seed: int
     depth: int | str
+    span: int | str
     depths: tuple[DepthResult, ...]
     anchors: int
     labelled: bool
@@ -127,6 +130,9 @@ class SigmaSearch:
     seconds: float
     tokens: int
     records: Records | None = field(default=None, repr=False, compare=False)
+
+    def _mark(self, found: DepthResult) -> str:
+        return _CHOSEN if (found.depth, found.span) == (self.depth, self.span) else ""
 
     @property
     def chosen(self) -> Evaluation | None:
@@ -176,6 +182,8 @@ class SigmaSearch:
                 f"{path} holds no finished search; give it to search_sigma(..., checkpoint={str(path)!r}) to go on with it"
             )
         try:
+            for part in (raw, *raw.get("depths", ())):
+                part.setdefault("span", "all")  # of a file from before there were spans
             records = raw.pop("records", None)
             found: SigmaSearch = _restored(cls, raw, "the search")
             check_sigma(found.sigma)
@@ -191,7 +199,7 @@ class SigmaSearch:
 
     def summary(self) -> dict[str, Any]:
         """The part that is worth keeping in ``tfb_config.json``."""
-        keep = "recipe metric tolerance bound objective method mode samples anchors labelled reason stop confidence".split()
+        keep = "recipe metric tolerance bound objective method mode span samples anchors labelled reason stop confidence".split()
         kept: dict[str, Any] = for_json({name: getattr(self, name) for name in keep})
         return kept | {"interval": for_json(list(self.interval))}
 
@@ -199,7 +207,7 @@ class SigmaSearch:
         low, high = self.interval
         lines = [
             f"sigma = {self.sigma:.4g}   ({self.recipe}: {self.rule}; {self.method}, {self.samples} samples, "
-            f"{self.anchors} anchors, depth {self.depth}, {self.seconds:.1f} s)",
+            f"{self.anchors} anchors, depth {self.depth}, span {self.span}, {self.seconds:.1f} s)",
             f"  why:  {self.reason}",
             f"  stop: {self.stop}",
             f"  sure: {_percent(self.confidence)} of resampled anchors give the same verdict; 90 % of them choose a sigma from "
@@ -212,12 +220,12 @@ class SigmaSearch:
             numbers = f"{e.sigma:>10.4g} {e.nll:>9.4f} {e.accuracy:>9.3f} {e.flips:>7.3f} {e.items:>8}"
             lines.append(f"  {numbers}   {verdict}".rstrip())
         if self.depths:
-            names = f"{'depth':>10} {'sigma':>9} {'nll':>9} {'accuracy':>9} {'flips':>7} {'entropy':>8} {'forwards':>9}"
+            names = f"{'depth':>10} {'span':>7} {'sigma':>9} {'nll':>9} {'accuracy':>9} {'flips':>7} {'entropy':>8} {'forwards':>9}"
             lines.append(f"  {names}   behind")
         for d in self.depths:
             lines.append(
-                f"  {d.depth!s:>10} {d.sigma:>9.4g} {d.nll:>9.4f} {d.accuracy:>9.3f} {d.flips:>7.3f} {d.entropy:>8.4f} "
-                f"{d.forwards:>9.2f}   {d.behind[0]:.4f} +- {d.behind[1]:.4f}{_CHOSEN if d.depth == self.depth else ''}"
+                f"  {d.depth!s:>10} {d.span!s:>7} {d.sigma:>9.4g} {d.nll:>9.4f} {d.accuracy:>9.3f} {d.flips:>7.3f} {d.entropy:>8.4f} "
+                f"{d.forwards:>9.2f}   {d.behind[0]:.4f} +- {d.behind[1]:.4f}{self._mark(d)}"
             )
         return "\n".join(lines)
 

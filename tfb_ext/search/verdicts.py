@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.adapter import Place
 from .criterion import Criterion
 from .plan import ROOT_USED, Plan
-from .records import FIELDS, Records
+from .records import FIELDS, MEAN_PLACE, At, Records
 from .result import Evaluation
 
 # Resamples of the anchors, fewer where there are very many anchors: their errors are small then.
@@ -63,7 +64,7 @@ class Verdicts:
         self.size = len(records)
         name = plan.metric if isinstance(plan.metric, str) else ""
         self.criterion = Criterion(name, plan.tolerance, plan.bound, plan.objective, self.size, plan.per_item)
-        self._changes: dict[tuple[int, float], _Change] = {}
+        self._changes: dict[At, _Change] = {}
 
     # Resamples of the anchors -----------------------------------------------------------------------------------------
 
@@ -94,27 +95,27 @@ class Verdicts:
     def base_value(self) -> float:
         """The mean adapter's metric."""
         if callable(self.plan.metric):
-            return self._custom(0.0, -1, slice(None))
+            return self._custom(0.0, MEAN_PLACE, slice(None))
         return float(self._metric(self.records.baseline).mean())
 
-    def change(self, first: int, sigma: float) -> _Change:
+    def change(self, place: Place, sigma: float) -> _Change:
         """By the records as they are when it is asked for first: a sigma's run over the anchors has ended then."""
-        if (first, sigma) not in self._changes:
+        if (place, sigma) not in self._changes:
             of = self._custom_change if callable(self.plan.metric) else self._named_change
-            self._changes[first, sigma] = of(first, sigma)
-        return self._changes[first, sigma]
+            self._changes[place, sigma] = of(place, sigma)
+        return self._changes[place, sigma]
 
-    def _named_change(self, first: int, sigma: float) -> _Change:
-        harm = self.harm(self.records.values[first, sigma])
+    def _named_change(self, place: Place, sigma: float) -> _Change:
+        harm = self.harm(self.records.values[place, sigma])
         seen = ~harm.isnan()
-        guess = self.guess(first, harm)
+        guess = self.guess(place, harm)
         harm, mean = harm[seen], guess.value
         value, amount = self.base_value + self.criterion.worse * mean, self.criterion.amount(mean)
         if len(harm) < 2:
             return _Change(value, amount, None, math.nan)
         drawn = self._resampled_mean(harm, seen)
         if guess.control is not None:
-            other = self.harm(self.records.values[first, guess.control])
+            other = self.harm(self.records.values[place, guess.control])
             more = ~other.isnan()
             drawn += guess.slope * (self._resampled_mean(other[more], more) - self._resampled_mean(other[seen], seen))
         bases = self._resampled_mean(self._metric(self.records.baseline)[seen], seen)
@@ -122,7 +123,7 @@ class Verdicts:
             value, amount, self._used(drawn, bases) if self.criterion.tolerated else drawn, float(drawn.std())
         )
 
-    def guess(self, first: int, harm: Tensor) -> _Guess:
+    def guess(self, place: Place, harm: Tensor) -> _Guess:
         """The mean of ``harm`` (items,), NaN where not seen, over all anchors.
 
         The noise is the same at every sigma, so an anchor's changes at two sigmas nearly lie on a line through all anchors. Where
@@ -139,8 +140,8 @@ class Verdicts:
         best = _Guess(mean, math.sqrt(spread * (1 / count - 1 / size)))
         if not (self.criterion.tolerated and self.criterion.smooth) or count < SETTLING_ITEMS:
             return best
-        for sigma in [s for block, s in self._changes if block == first]:
-            other = self.harm(self.records.values[first, sigma])
+        for sigma in [s for at, s in self._changes if at == place]:
+            other = self.harm(self.records.values[place, sigma])
             more = ~other.isnan()
             wider = int(more.sum())
             if wider <= count or bool((seen & ~more).any()):
@@ -165,10 +166,10 @@ class Verdicts:
 
     # A metric of the caller's own -------------------------------------------------------------------------------------
 
-    def _custom(self, sigma: float, first: int, chosen: Any) -> float:
+    def _custom(self, sigma: float, place: Place, chosen: Any) -> float:
         assert callable(self.plan.metric)
         targets = self.records.targets[chosen]
-        result = torch.as_tensor(self.plan.metric(self.records.probabilities[first, sigma][chosen], targets)).double()
+        result = torch.as_tensor(self.plan.metric(self.records.probabilities[place, sigma][chosen], targets)).double()
         name = f"metric {self.plan.metric_name} returned"
         if result.dim() > 1 or (result.dim() == 1 and len(result) != len(targets)):
             raise ValueError(
@@ -179,12 +180,12 @@ class Verdicts:
             raise ValueError(f"{name} NaN or infinity at sigma {sigma:g}, expected finite numbers")
         return float(result.mean())
 
-    def _custom_change(self, first: int, sigma: float) -> _Change:
-        value = self._custom(sigma, first, slice(None))
+    def _custom_change(self, place: Place, sigma: float) -> _Change:
+        value = self._custom(sigma, place, slice(None))
         amount = self.criterion.amount(value - self.base_value)
         if self.size < 2:
             return _Change(value, amount, None, math.nan)
-        drawn = [self._custom(sigma, first, chosen) - before for chosen, before in self._custom_baselines]
+        drawn = [self._custom(sigma, place, chosen) - before for chosen, before in self._custom_baselines]
         used = [float(self._used(d, before)) for d, (_, before) in zip(drawn, self._custom_baselines, strict=True)]
         return _Change(value, amount, torch.tensor(used), float(torch.tensor(drawn).std()))
 
@@ -193,20 +194,20 @@ class Verdicts:
         """Resamples of the anchors, each with the mean adapter's metric on it."""
         generator = torch.Generator().manual_seed(0)
         drawn = [torch.randint(self.size, (self.size,), generator=generator) for _ in range(SET_RESAMPLES)]
-        return [(chosen, self._custom(0.0, -1, chosen)) for chosen in drawn]
+        return [(chosen, self._custom(0.0, MEAN_PLACE, chosen)) for chosen in drawn]
 
     # Verdicts ---------------------------------------------------------------------------------------------------------
 
-    def evaluation(self, first: int, sigma: float, depth: int | str) -> Evaluation:
+    def evaluation(self, place: Place, sigma: float, depth: int | str) -> Evaluation:
         """The verdict on one sigma; ``sigma`` 0 is the mean adapter."""
         base = self.records.baseline
-        values = base if sigma == 0 else self.records.values[first, sigma]
+        values = base if sigma == 0 else self.records.values[place, sigma]
         seen = ~values[:, 0].isnan()
         metrics = (base.mean(dim=0) + (values[seen] - base[seen]).mean(dim=0)).tolist()
         known = dict(zip(("nll", "accuracy", "flips", "brier", "entropy"), metrics, strict=True))
         if sigma == 0:
             return Evaluation(0.0, self.base_value, 0.0, True, 1.0, **known, items=self.size, depth=depth)
-        change, asked = self.change(first, sigma), self.criterion
+        change, asked = self.change(place, sigma), self.criterion
         if asked.smooth:
             known[asked.metric] = change.value
         holds = asked.holds(change.value, change.amount, self.base_value)
@@ -221,10 +222,10 @@ class Verdicts:
         """The share of the tolerance that is used up."""
         return self.criterion.used(evaluation.value, self.base_value)
 
-    def interval(self, first: int, evaluations: list[Evaluation]) -> tuple[float, float]:
+    def interval(self, place: Place, evaluations: list[Evaluation]) -> tuple[float, float]:
         """Sigmas between which the choice falls in 90 % of resamples of the anchors, from the sigmas that were tried."""
         tried = sorted(e.sigma for e in evaluations)
-        drawn = [self.change(first, sigma).resampled for sigma in tried]
+        drawn = [self.change(place, sigma).resampled for sigma in tried]
         known = [d for d in drawn if d is not None]
         if not tried or len(known) < len(drawn):
             return math.nan, math.nan
@@ -237,8 +238,8 @@ class Verdicts:
         low, high = torch.quantile(chosen, torch.tensor([0.05, 0.95], dtype=chosen.dtype)).tolist()
         return low, high
 
-    def behind(self, mine: tuple[int, float], other: tuple[int, float], score: str) -> tuple[float, float]:
-        """The paired difference of ``score`` between two (first random block, sigma), and its standard error."""
+    def behind(self, mine: At, other: At, score: str) -> tuple[float, float]:
+        """The paired difference of ``score`` between two (place, sigma), and its standard error."""
         values, others = (_column(score, self.records.values[key]) for key in (mine, other))
         difference = others - values if score == "entropy" else values - others
         difference = difference[~difference.isnan()]
@@ -247,7 +248,9 @@ class Verdicts:
 
     # Early stopping ---------------------------------------------------------------------------------------------------
 
-    def settled(self, first: int, values: Tensor, confidence: float, looks: int, lowest: Tensor | None = None) -> bool:
+    def settled(
+        self, place: Place, values: Tensor, confidence: float, looks: int, lowest: Tensor | None = None
+    ) -> bool:
         """Whether the anchors not seen yet can hardly change the verdict, or hardly the amount.
 
         The anchors are a finite set in random order. So the error of a mean over those seen shrinks by the square root of the
@@ -264,7 +267,7 @@ class Verdicts:
             return count == self.size
         if count < SETTLING_ITEMS:
             return False
-        guess = self.guess(first, harm)
+        guess = self.guess(place, harm)
         mean, error = guess.value, guess.error
         if asked.metric in ("flips", "accuracy"):
             # Of the first few anchors none may have changed; one that did and one that did not are added for what may come.

@@ -1,0 +1,82 @@
+"""Attention of a call that holds prompts and the random tokens behind them: the prompt's tokens apart from the random ones.
+
+One masked product over both would take the prompt's fused kernel away. So the prompt attends as it would alone, and the random
+tokens, few of them, attend to all columns under their mask, the heads that share keys side by side, so that no key is copied.
+transformers calls it where ``config._attn_implementation`` is ``NAME``, and makes no mask of its own then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from ..errors import SamplingError
+from .tail import TailCall
+
+NAME = "tfb_tail"
+# What transformers' attention functions may be asked for beside plain attention; none of it is done here.
+_OTHER = ("softcap", "position_bias", "s_aux")
+_now = threading.local()
+
+
+@contextmanager
+def attending(config: Any, name: str, call: TailCall | None = None) -> Iterator[None]:
+    """Inside, the model with this configuration attends by the function of this name; ``NAME`` is that of ``call``."""
+    settings = vars(config)
+    before = settings["_attn_implementation_internal"]
+    settings["_attn_implementation_internal"], _now.call = name, call
+    try:
+        yield
+    finally:
+        settings["_attn_implementation_internal"], _now.call = before, None
+
+
+def tail_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the call in progress: query (B, H, lead + S·T, d), key and value (B, H / G, C, d) -> (B, lead + S·T, H, d)."""
+    call: TailCall | None = getattr(_now, "call", None)
+    asked = [name for name in _OTHER if other.get(name) is not None]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if call is None or asked or not causal:
+        what = (
+            f"attention with {asked[0]}" if asked else "attention that is not causal" if call is not None else "no call"
+        )
+        raise SamplingError(f"{type(module).__name__} has {what}, expected plain causal attention")
+    lead, parts = call.lead, []
+    if lead:
+        prompt = AttentionInterface()["sdpa"]
+        mask = call.prompt_mask(sliding_window)
+        own = query[:, :, :lead], key[:, :, :lead], value[:, :, :lead]
+        parts.append(prompt(module, *own, mask, dropout=0.0, scaling=scaling, is_causal=mask is None)[0])
+    queries = query[:, :, lead:]
+    rows, heads, tokens, width = queries.shape
+    shared = key.shape[1]
+    groups = heads // shared
+    out = torch.nn.functional.scaled_dot_product_attention(
+        queries.reshape(rows, shared, groups * tokens, width),
+        key,
+        value,
+        attn_mask=call.tail_mask(sliding_window, groups, query.dtype),
+        scale=scaling,
+    )
+    parts.append(out.reshape(rows, heads, tokens, -1).transpose(1, 2))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
+
+
+AttentionInterface.register(NAME, tail_attention)
