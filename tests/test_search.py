@@ -845,23 +845,23 @@ def test_what_one_sigma_shows_on_all_anchors_sharpens_the_next() -> None:
     tried = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1, method="root"))
     rule = tried.verdicts
     few = seen_only(second, 40)
-    alone = rule.guess(0, rule.harm(few))
+    alone = rule.guess(Place(0), rule.harm(few))
     assert alone.control is None and alone.value == pytest.approx(float(second[:40].mean()))
     assert alone.error == pytest.approx(float(second[:40].std()) * math.sqrt(1 / 40 - 1 / Curve.size))
     rule.records.values[Place(0), 0.01] = seen_only(first, Curve.size)
-    rule.evaluation(0, 0.01, "all")
-    helped = rule.guess(0, rule.harm(few))
+    rule.evaluation(Place(0), 0.01, "all")
+    helped = rule.guess(Place(0), rule.harm(few))
     assert helped.control == 0.01 and helped.slope == pytest.approx(1.2, abs=0.1) and helped.error < alone.error / 4
     assert abs(helped.value - float(second.mean())) < 3 * helped.error
     # Not at another depth, not where the other sigma lacks an anchor of these, not with fewer of its own than settle anything.
-    assert rule.guess(1, rule.harm(few)) == alone
-    assert rule.guess(0, rule.harm(seen_only(second, 31))).control is None
+    assert rule.guess(Place(1), rule.harm(few)) == alone
+    assert rule.guess(Place(0), rule.harm(seen_only(second, 31))).control is None
     rule.records.values[Place(0), 0.01][0] = math.nan
-    assert rule.guess(0, rule.harm(few)) == alone
+    assert rule.guess(Place(0), rule.harm(few)) == alone
     rule.records.values[Place(0), 0.01] = seen_only(first, Curve.size)
     # The evaluation is the better guess, and the error it states over anchors is nearly that of all, not of forty.
     rule.records.values[Place(0), 0.012] = few
-    judged = rule.evaluation(0, 0.012, "all")
+    judged = rule.evaluation(Place(0), 0.012, "all")
     assert judged.items == 40 and judged.value == judged.nll == pytest.approx(1 + helped.value)
     of_all = float(second.std()) / math.sqrt(Curve.size)
     assert judged.standard_error == pytest.approx(math.hypot(of_all, helped.error), rel=0.3)
@@ -880,11 +880,11 @@ def test_early_stop_is_right_as_often_as_it_says_with_help(level: float, tails: 
         allowed = float(second.mean()) * (0.75 + 0.5 * float(torch.rand((), generator=generator)))
         rule = tried_on(Curve(), plan(bound="one-sided", tolerance=allowed, method="bisect")).verdicts
         rule.records.values[Place(0), 0.01] = seen_only(first, size)
-        rule.evaluation(0, 0.01, "all")
+        rule.evaluation(Place(0), 0.01, "all")
         for count in range(40, size, 40):
             values = seen_only(second, count)
             if rule.settled(Place(0), values, level, size // 40):
-                guess = rule.guess(0, rule.harm(values))
+                guess = rule.guess(Place(0), rule.harm(values))
                 stopped, seen = stopped + 1, seen + count
                 verdict = (guess.value <= allowed) == (float(second.mean()) <= allowed)
                 wrong += not verdict and abs(guess.value - float(second.mean())) > 0.05 * allowed
