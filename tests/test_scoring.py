@@ -19,7 +19,8 @@ from tfb_ext.adapters.depth import Place
 from tfb_ext.adapters.samples import MEAN
 from tfb_ext.data import Encoded
 from tfb_ext.errors import SamplingError
-from tfb_ext.forward.batches import IGNORED, item_labels, original_order
+from tfb_ext.forward.batch import item_labels
+from tfb_ext.forward.batches import IGNORED, original_order
 from tfb_ext.forward.engine import Scorer
 
 SIGMA, SAMPLES = 0.3, 5
@@ -227,7 +228,7 @@ def test_blocks_below_run_once_a_batch_however_many_chunks() -> None:
         sampled(scorer)
         assert below == [4, 4], rows
         assert above == [4 * s for s in sizes] * 2, rows
-    assert scorer._trunk is not None and not scorer._trunk.hidden  # nothing is kept that nobody asked for
+    assert scorer.trunk is not None and not scorer.trunk.hidden  # nothing is kept that nobody asked for
 
 
 def test_kept_trunk_serves_every_later_call() -> None:

@@ -120,7 +120,7 @@ class SpanFan(Fan):
             state.items, state.fanned = Items(self.rows, call.lead, beside.each), True
             if not beside.starts and self.batch.mode == "token":
                 self.batch = state.batch = self.view.batch.after(call.columns.tokens)
-        config = stack.config
+        config = beside.stack.config
         if beside.layout.route == "split":
             self.in_stack.enter_context(attending(config, NAME, call))
         elif "flash" in config._attn_implementation:  # which takes no such mask

@@ -123,7 +123,7 @@ class SpanTrial(Trial):
         return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
     def _context(self, batch: SampleBatch, arguments: Arguments) -> AbstractContextManager[Any]:
-        return fanned(self.attached, self.first, Predictive(batch, span=self.span), self.layout)
+        return fanned(self.attached, self.first, Predictive(batch, span=self.span), None, self.layout)
 
     def _layouts(self, seen: list[tuple[str, tuple[int, ...]]]) -> tuple[dict[str, RowLayout], str]:
         return {}, ""

@@ -110,9 +110,11 @@ def shrink(
     layer: int,
     mode: str = "weight",
     antithetic: bool = False,
+    lead: int = 0,
+    each: int = 0,
 ) -> Tensor:
     """:func:`shrink_group` of one layer: its z (T, r)."""
-    return shrink_group(x, [mean], sigma, samples, seed, [layer], mode, antithetic)[0]
+    return shrink_group(x, [mean], sigma, samples, seed, [layer], mode, antithetic, lead, each)[0]
 
 
 def shrink_group(
