@@ -126,10 +126,11 @@ __device__ __forceinline__ void sum_columns(const ShrinkParams& p, const DecodeL
     }
   }
 #pragma unroll
-  for (int u = 0; u < kUnits; ++u, out += kUnitFloats<kMode>) {
+  for (int u = 0; u < kUnits; ++u) {
     if (u > 0 && !both) break;
-    sums[u].store(out, kPitch, i, c);
-    if constexpr (kMode == Mode::kFlipout) noise[u].store(out + kTileRanks, kPitch, i, c);
+    float* const own = out + u * kUnitFloats<kMode>;
+    sums[u].store(own, kPitch, i, c);
+    if constexpr (kMode == Mode::kFlipout) noise[u].store(own + kTileRanks, kPitch, i, c);
   }
   if constexpr (kMode == Mode::kToken) {
 #pragma unroll
