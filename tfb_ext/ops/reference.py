@@ -164,7 +164,7 @@ def shrink_group(
     if each == 0:
         return [shrink(x, mean, sigma, samples, seed, layer, mode, antithetic) for mean, layer in pairs]
     size, pitch = len(samples), lead + len(samples) * each
-    items = x.view(len(x) // pitch, pitch, -1)
+    items = x.reshape(len(x) // pitch, pitch, x.shape[1])
     own = items[:, lead:].unflatten(1, (size, each)).transpose(0, 1).flatten(0, 2)
     out = []
     for mean, layer in pairs:
