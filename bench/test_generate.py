@@ -169,7 +169,7 @@ class TestGenerate:
 class TestSpan:
     """Samples of what follows the prompt alone, which is the mean adapter's and there once."""
 
-    @pytest.mark.parametrize(("case", "rows"), zip(("generate_span_one", "generate_span"), PROMPTS, strict=True))
+    @pytest.mark.parametrize(("case", "rows"), list(zip(("generate_span_one", "generate_span"), PROMPTS, strict=True)))
     def test_span(self, setting: Setting, versus: Versus, case: str, rows: int) -> None:
         s = setting
         versus(

@@ -42,7 +42,11 @@ SOURCE = "bench/test_search.py"
 TOY = os.environ.get("TFB_BENCH_TINY") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # What is random: depth and span.
-PLACES: dict[str, tuple[float | str, str]] = {"all": ("all", "all"), "quarter": (0.25, "all"), "span": ("all", "answer")}
+PLACES: dict[str, tuple[float | str, str]] = {
+    "all": ("all", "all"),
+    "quarter": (0.25, "all"),
+    "span": ("all", "answer"),
+}
 # The six evaluations; what of them the search can leave out; the six in small batches.
 FORMS = ("full", "early", "small")
 CASES = [(place, form) for form in FORMS for place in PLACES if (place, form) != ("span", "small")]

@@ -22,7 +22,7 @@ from tfb_ext.data import Encoded
 from tfb_ext.forward.engine import Scorer
 
 from .check import check_choices
-from .llama import activate, token_ids
+from .llama import token_ids
 from .setting import DEVICE, SHAPE, TOY, Setting, needs_gpu, release
 from .versus import Versus
 
