@@ -1,7 +1,8 @@
 // Half the launch splits the columns of x: a unit is one sample, one tile of eight ranks and 512 columns, of which each
-// of a block's warps takes 64. The sums of a unit go to global memory. After a barrier over the grid every block adds
-// them up in the order of the columns, for all rows and ranks, and its warps write the outputs, 64 columns at a time.
-// What does not depend on the sums, the first basis rows, is fetched before the barrier.
+// of a block's warps takes 64. A block's units are neighbours in the order of the samples; two of them that share E (an
+// antithetic pair, one sample under two sigmas) draw it once. The sums of a unit go to global memory. After a barrier
+// over the grid every block adds them up in the order of the columns, for all rows and ranks, and its warps write the
+// outputs, 64 columns at a time. What does not depend on the sums, the first basis rows, is fetched before the barrier.
 //
 // A row's bits depend on neither the rows nor the samples beside it. They may differ in the last place from shrink's.
 #include "decode.h"
@@ -22,12 +23,21 @@ constexpr int kThreads = kDecodeWarps * kWarpLanes;
 template <Mode kMode>
 constexpr int kUnitPitch = kMode == Mode::kWeight ? kTileRanks : 2 * kTileRanks;
 
+// Units that a block takes at a time at most. In token mode there is no E to share.
+template <Mode kMode>
+constexpr int kSharing = kMode == Mode::kToken ? 1 : 2;
+
+// Floats of a unit's sums in shared memory: each warp's.
+template <Mode kMode>
+constexpr int kUnitFloats = kDecodeWarps * kTileRows * kUnitPitch<kMode>;
+
 int64_t slice_count(const ShrinkParams& p) { return (p.n + kDecodeSliceColumns - 1) / kDecodeSliceColumns; }
 int64_t unit_count(const ShrinkParams& p) { return slice_count(p) * p.groups * p.tile_count; }
 
 struct DecodeLayout {
   int64_t slices, units;
-  int64_t output_units;  // of 64 columns, all layers
+  int32_t block_units, longer_blocks;  // units of a block; blocks that have one more
+  int64_t output_units;                // of 64 columns, all layers
   bool x_aligned, mean_aligned, basis_aligned;
 };
 
@@ -49,76 +59,78 @@ struct Sums {
   }
 };
 
-// A unit's share of one warp, half precision.
+// The share of one warp in a unit and, where the next one draws the same E (`both`), in that; half precision. The rows
+// of a next one that is there (`more`) are asked for before it is known what it draws.
 template <class T, Mode kMode>
 __device__ __forceinline__ void sum_columns(const ShrinkParams& p, const DecodeLayout& layout, const RankTile& tile,
-                                            const Sample& sample, int64_t group, int64_t column0, float* out) {
+                                            const Sample& sample, float next_scale, bool more, bool both, int64_t group,
+                                            int64_t column0, float* out) {
   constexpr int kPitch = kUnitPitch<kMode>;
+  constexpr int kUnits = kSharing<kMode>;
   const int lane = threadIdx.x % kWarpLanes;
   const int i = lane / 4;
   const int c = lane % 4;
-  const T* const x = static_cast<const T*>(p.x) + group * p.rows_per_group * p.x_stride;
+  const T* const x = static_cast<const T*>(p.x);
   const Weights<T> mean{tile.mean, p.mean_format == Format::kFloat32, layout.mean_aligned};
-  Sums<T> sums, noise;
+  Sums<T> sums[kUnits], noise[kUnits];
   float squares[2] = {};
 #pragma unroll
   for (int piece = 0; piece < kDecodeWarpColumns / kPieceColumns; ++piece) {
     const int64_t column = column0 + piece * kPieceColumns + 8 * c;
     const int64_t columns = p.n - column;
-    uint4 rows[2];
+    uint4 rows[kUnits][2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = i + 8 * half;
-      rows[half] = load_eight(x + row * p.x_stride + column, row < p.rows_per_group ? columns : 0, layout.x_aligned);
+    for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = i + 8 * half;
+        const T* const from = x + row_of(p.map, group + u, row) * p.x_stride + column;
+        rows[u][half] = load_eight(from, row < p.rows_per_group && (u == 0 || more) ? columns : 0, layout.x_aligned);
+      }
     }
     float weight[8];
     mean.load(i * p.n + column, i < tile.rows ? columns : 0, weight);
-    if constexpr (kMode != Mode::kToken) {
-      float normal[2][4] = {};
-      if (sample.scale != 0.0f) {
-        sample.draw(tile.layer, static_cast<uint32_t>(tile.row + i), column, normal[0]);
-        sample.draw(tile.layer, static_cast<uint32_t>(tile.row + i), column + 4, normal[1]);
-      }
-      if constexpr (kMode == Mode::kFlipout) {
-        float plain[8];
-        uint32_t flipped[2][4];
-#pragma unroll
-        for (int k = 0; k < 8; ++k) plain[k] = normal[k / 4][k % 4];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const PhiloxWords words = sample.input_signs(tile.layer, static_cast<uint32_t>(i + 8 * half),
-                                                       static_cast<uint32_t>(column / kSignsPerCounter));
-          const auto place = static_cast<uint32_t>(column % kSignsPerCounter);
-          const uint32_t pair[4] = {rows[half].x, rows[half].y, rows[half].z, rows[half].w};
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const uint32_t low = sign_of(words, place + 2 * k) < 0.0f ? 0x8000u : 0u;
-            const uint32_t high = sign_of(words, place + 2 * k + 1) < 0.0f ? 0x80000000u : 0u;
-            flipped[half][k] = pair[k] ^ (low | high);
-          }
-        }
-        noise.add(make_uint4(flipped[0][0], flipped[0][1], flipped[0][2], flipped[0][3]),
-                  make_uint4(flipped[1][0], flipped[1][1], flipped[1][2], flipped[1][3]), plain);
-      } else {
-#pragma unroll
-        for (int k = 0; k < 8; ++k) weight[k] = fmaf(sample.scale, normal[k / 4][k % 4], weight[k]);
-      }
+    float normal[2][4] = {};
+    if (kMode != Mode::kToken && (sample.scale != 0.0f || both)) {
+      sample.draw(tile.layer, static_cast<uint32_t>(tile.row + i), column, normal[0]);
+      sample.draw(tile.layer, static_cast<uint32_t>(tile.row + i), column + 4, normal[1]);
     }
-    sums.add(rows[0], rows[1], weight);
-    if constexpr (kMode == Mode::kToken) {
+    uint32_t signs[2];
+    if constexpr (kMode == Mode::kFlipout) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t pair[4] = {rows[half].x, rows[half].y, rows[half].z, rows[half].w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float2 value = Pack<T>::unpack(pair[k]);
-          squares[half] = fmaf(value.y, value.y, fmaf(value.x, value.x, squares[half]));
-        }
+        const PhiloxWords words = sample.input_signs(tile.layer, static_cast<uint32_t>(i + 8 * half),
+                                                     static_cast<uint32_t>(column / kSignsPerCounter));
+        signs[half] = sign_bits(words, static_cast<uint32_t>(column % kSignsPerCounter));
       }
     }
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      if (u > 0 && !both) break;
+      float own[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const float scale = u == 0 ? sample.scale : next_scale;
+        own[k] = kMode == Mode::kWeight ? fmaf(scale, normal[k / 4][k % 4], weight[k]) : weight[k];
+      }
+      sums[u].add(rows[u][0], rows[u][1], own);
+      if constexpr (kMode == Mode::kFlipout) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) own[k] = normal[k / 4][k % 4];
+        noise[u].add(flip(rows[u][0], signs[0]), flip(rows[u][1], signs[1]), own);
+      }
+    }
+    if constexpr (kMode == Mode::kToken) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) squares[half] = sum_of_squares<T>(rows[0][half], squares[half]);
+    }
   }
-  sums.store(out, kPitch, i, c);
-  if constexpr (kMode == Mode::kFlipout) noise.store(out + kTileRanks, kPitch, i, c);
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u, out += kUnitFloats<kMode>) {
+    if (u > 0 && !both) break;
+    sums[u].store(out, kPitch, i, c);
+    if constexpr (kMode == Mode::kFlipout) noise[u].store(out + kTileRanks, kPitch, i, c);
+  }
   if constexpr (kMode == Mode::kToken) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -171,21 +183,37 @@ template <class T, Mode kMode>
 __global__ void __launch_bounds__(kThreads, kDecodeBlocks)
     decode_kernel(const __grid_constant__ DecodeParams f, const DecodeLayout layout) {
   constexpr int kPitch = kUnitPitch<kMode>;
-  __shared__ float sums[kDecodeWarps][kTileRows][kPitch];
-  float* const z = reinterpret_cast<float*>(dynamic_shared());  // [row][rank], of all layers
+  __shared__ float sums[kSharing<kMode>][kDecodeWarps][kTileRows][kPitch];
+  float* const z = reinterpret_cast<float*>(dynamic_shared());  // [row of x][rank], of all layers
   const ShrinkParams& p = f.shrink;
   const int warp = threadIdx.x / kWarpLanes;
   const int lane = threadIdx.x % kWarpLanes;
 
-  for (int64_t unit = blockIdx.x; unit < layout.units; unit += gridDim.x) {
-    const int64_t slice = unit % layout.slices;
-    const int64_t group = unit / layout.slices % p.groups;
-    const RankTile& tile = p.tiles[unit / layout.slices / p.groups];
+  const auto block = static_cast<int>(blockIdx.x);
+  const auto groups = static_cast<int>(p.groups);
+  const int64_t unit =
+      static_cast<int64_t>(block) * layout.block_units + (block < layout.longer_blocks ? block : layout.longer_blocks);
+  int left = layout.block_units + (block < layout.longer_blocks ? 1 : 0);
+  int group = static_cast<int>(unit % groups);
+  int slice = static_cast<int>(unit / groups % layout.slices);
+  int index = static_cast<int>(unit / groups / layout.slices);
+  while (left > 0) {
+    const RankTile& tile = p.tiles[index];
     const Sample sample(p, group);
-    sum_columns<T, kMode>(p, layout, tile, sample, group, slice * kDecodeSliceColumns + warp * kDecodeWarpColumns,
-                          sums[warp][0]);
+    const bool more = kSharing<kMode> > 1 && left > 1 && group + 1 < groups;
+    const Sample next(p, more ? group + 1 : group);
+    const bool both = more && next.index == sample.index;
+    sum_columns<T, kMode>(p, layout, tile, sample, next.scale, more, both, group,
+                          static_cast<int64_t>(slice) * kDecodeSliceColumns + warp * kDecodeWarpColumns,
+                          sums[0][warp][0]);
     __syncthreads();
-    store_unit<kMode>(sums, f.partial + unit * p.rows_per_group * kPitch, p.rows_per_group);
+    for (int u = 0; u < (both ? 2 : 1); ++u, ++group, --left) {
+      float* const target =
+          f.partial + ((index * p.groups + group) * layout.slices + slice) * p.rows_per_group * kPitch;
+      store_unit<kMode>(sums[u], target, p.rows_per_group);
+    }
+    if (group == groups) group = 0, ++slice;
+    if (slice == layout.slices) slice = 0, ++index;
     __syncthreads();
   }
 
@@ -228,8 +256,8 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocks)
       if constexpr (kMode == Mode::kToken) other += __ldcg(from + kTileRanks);
     }
     const Sample sample(p, group);
-    z[e] = sample.template finish<kMode>(mean, other, tile.layer, static_cast<uint32_t>(row),
-                                         static_cast<uint32_t>(tile.row + place));
+    z[row_of(p.map, group, row) * ranks + rank] = sample.template finish<kMode>(
+        mean, other, tile.layer, static_cast<uint32_t>(row), static_cast<uint32_t>(tile.row + place));
   }
   __syncthreads();
 
@@ -306,6 +334,8 @@ cudaError_t launch_kernel(const DecodeParams& f, cudaStream_t stream) {
   const int64_t side_by_side = kDecodeBlocks * machine.multiprocessors;
   const int64_t most = resident < side_by_side ? resident : side_by_side;
   shape.grid = dim3(static_cast<unsigned>(wanted < most ? wanted : most));
+  layout.block_units = static_cast<int32_t>(layout.units / shape.grid.x);
+  layout.longer_blocks = static_cast<int32_t>(layout.units % shape.grid.x);
   shape.shared = shared;
   shape.cooperative = true;
   return launch(decode_kernel<T, kMode>, shape, stream, f, layout);

@@ -24,7 +24,7 @@ from .caches import cache_argument, cache_of
 from .contexts import fanned, laid_out
 from .fold import Predictive
 from .guard import SAMPLES, Arguments, Trial
-from .span import Route, SpanLayout
+from .side_by_side import Route, SpanLayout
 from .tiny import ROWS, Outputs, undisturbed
 
 _WHOLE = "span='all'"
