@@ -94,7 +94,10 @@ def check_fused(shape: Shape, layers: str, device: torch.device, rank: int = RAN
 
 @torch.no_grad()
 def check_choices(shape: Shape, layers: str, device: torch.device, data: Encoded, rank: int = RANK) -> Check:
-    """Compare the choices' log probabilities under the mean adapter with a row for each choice, its weights written out."""
+    """Compare the choices' log probabilities under the mean adapter with a row for each choice, its weights written out.
+
+    ``data``: prompts of one length, and choices of one length.
+    """
     peft = _two_blocks(shape, layers, device, rank)
     adapter = tfb_ext.bayesianize(peft, "of_float32", sigma=SIGMA)
     scorer = Scorer(adapter, data, batch_size=len(data))
@@ -102,18 +105,16 @@ def check_choices(shape: Shape, layers: str, device: torch.device, data: Encoded
     given = torch.empty(len(data), len(data.choices))
     given[batch.items] = scorer.mean(batch).float().cpu()
 
-    rows, mean = data.sequences(), [p.mean for p in adapter.posteriors]
-    if rows.targets is None or len({len(target) for target in rows.targets}) != 1:
-        raise ValueError("choices of different lengths, expected one length")
-    inputs = rows.collate(range(len(rows)), device)
-    del inputs["index"]
-    targets = torch.tensor(rows.targets, device=device)
+    mean = [p.mean for p in adapter.posteriors]
+    prompts, choices = (torch.tensor(ids, device=device) for ids in (data.token_ids, data.choice_tokens))
+    targets = choices.repeat(len(prompts), 1)
+    rows = torch.cat([prompts.repeat_interleave(len(choices), 0), targets[:, :-1]], 1)
 
     def scored(call: Call) -> tuple[Tensor, float]:
-        logits = call(mean, {**inputs, "use_cache": False, "logits_to_keep": targets.shape[1]}).logits.float()
-        logs = torch.log_softmax(logits, dim=-1).gather(-1, targets[..., None])[..., 0].sum(-1).cpu()
-        lengths = torch.full(logs.shape, targets.shape[1])
-        return data.choice_log_probabilities(logs, lengths), float(logits.abs().max())
+        inputs = {"input_ids": rows, "use_cache": False, "logits_to_keep": targets.shape[1]}
+        logits = call(mean, inputs).logits.float()
+        logs = torch.log_softmax(logits, dim=-1).gather(-1, targets[..., None]).sum((1, 2))
+        return torch.log_softmax(logs.view(-1, len(choices)), dim=-1).cpu(), float(logits.abs().max())
 
     plain, _ = scored(_written(peft, adapter))
     adapter.unload()

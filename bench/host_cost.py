@@ -14,6 +14,7 @@ import pstats
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -30,6 +31,8 @@ from .record import ROOT, environment, table, write_json
 NARROW = Shape(64, 128, 32, 4, 2, 512, rows=2, tokens=16, samples=10)
 CPU = torch.device("cpu")
 RUNS = 40
+# A call of the model, and the context that it is made in.
+Case = tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]
 
 
 class Operators(TorchDispatchMode):
@@ -42,10 +45,8 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def median_ms(
-    cases: dict[str, tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]],
-) -> dict[str, float]:
-    """Median wall time of each case's call inside its context; the cases take turns."""
+def milliseconds(cases: dict[str, Case]) -> dict[str, list[float]]:
+    """Wall times of each case's calls; the cases take turns."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for run in range(RUNS // 5):
         for name, (call, context) in cases.items():
@@ -55,8 +56,8 @@ def median_ms(
                 for _ in range(5):
                     started = time.perf_counter()
                     call()
-                    times[name].append(time.perf_counter() - started)
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+                    times[name].append(1e3 * (time.perf_counter() - started))
+    return times
 
 
 def operators(call: Callable[[], Any], context: Callable[[], AbstractContextManager[Any]]) -> int:
@@ -67,8 +68,8 @@ def operators(call: Callable[[], Any], context: Callable[[], AbstractContextMana
 
 def profile(
     call: Callable[[], Any], context: Callable[[], AbstractContextManager[Any]], top: int
-) -> list[dict[str, Any]]:
-    """The functions of one call by their own time; the profiler makes Python's share look larger than it is."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Of one call the packages and the functions by their own time; the profiler makes Python's share look larger than it is."""
     profiler = cProfile.Profile()
     with context():
         call()
@@ -77,26 +78,37 @@ def profile(
             call()
         profiler.disable()
     stats: Any = pstats.Stats(profiler)
-    total = stats.total_tt
-    found = sorted(stats.stats.items(), key=lambda item: -item[1][2])[:top]
-    return [
-        {
-            "own %": 100 * own / total,
-            "own ms": 1e3 * own / RUNS,
-            "with callees ms": 1e3 * cumulative / RUNS,
-            "calls": round(calls / RUNS),
-            "function": _name(*where),
-        }
-        for where, (_, calls, own, cumulative, _) in found
+    shares: dict[str, float] = defaultdict(float)
+    functions = []
+    for (file, line, function), (_, calls, own, cumulative, _) in stats.stats.items():
+        where = _shown(file)
+        package = where.split("/")[0]
+        if file == "~":
+            package = "operators of tfb_ext" if "torch._ops.tfb_ext" in function else "other built-in functions"
+        shares[package] += own
+        functions.append(
+            {
+                "own %": 100 * own / stats.total_tt,
+                "own ms": 1e3 * own / RUNS,
+                "with callees ms": 1e3 * cumulative / RUNS,
+                "calls": round(calls / RUNS),
+                "function": function if file == "~" else f"{where}:{line} {function}",
+            }
+        )
+    packages = [
+        {"own %": 100 * own / stats.total_tt, "own ms": 1e3 * own / RUNS, "code of": name}
+        for name, own in sorted(shares.items(), key=lambda item: -item[1])
+        if own >= 1e-3 * stats.total_tt
     ]
+    return packages, sorted(functions, key=lambda row: -row["own %"])[:top]
 
 
-def _name(file: str, line: int, function: str) -> str:
+def _shown(file: str) -> str:
+    """Without the folder that it was imported from."""
     for root in (str(ROOT), *sorted(sys.path, key=len, reverse=True)):
         if root and file.startswith(root + "/"):
-            file = file.removeprefix(root + "/")
-            break
-    return function if file == "~" else f"{file}:{line} {function}"
+            return file.removeprefix(root + "/")
+    return file
 
 
 def measure(samples: int, top: int) -> dict[str, Any]:
@@ -128,13 +140,21 @@ def measure(samples: int, top: int) -> dict[str, Any]:
         f"{samples} samples of the answer": (call, sampled("answer")),
         f"{samples} samples of all tokens": (call, sampled("all")),
     }
-    times = median_ms(cases)
+    times = milliseconds(cases)
+    base_ms = statistics.median(times["the base model"])
     rows = [
-        {"call": name, "ms": ms, "of the base": ms / times["the base model"], "operators": operators(*cases[name])}
-        for name, ms in times.items()
+        {
+            "call": name,
+            "ms": statistics.median(values),
+            "least ms": min(values),
+            "of the base": statistics.median(values) / base_ms,
+            "operators": operators(*cases[name]),
+        }
+        for name, values in times.items()
     ]
-    chosen = cases[f"{samples} samples of the answer"]
-    return {"calls": rows, "profile": profile(*chosen, top)} | environment(CPU, "python -m bench.host_cost")
+    packages, functions = profile(*cases[f"{samples} samples of the answer"], top)
+    known = environment(CPU, "python -m bench.host_cost")
+    return {"calls": rows, "packages": packages, "functions": functions} | known
 
 
 def main() -> None:
@@ -144,9 +164,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON to write")
     options = parser.parse_args()
     found = measure(options.samples, options.top)
-    print(
-        table(found["calls"], list(found["calls"][0])), table(found["profile"], list(found["profile"][0])), sep="\n\n"
-    )
+    print(*(table(found[part], list(found[part][0])) for part in ("calls", "packages", "functions")), sep="\n\n")
     if options.out is not None:
         write_json(options.out, found)
 
