@@ -35,6 +35,7 @@ class Batches:
             ``labels``): token labels (B, T) for language models, class labels (B,) for classification heads.
         batch_size: items of a batch before the fan; by default what a CPU's caches like, or what a GPU's memory has room for.
         samples: sample groups that calls will have, of which a batch should take about that many.
+        span: of a row so many last tokens are random, all without it.
         shuffle: batches in a random order (always the same), instead of the longest first.
         shard: (rank, world size): every ``world size``-th batch only, from ``rank`` on.
         may_be_empty: whether no batch at all is no error.
@@ -51,6 +52,7 @@ class Batches:
         *,
         batch_size: int | None = None,
         samples: int = 10,
+        span: int | None = None,
         shuffle: bool = False,
         shard: tuple[int, int] = (0, 1),
         may_be_empty: bool = False,
@@ -91,7 +93,9 @@ class Batches:
             ):  # a padding token that was added to the tokenizer alone
                 self._rows = replace(self._rows, pad_id=0)
         self._labels = encoded.labels_tensor() if encoded is not None and encoded.labelled else None
-        rows = min(BATCH_CUDA, room // (longest * max(samples, 1))) if room and longest else BATCH_CPU
+        random = longest if span is None or longest is None else min(span, longest)
+        per_row = 1 if longest is None or random is None else longest - random + random * max(samples, 1)
+        rows = min(BATCH_CUDA, room // per_row) if room and longest else BATCH_CPU
         self.batch_size = batch_size or max(1, rows // self.rows_per_item)
         if batch_size is None and shuffle and encoded is not None:
             self.batch_size = max(1, min(self.batch_size, len(encoded) // SHUFFLED_BATCHES))

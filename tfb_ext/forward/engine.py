@@ -169,8 +169,8 @@ class Scorer(Batches):
         **options: Any,
     ) -> None:
         adapter.attached.check_ready()
-        super().__init__(adapter, data, **options)
         self.place = adapter.place if place is None else place
+        super().__init__(adapter, data, span=self.place.span, **options)
         places = tuple(keep_trunk) if isinstance(keep_trunk, Sequence) else (self.place,)
         self.keep_trunk = bool(keep_trunk)
         self._firsts = tuple(sorted({trunk_of(p) for p in places} - {0}))
@@ -270,11 +270,16 @@ class Scorer(Batches):
         if place.span is not None and not (self._pools or batch.branches or "logits_to_keep" in batch.inputs):
             return None  # logits of the prompt are asked for, which its keys and values do not give
         if self.trunk is None:
-            width = self.model.config.get_text_config().hidden_size
+            config = self.model.config.get_text_config()
+            width = config.hidden_size
             tokens = sum(b.inputs["input_ids"].numel() for b in self.batches) if self.keep_trunk else 0
-            size = tokens * width * next(self.model.parameters()).element_size() * len(self._firsts)
+            widths = [width] * sum(first != PROMPT for first in self._firsts)
             if PROMPT in self._firsts:
-                size *= 2 * len(self.adapter.anatomy.blocks)  # at most
+                heads = config.num_attention_heads
+                one = getattr(config, "head_dim", None) or width // heads
+                shared = getattr(config, "num_key_value_heads", None) or heads
+                widths.append(2 * len(self.adapter.anatomy.blocks) * shared * one)
+            size = tokens * sum(widths) * next(self.model.parameters()).element_size()
             self.trunk = Trunk(self._firsts, *room_for_trunk(self.device, size))
         return self.trunk
 
