@@ -369,6 +369,7 @@ class BayesianAdapter:
         return (
             f"BayesianAdapter({self.name!r}, sigma={sigma}, depth={self.depth!r} of {len(self.anatomy.blocks)} blocks, "
             f"{len(self.random_layers)} random of {len(self.layers)} layers, seed={self.seed}, antithetic={self.antithetic}"
+            f"{'' if self.span == 'all' else f', span={self.span!r}'}"
             f"{'' if self.mode == 'weight' else f', mode={self.mode!r}'}"
             f"{'' if self.family == 'low-rank' else f', family={self.family!r}'})"
         )

@@ -9,13 +9,12 @@ from typing import Any
 
 from ..adapters.adapter import BayesianAdapter, Depth, Place, Span
 from ..adapters.depth import span_name, span_tokens
+from ..checks import MOST_SPAN
 from .anchors import Anchors
 from .methods import Found, find
 from .plan import LARGEST, SMALLEST, Plan
 from .result import DepthResult, Evaluation
 from .verdicts import Verdicts
-
-LARGEST_SPAN = 2**31  # all tokens
 
 
 class AtDepth:
@@ -77,7 +76,7 @@ def places_of(
     depths = _listed("depth", adapter.depth if depth is None else depth)
     spans = [span_tokens(s) for s in _listed("span", adapter.span if span is None else span)]
     firsts = sorted({adapter.first_random_block(d) for d in depths})
-    return [Place(f, s) for f in firsts for s in sorted(set(spans), key=lambda s: -LARGEST_SPAN if s is None else -s)]
+    return [Place(f, s) for f in firsts for s in sorted(set(spans), key=lambda s: -MOST_SPAN - 1 if s is None else -s)]
 
 
 def _listed(name: str, given: Any) -> list[Any]:
