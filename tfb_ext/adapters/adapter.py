@@ -118,13 +118,7 @@ class BayesianAdapter:
 
     @span.setter
     def span(self, value: Span) -> None:
-        tokens = span_tokens(value)
-        if tokens is not None and self.family == "full-rank":
-            raise ValueError(
-                f"span is {value!r} with the family 'full-rank', whose noise is of whole rows, expected span='all'. Fix: the family "
-                "'low-rank' or 'constant', or span='all'"
-            )
-        self._span: int | str = span_name(tokens)
+        self._span: int | str = span_name(self.span_tokens(value))
 
     @property
     def place(self) -> Place:
@@ -167,6 +161,20 @@ class BayesianAdapter:
         blocks = [update.block for update in self.attached.updates]
         return first_random_block(depth, len(self.anatomy.blocks), blocks, self.name)
 
+    def span_tokens(self, span: Span) -> int | None:
+        """Random tokens of ``span`` up to the position that an answer is read from; ``None`` for all.
+
+        Raises:
+            ValueError: no span, or one that the family does not have.
+        """
+        tokens = span_tokens(span)
+        if tokens is not None and self.family == "full-rank":
+            raise ValueError(
+                f"span is {span!r} with the family 'full-rank', whose noise is of whole rows, expected span='all'. Fix: the family "
+                "'low-rank' or 'constant', or span='all'"
+            )
+        return tokens
+
     # Contexts -------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -203,7 +211,7 @@ class BayesianAdapter:
                 one or is merged, rows are packed, targets do not fit.
         """
         batch = self.batch(samples, sigma)
-        tokens = span_tokens(self.span if span is None else span)
+        tokens = self.span_tokens(self.span if span is None else span)
         made = Predictive(batch, keep_samples=keep_samples, columns=columns, targets=targets, span=tokens)
         with self.fanned(made) as view:
             yield view
