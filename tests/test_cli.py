@@ -179,9 +179,10 @@ def test_search_then_evaluate_and_predict_with_the_saved_sigma(llama: Folders, t
     assert override["sigma"] == pytest.approx(0.9) and override["items"][0]["standard_error"] == [None, None]
 
 
+@pytest.mark.slow
 def test_spans_are_searched_saved_used_and_overridden(llama: Folders, tmp_path: Path) -> None:
     saved, plot = tmp_path / "bayes", tmp_path / "a.png"
-    rule = ("--bracket", "0.05,0.2", "--steps", 2, "--objective", "minimum", "-n", 2)
+    rule = ("--recipe", "paper", "--bracket", "0.05,0.2", "--steps", 2, "-n", 2)
     common = ("search", "-a", llama.adapter, "-d", llama.anchors, *HERE, *rule)
     kept = tmp_path / "search.json"
     found = document(*common, "--depth", "all,2", "--span", "all,answer,3", "--checkpoint", kept, "--plot", plot)

@@ -130,6 +130,16 @@ def test_the_cheapest_of_equals_is_taken(both: tuple[Any, Encoded, SigmaSearch])
     assert costs["all", "answer"] < costs["all", 3] < costs["all", "all"]
 
 
+def test_where_noise_always_helps_every_search_ends_at_the_largest_sigma() -> None:
+    """The search at one span begins where the one before ended, at the bound."""
+    adapter, anchors = prepared(6)
+    anchors = small_sets.labelled(adapter, anchors, 1)  # all wrong
+    result = search_sigma(adapter, anchors, span=["all", 3, "answer"], depth=["all", 2], **OPTIONS, apply=False)
+    assert len(result.depths) == 6
+    for found in result.depths:
+        assert 0.4 < found.sigma <= 10 and found.stop
+
+
 def test_spans_are_named_once_and_refused_before_anything_runs() -> None:
     adapter, anchors = prepared(4)
     calls = Calls(adapter)

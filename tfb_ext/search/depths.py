@@ -94,8 +94,10 @@ def search_places(adapter: BayesianAdapter, run: Anchors, plan: Plan, places: Se
         before = [t for t in tried if place.first == t.place.first or place.span == t.place.span]
         if before and plan.widen:
             # Look first around twice the sigma of the longer span, or of the depth before: where less is random it is larger.
+            # The bracket stays as wide as the first.
             low, high = verdicts.plan.bracket
-            sigma, half = 2 * before[-1].found.sigma, (high / low) ** 0.5
+            half = (high / low) ** 0.5
+            sigma = min(max(2 * before[-1].found.sigma, SMALLEST * half), LARGEST / half)
             plan = replace(plan, bracket=(max(sigma / half, SMALLEST), min(sigma * half, LARGEST)))
         here.found = find(here, plan)
         tried.append(here)
