@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_folders
 import small_sets
 import torch
 import zoo
@@ -274,6 +276,17 @@ def test_a_damaged_result_is_refused(change: Any, both: tuple[Any, Encoded, Sigm
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ConfigError, match="is no search for sigma: the search.*expected"):
         SigmaSearch.load(path)
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "span.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    model, anchors = zoo.peft_model("llama"), small_sets.encoded(6)
+    names = {"model": model, "anchors": anchors, "questions": anchors, "tokenizer": small_folders.tokenizer()}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 3 and (names["adapter"].mode, names["adapter"].span) == ("token", "answer")
+    assert len(names["found"].depths) == 6
 
 
 # Prediction -----------------------------------------------------------------------------------------------------------

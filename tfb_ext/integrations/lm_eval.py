@@ -56,7 +56,8 @@ class TFBLM(HFLM):
         n_samples: posterior samples; 0 for the mean adapter, which then is the harness's own ``hf`` model with ``peft``.
         sigma: posterior scale; default: the one saved beside the adapter.
         depth: random blocks from the top: a number, a fraction, ``"all"``, ``"head"``; default: the saved one, else all.
-        span: random tokens: ``"all"``, ``"answer"`` (the continuation's own) or a number of last ones; default: as saved, else all.
+        span: random tokens, see :class:`~tfb_ext.adapters.adapter.BayesianAdapter`; an answer is read from the token before the
+            continuation. Default: the saved one, else all.
         bma: ``"sequence"`` or ``"token"``, the place where samples are averaged in log-likelihoods.
         seed: noise seed; default: the saved one, else 0.
         antithetic: draw samples in mirrored pairs; default: as saved, else yes.
@@ -64,7 +65,7 @@ class TFBLM(HFLM):
             its hub name), ``dtype``, ``device``, ``batch_size``.
 
     Raises:
-        ValueError: an unknown ``bma``, a bad number of samples, sigma, depth or seed, no sigma anywhere.
+        ValueError: an unknown ``bma``, a bad number of samples, sigma, depth, span or seed, no sigma anywhere.
         UnsupportedModelError: no adapter, or one that cannot carry a posterior; an encoder-decoder model.
         ConfigError: a saved posterior that is damaged or of another adapter.
     """
