@@ -322,6 +322,20 @@ def test_adaptive_sampling_draws_the_fixed_runs_first_samples(span: Any, depth: 
     assert found.standard_error.isfinite().all()
 
 
+def test_noise_of_every_token_gives_an_item_the_distribution_of_one_weight() -> None:
+    """Where one token is random: means within 5 standard errors, and spreads within 10 %."""
+    adapter, data = zoo.bayesian("llama", sigma=0.2, span="answer", antithetic=False), small_sets.encoded(6)
+    weight, token = [], []
+    for mode, found in (("weight", weight), ("token", token)):
+        adapter.mode = mode
+        found.append(predict(adapter, data, 2000).sample_probabilities.double())
+    (a,), (b,) = weight, token
+    error = ((a.var(0) + b.var(0)) / 2000).sqrt()
+    assert ((a.mean(0) - b.mean(0)) / error).abs().max() < 5
+    assert (a.std(0) / b.std(0) - 1).abs().max() < 0.1
+    assert (a - b).abs().max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("score", "span"),
     zoo.slow_but([(score, span) for score in ("sequence", "token") for span in ("answer", 3)], ("sequence", "answer")),
