@@ -1,4 +1,4 @@
-"""``speed.svg``: what samples cost, drawn from the rows of ``bench/results/*.json``."""
+"""``speed.svg`` and ``span.svg``: what samples cost, drawn from the rows of ``bench/results/*.json``."""
 
 from __future__ import annotations
 
@@ -16,15 +16,36 @@ def series(models: Rows, prefix: str, given: dict[int, str]) -> list[tuple[int, 
     return sorted(found.items())
 
 
-def draw(models: Rows, rows: list[dict[str, Any]], file: Path) -> None:
-    """Time against samples, depth, rank and tokens; memory against samples."""
+def _figure(width: float, height: float) -> Any:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "tfb_ext"  # the same file for the same results
-    figure = Figure(figsize=(11, 6.2), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
+    return figure
+
+
+def draw_spans(rows: Rows, file: Path) -> None:
+    """Time of samples that differ on the answer alone against their number; nothing without such rows."""
+    sweep = series(rows, "sweep_span_", {})
+    if not sweep:
+        return
+    figure = _figure(4.4, 3.4)
+    axis = figure.subplots()
+    samples = [number for number, _ in sweep]
+    axis.plot(samples, [row["value"] for _, row in sweep], "o-", label="tfb_ext, the answer alone")
+    axis.plot(samples, [row["baseline"] for _, row in sweep], "s--", label="base model, one forward")
+    axis.legend(frameon=False)
+    axis.set_ylim(0)
+    axis.set(xlabel="samples of 8 rows x 128 tokens", ylabel="ms", title=sweep[0][1]["device"])
+    figure.savefig(file, metadata={"Date": None})
+
+
+def draw(models: Rows, rows: list[dict[str, Any]], file: Path) -> None:
+    """Time against samples, depth, rank and tokens; memory against samples."""
+    figure = _figure(11, 6.2)
     axes = figure.subplots(2, 3)
 
     def lines(axis: Any, points: list[tuple[int, dict[str, Any]]], of: str, *, share: bool = False) -> None:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .plots import draw
+from .plots import draw, draw_spans, series
 from .record import ROOT
 from .rows import Rows, by_case, load, load_if_there, milliseconds, ratio, table_head, worst
 from .test_kernels import IN_FEATURES, OUT_FEATURES, RANKS, TOKENS
@@ -65,6 +65,21 @@ GENERATIONS = (
     ("a call that captures its graph", "generate_first"),
     ("the baseline itself by torch.compile", "generate_base_compiled"),
 )
+# Samples that differ on the answer alone: label, case.
+SPANS = (
+    ("**ten samples**, 8 prompts of 128 tokens", "span_128"),
+    ("the same with a row for each sample, random as a whole", "span_128_peft"),
+    ("**ten samples**, 8 prompts of 512 tokens", "span_512"),
+    ("64 samples, 8 prompts of 512 tokens", "span_512_s64"),
+    ("ten samples, one prompt of 2,048 tokens", "span_2048"),
+    ("64 samples, 8 prompts of 512 tokens, peak memory", "span_memory"),
+    ("the mean adapter, four choices of three tokens on 8 prompts of 128", "choices_shared"),
+    ("**`generate`**, ten samples, 8 prompts of 512 tokens, 64 new ones, in graphs", "generate_span"),
+    ("the same, one prompt", "generate_span_one"),
+    ("keys and values of 8 prompts and of ten samples of 64 new tokens", "generate_span_kv"),
+    ("the whole search for sigma, six evaluations of ten samples (times faster)", "search_span"),
+    ("the same, stopping early (times faster)", "search_span_early"),
+)
 SEARCHES = (
     ("all blocks random, the same six evaluations", "search_all"),
     ("upper quarter of the blocks random, the same six evaluations", "search_quarter"),
@@ -73,6 +88,12 @@ SEARCHES = (
     ("all blocks random, stopping early", "search_all_early"),
     ("upper quarter of the blocks random, stopping early", "search_quarter_early"),
 )
+
+
+def amount(row: dict[str, Any], key: str) -> str:
+    """``value`` or ``baseline`` with its unit: milliseconds where the row names none."""
+    unit = row.get("unit")
+    return milliseconds(row[key]) if unit is None else f"{row[key]:.1f} s" if unit == "s" else f"{row[key]:.2f} {unit}"
 
 
 def search_table(search: Rows) -> list[str]:
@@ -111,8 +132,7 @@ def generate_table(rows: list[dict[str, Any]]) -> list[str]:
     for label, row in cases:
         n = row.get("rows", 1)
         prompts = f"{n} prompt{'s' if n > 1 else ''}"
-        gib = row.get("unit") == "GiB"
-        value, base = (f"{row[k]:.2f} GiB" if gib else milliseconds(row[k]) for k in ("value", "baseline"))
+        value, base = amount(row, "value"), amount(row, "baseline")
         of = row["of"].replace(" 1 rows", " 1 row")
         lines.append(f"| {label}, {prompts} | {value} | {of} | {base} | {ratio(row)} |")
     text = (
@@ -124,8 +144,37 @@ def generate_table(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, "", text]
 
 
+def span_table(rows: Rows) -> list[str]:
+    """What samples on the answer alone cost, for the cases that are there; no lines without any."""
+    cases = [(label, rows[case]) for label, case in SPANS if case in rows]
+    if not cases:
+        return []
+    devices = ", ".join(dict.fromkeys(row["device"] for _, row in cases))
+    head = table_head(f"on {devices}", "ours", "against", "its own", "ratio")
+    lines = ["", '**Samples that differ on the answer alone** (`span="answer"`):', "", *head]
+    for label, row in cases:
+        of = row["of"].replace(" 1 rows", " 1 row")
+        digits = 1 if row.get("unit") == "s" else 2
+        lines.append(f"| {label} | {amount(row, 'value')} | {of} | {amount(row, 'baseline')} | {ratio(row, digits)} |")
+    sweep = series(rows, "sweep_span_", {})
+    if sweep:
+        costs = ", ".join(f"{row['ratio']:.2f} with {samples}" for samples, row in sweep)
+        lines += [
+            "",
+            f"By the number of samples, 8 prompts of 128 tokens, of the base forward on these: {costs}.",
+            "",
+            "![cost against samples that differ on the answer alone](../bench/results/span.svg)",
+        ]
+    return [*lines, "", "All of them are in [`span.json`](../bench/results/span.json)."]
+
+
 def section(
-    models: Rows, kernels: list[dict[str, Any]], summary: Rows, search: Rows, generate: list[dict[str, Any]]
+    models: Rows,
+    kernels: list[dict[str, Any]],
+    summary: Rows,
+    search: Rows,
+    generate: list[dict[str, Any]],
+    spans: Rows,
 ) -> str:
     """The tables of docs/performance.md."""
     all_linear = models["prefill_all_linear_bf16"]
@@ -156,6 +205,7 @@ def section(
     for label, case in SEQUENTIAL:
         row = models[case]
         lines.append(f"| {label} | {milliseconds(row['value'])} | {milliseconds(row['baseline'])} | {ratio(row, 1)} |")
+    lines += span_table(spans)
     lines += generate_table(generate)
     lines += search_table(search)
     lines += [
@@ -247,7 +297,8 @@ def pages(results: Path) -> dict[Path, str]:
     search = by_case(load_if_there(results / "search.json"))
     # The last case of generation is run alone.
     generate = load_if_there(results / "generate.json", results / "generate_compiled.json")
-    tables = section(models, load(results / "kernels.json"), summary, search, generate)
+    spans = by_case(load_if_there(results / "span.json"))
+    tables = section(models, load(results / "kernels.json"), summary, search, generate, spans)
     readme = replace_section((ROOT / "README.md").read_text(), "speed", headline(models))
     readme = replace_section(readme, "demo", demo_table(json.loads((results / "demo.json").read_text())))
     return {
@@ -269,6 +320,7 @@ def main() -> int:
         return int(bool(stale))
     models = by_case(load(options.results / "models.json"))
     draw(models, load(options.results / "kernels.json"), options.results / "speed.svg")
+    draw_spans(by_case(load_if_there(options.results / "span.json")), options.results / "span.svg")
     for page, text in made.items():
         page.write_text(text)
     return 0

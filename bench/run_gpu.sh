@@ -6,17 +6,19 @@
 #   bench/run_gpu.sh [FOLDER] --demo    and demo.json, the figures of the README's first table (three minutes more)
 #   bench/run_gpu.sh [FOLDER] --search  search.json alone, the whole search against the authors', into summary.json (nine minutes)
 #   bench/run_gpu.sh [FOLDER] --generate  generate.json and adaptive.json alone, into summary.json (ten minutes)
+#   bench/run_gpu.sh [FOLDER] --span    span.json alone, samples that differ on the answer alone, into summary.json (seven minutes)
 #
 # Rows name the commit: TFB_EXT_COMMIT, or the content of a file .commit beside README.md, or git's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-demo=0 search=0 generate=0 folder=bench/results
+demo=0 search=0 generate=0 span=0 folder=bench/results
 for argument; do
     case $argument in
     --demo) demo=1 ;;
     --search) search=1 ;;
     --generate) generate=1 ;;
+    --span) span=1 ;;
     *) folder=$argument ;;
     esac
 done
@@ -38,15 +40,21 @@ train() { # the demonstration's adapter from two other training seeds, a minute 
     done
 }
 if [ "$search" = 1 ]; then
-    suite search 570 bench/test_search.py
+    suite search 570 bench/test_search.py -k "not span"
     python -m bench.summary "$out/search.json" --out "$out/summary.json" || failed=1
     exit "$failed"
 fi
 if [ "$generate" = 1 ]; then
-    suite generate 560 bench/test_generate.py
+    suite generate 560 bench/test_generate.py -k "not span"
     python -m bench.summary "$out/generate.json" --out "$out/summary.json" || failed=1
     train && python -m bench.adaptive --sigma 0.04 --out "$out/adaptive.json" || failed=1
     python -m bench.summary "$out/adaptive.json" --out "$out/summary.json" || failed=1
+    exit "$failed"
+fi
+if [ "$span" = 1 ]; then
+    # The cases of spans in the other two files as well.
+    suite span 580 bench/test_span.py bench/test_generate.py bench/test_search.py -k span
+    python -m bench.summary "$out/span.json" --out "$out/summary.json" || failed=1
     exit "$failed"
 fi
 suite models 330 bench/test_models.py

@@ -40,11 +40,22 @@ needs_gpu = [
 
 
 class Setting:
-    """One model with an adapter of each type, Bayesian, and a sampler in plain torch for each."""
+    """One model with an adapter of each type, Bayesian, and a sampler in plain torch for each.
 
-    def __init__(self, layers: str, rank: int, dtypes: tuple[str, ...], shape: Shape = SHAPE) -> None:
-        check_fused(shape, layers, DEVICE, rank).require()
-        release()
+    ``spans``: those that are timed, whose samples are checked first.
+    """
+
+    def __init__(
+        self,
+        layers: str,
+        rank: int,
+        dtypes: tuple[str, ...],
+        shape: Shape = SHAPE,
+        spans: tuple[int | str, ...] = ("all",),
+    ) -> None:
+        for span in spans:
+            check_fused(shape, layers, DEVICE, rank, span).require()
+            release()
         self.shape = shape
         names = {f"ours_{d}": DTYPES[d] for d in dtypes} | {f"plain_{d}": DTYPES[d] for d in dtypes}
         self.peft = add_adapters(build(shape, shape.blocks, DEVICE), layers, names, rank)
@@ -100,7 +111,12 @@ class Setting:
         return context
 
     def fused(
-        self, dtype: str, depth: int | float | str = "all", samples: int | None = None, portable: bool = False
+        self,
+        dtype: str,
+        depth: int | float | str = "all",
+        samples: int | None = None,
+        portable: bool = False,
+        span: int | str = "all",
     ) -> Callable[[], AbstractContextManager[None]]:
         @contextmanager
         def context() -> Iterator[None]:
@@ -109,7 +125,7 @@ class Setting:
             adapter.depth = depth
             ops.use_portable_kernels(portable)
             try:
-                with adapter.predictive(samples or self.shape.samples):
+                with adapter.predictive(samples or self.shape.samples, span=span):
                     yield
             finally:
                 ops.use_portable_kernels(False)

@@ -1,6 +1,6 @@
 """The cases that the project holds itself to, out of the benchmarks' JSON: ``summary.json``, for machines to read.
 
-    python -m bench.summary kernels.json models.json search.json generate.json adaptive.json --out bench/results/summary.json
+    python -m bench.summary kernels.json models.json search.json generate.json span.json adaptive.json --out bench/results/summary.json
 
 ``case -> {"value", "baseline", "ratio", "spread", "of", "device", "commit", "source"}``. A case measured at several shapes
 is its worst; cases of other runs that are in the file already stay.
@@ -24,10 +24,11 @@ SINGLE = (
     "prefill_all_linear_bf16 prefill_all_linear_fp32 prefill_all_linear_equal_heads prefill_qv_head prefill_rank64 "
     "prefill_quarter prefill_eighth memory_s64 decode_all decode_quarter sequential_prefill_bf16 sequential_prefill_fp32 "
     "sequential_short sequential_decode portable_all_linear search_all search_quarter search_all_early search_quarter_early "
-    "search_all_small search_quarter_small"
+    "search_all_small search_quarter_small span_128 span_512 span_512_s64 span_2048 span_memory choices_shared "
+    "generate_span generate_span_one generate_span_kv search_span search_span_early"
 ).split()
 FIELDS = ("value", "baseline", "ratio", "spread", "of", "device", "commit", "date")
-SHAPE = ("tokens", "n", "m", "r", "form", "dtype", "unit", "rows")
+SHAPE = ("tokens", "n", "m", "r", "form", "dtype", "unit", "rows", "span")
 
 
 def case_of(info: dict[str, Any]) -> str | None:

@@ -57,8 +57,11 @@ class Generator:
     def options(self) -> dict[str, Any]:
         return GREEDY | {"max_new_tokens": self.new}
 
+    def cache(self) -> Any:
+        return self.decoding.cache(self.rows, CONTEXT + NEW, CONTEXT)
+
     def __call__(self) -> Tensor:
-        cache = {cache_argument(self.inner): self.decoding.cache(self.rows, CONTEXT + NEW)}
+        cache = {cache_argument(self.inner): self.cache()}
         with decoding_with(self.decoding):
             out: Tensor = self.model.generate(**self.prompts, **self.options, **cache)
         return out
@@ -84,13 +87,13 @@ class Generator:
             )
 
     def cache_bytes(self) -> int:
-        layers = self.decoding.cache(self.rows, CONTEXT + NEW).layers
-        return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+        tensors = (t for layer in self.cache().layers for t in (layer.keys, layer.values))
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @pytest.fixture(scope="module")
 def setting() -> Iterator[Setting]:
-    yield Setting("all", 8, ("bf16",))
+    yield Setting("all", 8, ("bf16",), spans=("all", "answer"))
     release()
 
 
@@ -161,6 +164,32 @@ class TestGenerate:
         with s.fused("bf16")():
             large = whole.cache_bytes()
         versus.in_gib(small / 2**30, large / 2**30)
+
+
+class TestSpan:
+    """Samples of what follows the prompt alone, which is the mean adapter's and there once."""
+
+    @pytest.mark.parametrize(("case", "rows"), list(zip(("generate_span_one", "generate_span"), PROMPTS, strict=True)))
+    def test_span(self, setting: Setting, versus: Versus, case: str, rows: int) -> None:
+        s = setting
+        versus(
+            case, ours(s, rows), base(s, rows), rounds=5, rows=rows, new_tokens=NEW, span="answer",
+            of=f"the base model's own captured generation of {rows} rows",
+            context=s.fused("bf16", span="answer"), baseline_context=s.without_peft,
+        )  # fmt: skip
+
+    def test_span_keys_and_values(self, setting: Setting, versus: Versus) -> None:
+        s, rows = setting, PROMPTS[-1]
+        some, one = ours(s, rows), base(s, rows)
+        context = s.fused("bf16", span="answer")
+        versus(
+            "generate_span_kv", some, one, rounds=1, warmup=1, rows=rows, span="answer",
+            columns=(CONTEXT + s.shape.samples * NEW) / (CONTEXT + NEW),
+            of="the base model's key-value cache", context=context, baseline_context=s.without_peft,
+        )  # fmt: skip
+        with context():
+            large = some.cache_bytes()
+        versus.in_gib(large / 2**30, one.cache_bytes() / 2**30)
 
 
 class TestOneByOne:

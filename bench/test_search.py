@@ -4,7 +4,8 @@ Random bfloat16 weights, r = 8 on all seven linear layers, 500 anchors of 128 ra
 tokens and whose pseudo-labels are the mean adapter's predictions; ten samples. Theirs: a baseline pass and five steps, always
 through the whole model. Ours: the same six evaluations (``bisect``) with all blocks random and with the upper quarter, and
 the same two with what the search can leave out (``root``, ``early_stop``), which must find the full search's sigma to a step
-of its grid. The same six evaluations once more with about as many rows at once as theirs, for the memory.
+of its grid. The same six evaluations once more with about as many rows at once as theirs, for the memory. And both forms with
+samples that differ on the answer alone (span "answer"), whose prompts run once for all sigmas.
 
 Every step of theirs is the same work, so two are timed on some of the anchors and the rest is counted: the passes grow with
 the anchors, the decompositions of B do not. Their batch is the faster of two sizes.
@@ -40,9 +41,15 @@ from .versus import COMMAND
 SOURCE = "bench/test_search.py"
 TOY = os.environ.get("TFB_BENCH_TINY") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DEPTHS: dict[str, float | str] = {"all": "all", "quarter": 0.25}
+# What is random: depth and span.
+PLACES: dict[str, tuple[float | str, str]] = {
+    "all": ("all", "all"),
+    "quarter": (0.25, "all"),
+    "span": ("all", "answer"),
+}
 # The six evaluations; what of them the search can leave out; the six in small batches.
 FORMS = ("full", "early", "small")
+CASES = [(place, form) for form in FORMS for place in PLACES if (place, form) != ("span", "small")]
 CONFIDENCE = 0.99
 # Any four tokens will do: the weights are random.
 LABEL_TOKENS, LABELS = (10, 20, 30, 40), ("a", "b", "c", "d")
@@ -105,8 +112,9 @@ class Setting:
     """One model with the same random adapter twice: ours, Bayesian, and theirs."""
 
     def __init__(self, load: Load, device: torch.device = DEVICE) -> None:
-        check_fused(load.shape, "all", device).require()
-        release()
+        for span in sorted({span for _, span in PLACES.values()}):
+            check_fused(load.shape, "all", device, span=span).require()
+            release()
         self.load = load
         self.device = device
         names = {"ours": torch.bfloat16, "theirs": torch.bfloat16}
@@ -122,15 +130,15 @@ class Setting:
         self.rules: dict[str, Rule] = {}
         self.found: dict[str, SigmaSearch] = {}
 
-    def rule(self, depth: str) -> Rule:
-        """A tolerance that a probe of few anchors says is crossed inside the bracket, once for each depth."""
-        if depth not in self.rules:
-            self.rules[depth] = self._probe(depth)
-        return self.rules[depth]
+    def rule(self, place: str) -> Rule:
+        """A tolerance that a probe of few anchors says is crossed inside the bracket, once for each place."""
+        if place not in self.rules:
+            self.rules[place] = self._probe(place)
+        return self.rules[place]
 
-    def _probe(self, depth: str) -> Rule:
+    def _probe(self, place: str) -> Rule:
         activate(self.peft, "ours")
-        self.adapter.depth = DEPTHS[depth]
+        self.adapter.depth, self.adapter.span = PLACES[place]
         few = self.anchors.select(range(self.load.probed))
         mean = tfb_ext.predict(self.adapter, few, 0).probabilities
         labels = mean.argmax(dim=-1)
@@ -145,28 +153,29 @@ class Setting:
             factor *= 2
         raise RuntimeError(f"sigma = {high:g} changes the NLL by {change:.2%}, expected at least {LEAST_CHANGE:.0%}")
 
-    def search(self, depth: str, form: str) -> SigmaSearch:
-        rule = self.rule(depth)
+    def search(self, place: str, form: str) -> SigmaSearch:
+        rule = self.rule(place)
+        depth, span = PLACES[place]
         activate(self.peft, "ours")
         how: dict[str, Any] = {"method": "bisect", "steps": STEPS}
         if form == "early":
             how = {"method": "root", "early_stop": CONFIDENCE}
         found = search_sigma(
             self.adapter, self.anchors, recipe="paper", metric="nll", tolerance=rule.tolerance, bound="two-sided",
-            bracket=(rule.low, rule.high), samples=self.load.samples, depth=DEPTHS[depth], progress=False, apply=False,
-            batch_size=self.batch_size(form), **how,
+            bracket=(rule.low, rule.high), samples=self.load.samples, depth=depth, span=span, progress=False,
+            apply=False, batch_size=self.batch_size(form), **how,
         )  # fmt: skip
         if form == "full":
-            self.found[depth] = found
+            self.found[place] = found
         return found
 
     def batch_size(self, form: str) -> int | None:
         """Anchors at once of ours; ``None``: as memory allows."""
         return self.load.small_batch if form == "small" else None
 
-    def full(self, depth: str) -> SigmaSearch:
-        """The full search at this depth: the one that was timed, or run now."""
-        return self.found.get(depth) or self.search(depth, "full")
+    def full(self, place: str) -> SigmaSearch:
+        """The full search at this place: the one that was timed, or run now."""
+        return self.found.get(place) or self.search(place, "full")
 
     @cached_property
     def official_batch_size(self) -> int:
@@ -200,17 +209,17 @@ class Setting:
             steps=self.load.timed_steps, samples=self.load.samples, batch_size=size,
         )  # fmt: skip
 
-    def facts(self, depth: str, form: str, found: SigmaSearch, seconds: list[float]) -> dict[str, Any]:
+    def facts(self, place: str, form: str, found: SigmaSearch, seconds: list[float]) -> dict[str, Any]:
         """The row of a search that took ``seconds`` in each of its rounds.
 
         ``value`` and ``baseline``, seconds of ours and of theirs; ``ratio`` = baseline / value and its ``spread`` over the
-        rounds of ours and the timed steps of theirs; ``sigma``, and ``sigma_full`` of the full search at the same depth.
+        rounds of ours and the timed steps of theirs; ``sigma``, and ``sigma_full`` of the full search at the same depth and span.
         """
-        load, rule, official = self.load, self.rule(depth), self.official
+        load, rule, official = self.load, self.rule(place), self.official
         baseline, least, most = official.seconds_of(STEPS, load.anchors)
         value, fastest, slowest = spread(seconds)
         row = {
-            "case": f"search_{depth}" if form == "full" else f"search_{depth}_{form}",
+            "case": f"search_{place}" if form == "full" else f"search_{place}_{form}",
             "of": f"the authors' search: a baseline pass and {STEPS} steps of {load.samples} sequential flipout passes",
             "unit": "s",
             "value": value,
@@ -219,7 +228,7 @@ class Setting:
             "spread": [least / slowest, most / fastest],
             "rounds": len(seconds),
             "sigma": found.sigma,
-            "sigma_full": self.full(depth).sigma,
+            "sigma_full": self.full(place).sigma,
             "grid_step": rule.step,
             "bracket": [rule.low, rule.high],
             "tolerance": rule.tolerance,
@@ -229,6 +238,7 @@ class Setting:
             "anchors_seen": [e.items for e in found.evaluations],
             "batch_size": self.batch_size(form),
             "depth": found.depth,
+            "span": found.span,
             "tokens_through_random_blocks": found.tokens,
             "anchors": load.anchors,
             "tokens": load.tokens,
@@ -275,10 +285,9 @@ def setting() -> Iterator[Setting]:
     release()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_search(setting: Setting, benchmark: Any, depth: str, form: str) -> None:
-    rule = setting.rule(depth)
+@pytest.mark.parametrize(("place", "form"), CASES)
+def test_search(setting: Setting, benchmark: Any, place: str, form: str) -> None:
+    rule = setting.rule(place)
     results: list[SigmaSearch] = []
     peaks: list[float] = []
 
@@ -288,19 +297,19 @@ def test_search(setting: Setting, benchmark: Any, depth: str, form: str) -> None
             torch.cuda.reset_peak_memory_stats()
 
     def run() -> None:
-        results.append(setting.search(depth, form))
+        results.append(setting.search(place, form))
 
-    # Short ones are repeated; the full search takes a minute and a half, and the same noise in every round.
-    benchmark.pedantic(run, setup=setup, rounds=3 if (depth, form) == ("quarter", "early") else 1)
+    # Short ones are repeated; the full search of all tokens takes a minute and a half, and the same noise in every round.
+    benchmark.pedantic(run, setup=setup, rounds=3 if place == "span" or (place, form) == ("quarter", "early") else 1)
     if setting.device.type == "cuda":
         peaks.append(torch.cuda.max_memory_allocated() / 2**30)
     found = results[-1]
-    require_crossing(setting.full(depth), rule)
+    require_crossing(setting.full(place), rule)
     if form != "full":
-        require_same(found, setting.full(depth), rule)
+        require_same(found, setting.full(place), rule)
     if benchmark.stats is None:  # --benchmark-disable: it ran, nothing was timed
         return
-    row = setting.facts(depth, form, found, list(benchmark.stats.stats.data))
+    row = setting.facts(place, form, found, list(benchmark.stats.stats.data))
     benchmark.extra_info |= row | ({"peak_gib": peaks[0]} if peaks else {})
     low, high = row["spread"]
     print(f"\n{row['case']}: {row['ratio']:.2f} ({low:.2f} to {high:.2f}) times faster than {row['of']}", flush=True)

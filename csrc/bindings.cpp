@@ -114,13 +114,14 @@ struct UpdateWithoutDerivative : torch::autograd::Function<UpdateWithoutDerivati
 std::vector<at::Tensor> update_with_history(c10::DispatchKeySet keys, const at::Tensor& x, at::TensorList means,
                                             at::TensorList bases, const Biases& biases, at::ArrayRef<double> scalings,
                                             const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
-                                            at::IntArrayRef layers, std::string_view mode, bool antithetic) {
+                                            at::IntArrayRef layers, std::string_view mode, bool antithetic,
+                                            c10::SymInt lead, c10::SymInt each) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("tfb_ext::update_group", "")
           .typed<std::vector<at::Tensor>(const at::Tensor&, at::TensorList, at::TensorList, const Biases&,
                                          at::ArrayRef<double>, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                         at::IntArrayRef, std::string_view, bool)>();
+                                         at::IntArrayRef, std::string_view, bool, c10::SymInt, c10::SymInt)>();
   std::vector<at::Tensor> asking;
   const auto ask = [&asking](const at::Tensor& tensor) {
     if (asks("update_group", tensor)) asking.push_back(tensor);
@@ -134,7 +135,7 @@ std::vector<at::Tensor> update_with_history(c10::DispatchKeySet keys, const at::
   const auto update = [&] {
     const at::AutoDispatchBelowAutograd guard;
     return op.redispatch(keys & c10::after_autograd_keyset, x, means, bases, biases, scalings, sigma, samples, seed,
-                         layers, mode, antithetic);
+                         layers, mode, antithetic, lead, each);
   };
   if (asking.empty() || !at::GradMode::is_enabled()) return update();
   return UpdateWithoutDerivative::apply(at::TensorList(asking),
@@ -165,14 +166,16 @@ using Tensors = std::vector<at::Tensor>;
 using OptionalTensors = std::vector<std::optional<at::Tensor>>;
 
 void check_group_call(const at::Tensor& x, const Tensors& means, const at::Tensor& sigma, const at::Tensor& samples,
-                      const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode, bool) {
-  check_group("shrink_group", x, means, sigma, samples, seed, layers, mode);
+                      const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode, bool,
+                      const c10::SymInt& lead, const c10::SymInt& each) {
+  check_group("shrink_group", x, means, sigma, samples, seed, layers, mode, lead, each);
 }
 void check_update_call(const at::Tensor& x, const Tensors& means, const Tensors& bases, const OptionalTensors& biases,
                        const std::vector<double>& scalings, const at::Tensor& sigma, const at::Tensor& samples,
-                       const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode, bool) {
+                       const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode, bool,
+                       const c10::SymInt& lead, const c10::SymInt& each) {
   const c10::List<std::optional<at::Tensor>> list{c10::ArrayRef<std::optional<at::Tensor>>(biases)};
-  check_update(x, means, bases, list, scalings.size(), sigma, samples, seed, layers, mode);
+  check_update(x, means, bases, list, scalings.size(), sigma, samples, seed, layers, mode, lead, each);
 }
 
 using Words4 = std::array<uint32_t, 4>;
@@ -211,12 +214,13 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Loads torch.ops.tfb_ext.*; their checks, known-answer access to Philox and facts about this build.";
   m.def("check_noise", torch::wrap_pybind_function(tfb::check_noise));
   m.def("check_shrink_group", torch::wrap_pybind_function(tfb::check_group_call), arg("x"), arg("means"), arg("sigma"),
-        arg("samples"), arg("seed"), arg("layers"), arg("mode") = "weight", arg("antithetic") = false);
+        arg("samples"), arg("seed"), arg("layers"), arg("mode") = "weight", arg("antithetic") = false, arg("lead") = 0,
+        arg("each") = 0);
   m.def("check_expand_", torch::wrap_pybind_function(tfb::check_expand));
   m.def("check_expand", torch::wrap_pybind_function(tfb::check_expand_new));
   m.def("check_update_group", torch::wrap_pybind_function(tfb::check_update_call), arg("x"), arg("means"), arg("bases"),
         arg("biases"), arg("scalings"), arg("sigma"), arg("samples"), arg("seed"), arg("layers"),
-        arg("mode") = "weight", arg("antithetic") = false);
+        arg("mode") = "weight", arg("antithetic") = false, arg("lead") = 0, arg("each") = 0);
   m.def("philox", &tfb::philox_words, arg("counter"), arg("key"),
         "Philox4x32-10 on the host: four counter words and two key words to four output words.");
 #ifdef TFB_EXT_WITH_CUDA

@@ -19,6 +19,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "types.h"
 
@@ -121,9 +122,40 @@ inline Mode parse_mode(const char* op, std::string_view mode) {
   TORCH_CHECK_VALUE(false, sentence(op, ": mode is \"", mode, "\", expected \"weight\", \"flipout\" or \"token\""));
 }
 
+// Rows are counted in equal groups, or in items of `lead` rows of the mean and `each` rows of every group.
+inline void check_row_counts(const char* op, const c10::SymInt& rows, const c10::SymInt& groups,
+                             const c10::SymInt& lead, const c10::SymInt& each) {
+  // Rows of a group are counted by one word of the generator.
+  constexpr int64_t kMost = std::numeric_limits<uint32_t>::max();
+  for (const auto& [name, count] : {std::pair{"lead", &lead}, {"each", &each}}) {
+    TFB_CHECK_VALUE(count->sym_ge(0).sym_and(count->sym_le(kMost)), op, ": ", name, " got ", *count,
+                    ", expected 0 to 2**32 - 1. Fix: pass a number of rows in an item");
+  }
+  if (each.sym_eq(0).guard_bool(__FILE__, __LINE__)) {
+    TFB_CHECK_VALUE(lead.sym_eq(0), op, ": lead got ", lead,
+                    " where each is 0, expected 0. Fix: pass as each the rows of a sample in an item");
+    const bool none = groups.maybe_as_int() == 0;
+    TFB_CHECK_VALUE(none ? rows.sym_eq(0) : (rows % groups).sym_eq(0), op, ": x has ", rows,
+                    " rows, expected a multiple of the ", groups, " entries of samples (equal groups of rows)");
+    TFB_CHECK_VALUE(none ? rows.sym_eq(0) : (rows / groups).sym_le(kMost), op, ": x has ", rows, " rows for ", groups,
+                    " samples, expected fewer than 2**32 a sample");
+    return;
+  }
+  const c10::SymInt pitch = lead + groups * each;
+  const bool none = pitch.maybe_as_int() == 0;
+  TFB_CHECK_VALUE(none ? rows.sym_eq(0) : (rows % pitch).sym_eq(0), op, ": x got ", rows,
+                  " rows, expected a multiple of an item's ", pitch, " (lead ", lead, " and each ", each, " for ",
+                  groups, " entries of samples). Fix: pass whole items");
+  for (const c10::SymInt* count : {&lead, &each}) {
+    const c10::SymInt most = std::numeric_limits<int32_t>::max();  // what item_of (rows.h) counts
+    TFB_CHECK_VALUE(none ? rows.sym_eq(0) : (rows / pitch * *count).sym_le(most), op, ": x got ", rows,
+                    " rows, expected fewer than 2**31 of the mean and of each sample. Fix: pass fewer items");
+  }
+}
+
 // What the groups of rows draw from.
 inline void check_samples(const char* op, const at::Tensor& x, const at::Tensor& sigma, const at::Tensor& samples,
-                          const at::Tensor& seed) {
+                          const at::Tensor& seed, const c10::SymInt& lead, const c10::SymInt& each) {
   TFB_CHECK_VALUE(samples.dim() == 1, op, ": samples has shape ", samples.sym_sizes(),
                   ", expected one dimension (one sample index per group of rows)");
   const c10::SymInt groups = samples.sym_size(0);
@@ -133,13 +165,7 @@ inline void check_samples(const char* op, const at::Tensor& x, const at::Tensor&
   check_device(op, "sigma", sigma, x, "x");
   check_device(op, "samples", samples, x, "x");
   check_device(op, "seed", seed, x, "x");
-  // Rows of a group are counted by one word of the generator.
-  const c10::SymInt rows = x.sym_size(0);
-  const bool none = groups.maybe_as_int() == 0;
-  TFB_CHECK_VALUE(none ? rows.sym_eq(0) : (rows % groups).sym_eq(0), op, ": x has ", rows,
-                  " rows, expected a multiple of the ", groups, " entries of samples (equal groups of rows)");
-  TFB_CHECK_VALUE(none ? rows.sym_eq(0) : (rows / groups).sym_le(std::numeric_limits<uint32_t>::max()), op, ": x has ",
-                  rows, " rows for ", groups, " samples, expected fewer than 2**32 a sample");
+  check_row_counts(op, x.sym_size(0), groups, lead, each);
 }
 
 inline void check_mean(const char* op, const at::Tensor& x, const at::Tensor& mean, int64_t layer) {
@@ -158,7 +184,7 @@ inline void check_length(const char* op, const char* name, int64_t length, int64
 // Layers that share x.
 inline Mode check_group(const char* op, const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
                         const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
-                        std::string_view mode) {
+                        std::string_view mode, const c10::SymInt& lead, const c10::SymInt& each) {
   check_rows(op, "x", x);
   TFB_CHECK_VALUE(!means.empty(), op, ": means is empty, expected one mean a layer");
   check_length(op, "layers", static_cast<int64_t>(layers.size()), static_cast<int64_t>(means.size()));
@@ -167,7 +193,7 @@ inline Mode check_group(const char* op, const at::Tensor& x, at::TensorList mean
     TFB_CHECK_TYPE(means[l].scalar_type() == means[0].scalar_type(), op, ": means have types ", means[0].scalar_type(),
                    " and ", means[l].scalar_type(), ", expected one type for all");
   }
-  check_samples(op, x, sigma, samples, seed);
+  check_samples(op, x, sigma, samples, seed, lead, each);
   return parse_mode(op, mode);
 }
 
@@ -189,9 +215,9 @@ inline void check_expand_new(const at::Tensor& z, const at::Tensor& basis, const
 inline Mode check_update(const at::Tensor& x, at::TensorList means, at::TensorList bases,
                          const c10::List<std::optional<at::Tensor>>& biases, size_t scalings, const at::Tensor& sigma,
                          const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
-                         std::string_view mode) {
+                         std::string_view mode, const c10::SymInt& lead, const c10::SymInt& each) {
   const char* op = "update_group";
-  const Mode parsed = check_group(op, x, means, sigma, samples, seed, layers, mode);
+  const Mode parsed = check_group(op, x, means, sigma, samples, seed, layers, mode, lead, each);
   const auto count = static_cast<int64_t>(means.size());
   check_length(op, "bases", static_cast<int64_t>(bases.size()), count);
   check_length(op, "biases", static_cast<int64_t>(biases.size()), count);

@@ -23,14 +23,10 @@
 
 #include <cstdint>
 
+#include "types.h"
+
 #if defined(TFB_EMULATOR)  // the CUDA kernels compiled for the CPU by tests/emulator
 #include "emulator.h"
-#endif
-
-#if defined(__CUDACC__)
-#define TFB_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define TFB_HOST_DEVICE static inline __attribute__((always_inline))
 #endif
 
 namespace tfb {
@@ -99,13 +95,17 @@ constexpr uint32_t kRankSignKey = 0x3C6EF372u;
 constexpr uint32_t kTokenKey = 0xA54FF53Au;
 constexpr int kSignsPerCounter = 128;
 
-TFB_HOST_DEVICE float sign_of(const PhiloxWords& words, uint32_t index) {
+// The signs' bits from `index` to the end of their word, the first in the lowest bit.
+TFB_HOST_DEVICE uint32_t sign_bits(const PhiloxWords& words, uint32_t index) {
   const uint32_t place = index % 128 / 32;
   const uint32_t word = place == 0   ? words.word[0]
                         : place == 1 ? words.word[1]
                         : place == 2 ? words.word[2]
                                      : words.word[3];
-  return (word >> index % 32 & 1u) != 0 ? -1.0f : 1.0f;
+  return word >> index % 32;
+}
+TFB_HOST_DEVICE float sign_of(const PhiloxWords& words, uint32_t index) {
+  return (sign_bits(words, index) & 1u) != 0 ? -1.0f : 1.0f;
 }
 
 constexpr float kTwoToMinus32 = 2.3283064365386963e-10f;

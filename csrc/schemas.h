@@ -9,13 +9,14 @@ inline void define_operators(torch::Library& m) {
   m.def("noise(int r, int n, int seed, int layer, int sample, Device device, bool antithetic=False) -> Tensor");
   m.def(
       "shrink_group(Tensor x, Tensor[] means, Tensor sigma, Tensor samples, Tensor seed, int[] layers, "
-      "str mode=\"weight\", bool antithetic=False) -> Tensor[]");
+      "str mode=\"weight\", bool antithetic=False, SymInt lead=0, SymInt each=0) -> Tensor[]");
   // No result: an alias of a mutated argument cannot be traced by torch.compile before torch 2.12.
   m.def("expand_(Tensor(a!) y, Tensor z, Tensor basis, float scaling) -> ()");
   m.def("expand(Tensor z, Tensor basis, float scaling, Tensor? bias=None) -> Tensor");
   m.def(
       "update_group(Tensor x, Tensor[] means, Tensor[] bases, Tensor?[] biases, float[] scalings, Tensor sigma, "
-      "Tensor samples, Tensor seed, int[] layers, str mode=\"weight\", bool antithetic=False) -> Tensor[]");
+      "Tensor samples, Tensor seed, int[] layers, str mode=\"weight\", bool antithetic=False, SymInt lead=0, "
+      "SymInt each=0) -> Tensor[]");
 }
 
 }  // namespace tfb

@@ -1,6 +1,13 @@
 // What backends without torch headers see of the operators' arguments.
 #pragma once
 
+// For functions that the host compiler and nvcc share.
+#if defined(__CUDACC__)
+#define TFB_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define TFB_HOST_DEVICE static inline __attribute__((always_inline))
+#endif
+
 namespace tfb {
 
 // Element types.

@@ -15,6 +15,7 @@ from torch import Tensor
 from tfb_ext import predict
 from tfb_ext.adaptive import FIRST_LOOK, StoppingRule, draw_size, student_quantile
 from tfb_ext.forward.engine import Scorer
+from tfb_ext.forward.repacking import Repacking
 from tfb_ext.prediction import Prediction
 
 SIGMA, MOST = 0.05, 30
@@ -253,7 +254,7 @@ def test_out_of_memory_keeps_the_trunk_in_halves(most: int) -> None:
     adapter.anatomy.blocks[3].register_forward_pre_hook(refuse, with_kwargs=True)
     for chosen in ([0, 3, 4, 5, 7, 11], [3, 4, 11], [4]):
         seen = []
-        for item in scorer.select(torch.tensor(chosen), 4):
+        for item in Repacking(scorer).select(torch.tensor(chosen), 4):
             assert torch.allclose(scorer.samples(item, adapter.batch(4)), plenty[:, item.index], atol=1e-5)
             seen += item.index.tolist()
         assert sorted(seen) == chosen
@@ -261,20 +262,20 @@ def test_out_of_memory_keeps_the_trunk_in_halves(most: int) -> None:
     for item in scorer.batches:
         assert torch.allclose(scorer.samples(item, adapter.batch(4)), plenty[:, item.index], atol=1e-5)
     assert below == []
-    for item in scorer.select(torch.arange(12), 4):  # by now from halves where the batches did not fit
+    for item in Repacking(scorer).select(torch.arange(12), 4):  # by now from halves where the batches did not fit
         assert torch.allclose(scorer.samples(item, adapter.batch(4)), plenty[:, item.index], atol=1e-5)
-    assert below == [] and scorer._trunk is not None
-    assert {key for _, key in scorer._trunk.hidden} == {h.key for b in scorer.batches for h in scorer.memory.parts(b)}
+    assert below == [] and scorer.trunk is not None
+    assert {key for _, key in scorer.trunk.hidden} == {h.key for b in scorer.batches for h in scorer.memory.parts(b)}
 
 
 def test_items_beyond_the_trunks_limit_run_again() -> None:
     adapter, data = bayesian(depth=2), small_sets.encoded(12)
     scorer = Scorer(adapter, data, batch_size=4, keep_trunk=True)
     first = [scorer.samples(item, adapter.batch(4)) for item in scorer.batches]
-    assert scorer._trunk is not None
-    scorer._trunk.forget(scorer.batches[1].key)
+    assert scorer.trunk is not None
+    scorer.trunk.forget(scorer.batches[1].key)
     below = small_sets.rows_through(adapter.anatomy.blocks[1].input_layernorm)
-    for item in scorer.select(torch.arange(12), 4):
+    for item in Repacking(scorer).select(torch.arange(12), 4):
         found = scorer.samples(item, adapter.batch(4))
         for batch, logs in zip(scorer.batches, first, strict=True):
             here = torch.isin(item.index, batch.index)

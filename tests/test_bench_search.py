@@ -17,7 +17,7 @@ from tfb_ext import search_sigma
 
 pytestmark = pytest.mark.slow
 
-DEPTHS = list(bench.DEPTHS)
+PLACES = list(bench.PLACES)
 stops_early = pytest.mark.skipif(
     "early_stop" not in inspect.signature(search_sigma).parameters, reason="search_sigma has no early_stop"
 )
@@ -28,16 +28,17 @@ def setting() -> bench.Setting:
     return bench.Setting(bench.SMALL, torch.device("cpu"))
 
 
-def row(setting: bench.Setting, depth: str, form: str) -> dict[str, Any]:
-    found = setting.search(depth, form)
-    return setting.facts(depth, form, found, [found.seconds])
+def row(setting: bench.Setting, place: str, form: str) -> dict[str, Any]:
+    found = setting.search(place, form)
+    return setting.facts(place, form, found, [found.seconds])
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_full_search(setting: bench.Setting, depth: str) -> None:
-    rule = setting.rule(depth)
-    made = row(setting, depth, "full")
-    bench.require_crossing(setting.full(depth), rule)
+@pytest.mark.parametrize("place", PLACES)
+def test_full_search(setting: bench.Setting, place: str) -> None:
+    rule = setting.rule(place)
+    made = row(setting, place, "full")
+    bench.require_crossing(setting.full(place), rule)
+    assert (made["depth"], made["span"]) == (setting.adapter.depth_name(setting.adapter.first), bench.PLACES[place][1])
     assert made["sigma"] == made["sigma_full"] and made["evaluations"] == bench.STEPS
     assert made["steps_timed"] == len(made["baseline_step_seconds"]) == 2
     low, high = made["spread"]
@@ -45,9 +46,9 @@ def test_full_search(setting: bench.Setting, depth: str) -> None:
 
 
 @stops_early
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_early_search(setting: bench.Setting, depth: str) -> None:
-    bench.require_same(setting.search(depth, "early"), setting.full(depth), setting.rule(depth))
+@pytest.mark.parametrize("place", PLACES)
+def test_early_search(setting: bench.Setting, place: str) -> None:
+    bench.require_same(setting.search(place, "early"), setting.full(place), setting.rule(place))
 
 
 def test_theirs_runs_the_adapter_that_ours_runs(setting: bench.Setting) -> None:
@@ -59,16 +60,19 @@ def test_theirs_runs_the_adapter_that_ours_runs(setting: bench.Setting) -> None:
 
 
 def test_rows_reach_summary_and_readme(setting: bench.Setting, tmp_path: Path) -> None:
-    rows = [row(setting, depth, "full") for depth in DEPTHS]
+    rows = [row(setting, place, "full") for place in PLACES]
     file = tmp_path / "search.json"
     file.write_text(json.dumps({"benchmarks": [{"name": r["case"], "extra_info": r} for r in rows]}))
     found = summary.summarise([file])
-    assert set(found) == {"search_all", "search_quarter"}
+    assert set(found) == {"search_all", "search_quarter", "search_span"}
     assert found["search_all"]["unit"] == "s" and found["search_all"]["value"] == rows[0]["value"]
     lines = report.search_table(by_case(load_if_there(file)))
     assert sum(line.startswith("| ") for line in lines) == 3  # a head and two cases
     assert "2 of its equal steps are timed, on 16 of the anchors" in lines[-1]
-    assert report.search_table(by_case(load_if_there(tmp_path / "nowhere.json"))) == []
+    spans = report.span_table(by_case(load_if_there(file)))
+    assert sum(line.startswith("| the whole search") for line in spans) == 1
+    for table in (report.search_table, report.span_table):
+        assert table(by_case(load_if_there(tmp_path / "nowhere.json"))) == []
 
 
 def test_an_early_search_that_finds_another_sigma_is_refused(setting: bench.Setting) -> None:

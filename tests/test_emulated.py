@@ -83,6 +83,11 @@ class Emulated:
         self._library.tfb_emulated_plan(MODES.index(mode), *given, shared_bytes, cluster_blocks, out)
         return Plan(*out)
 
+    def item(self, each: int, items: int, number: int) -> int:
+        find = self._library.tfb_emulated_item
+        find.restype = ctypes.c_int64
+        return int(find(*map(ctypes.c_int64, (each, items, number))))
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
@@ -129,6 +134,12 @@ class Case:
         return self.x.double().square().sum(1).max() * largest
 
 
+def rows_of_items(rows: int, lead: int, each: int, size: int) -> tuple[Tensor, Tensor]:
+    """The rows of the mean, and those of the samples, one sample after the other."""
+    places = torch.arange(rows).view(-1, lead + size * each)
+    return places[:, :lead].flatten(), places[:, lead:].unflatten(1, (size, each)).transpose(0, 1).flatten()
+
+
 def assert_close(out: Tensor, wanted: Tensor, terms: Tensor, length: int) -> None:
     """Two ways to round the same sum: two units of the type each, and float32 sums of ``length`` terms in another order."""
     scale = math.sqrt(float(terms))
@@ -155,6 +166,46 @@ def test_shrink_float32(alike: Any, mode: str) -> None:
         found = alike.shrink_group(case.x, *case.draws(mode))
         for z, wanted in zip(found, ops.shrink_group(case.x, *case.draws(mode)), strict=True):
             assert_close(z, wanted, case.terms(), n)
+
+
+def test_items_are_counted_without_a_division(built: Emulated) -> None:
+    largest = 2**31 - 1
+    for each in (1, 2, 3, 5, 7, 16, 127, 641, 2**16 - 1, 2**16 + 1, 2**30 - 1, 2**30, 2**30 + 1):
+        edges = {k * each + d for k in (0, 1, 2, 3, 1000, largest // each) for d in (-1, 0, 1)}
+        random = torch.randint(0, largest, (200,), generator=torch.Generator().manual_seed(each)).tolist()
+        for number in {*edges, *random, largest - 1, largest}:
+            if 0 <= number <= largest:
+                assert built.item(each, largest // each + 1, number) == number // each
+    assert built.item(4, 1, 3) == 0
+
+
+# Items, lead, each, samples, columns: tiles whose rows lie in one item, in two, in sixteen.
+ITEMS = [(9, 5, 3, 2, 130), (40, 0, 1, 3, 64), (2, 130, 20, 1, 64), (3, 0, 20, 3, 1160), (7, 5, 3, 2, 1160)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("number", range(len(ITEMS)))
+def test_items(emulated: Any, path: str, number: int, mode: str) -> None:
+    """The bits of the same rows alone, wherever they lie: copied behind the back and, off 16 bytes, through registers."""
+    items, lead, each, size, n = ITEMS[number]
+    types = [torch.float32, *HALVES]
+    case = Case(1, items * (lead + size * each), n, (8, 3), types[(number + MODES.index(mode)) % 3])
+    case.sigma, case.samples = 0.1 + torch.rand(size), torch.randint(0, 4, (size,), dtype=torch.int32)
+    of_mean, of_samples = rows_of_items(len(case.x), lead, each, size)
+    wide = torch.zeros(len(case.x), n + 8, dtype=case.x.dtype)
+    wide[:, 1 : n + 1] = case.x
+    start = (number + PATHS.index(path)) % 2
+    x = wide[:, 1 : n + 1] if start else case.x
+    found = emulated.shrink_group(x, *case.draws(mode), lead, each)
+    alone = emulated.shrink_group(case.x[of_samples], *case.draws(mode))
+    for z, wanted, host in zip(found, alone, ops.shrink_group(x, *case.draws(mode), lead, each), strict=True):
+        assert torch.equal(z[of_samples], wanted)
+        assert_close(z, host, case.terms(), n)
+    if lead > 0:
+        none = torch.zeros(1)
+        alone = emulated.shrink_group(case.x[of_mean], case.means, none, none.int(), case.seed, case.layers, mode, True)
+        for z, wanted in zip(found, alone, strict=True):
+            assert torch.equal(z[of_mean], wanted)
 
 
 def test_bits_depend_on_neither_company_nor_tiles(built: Emulated) -> None:
@@ -302,7 +353,53 @@ def test_update_group(alike: Any, groups: int, rows: int, mode: str) -> None:
             assert_close(y, exact, terms, 1100)
 
 
+# Items, each, samples, sigmas: items of decoding; pairs and an odd sample; one sample under many sigmas, one of them 0.
+DECODES: list[tuple[int, int, list[int], list[float]]] = [
+    (8, 1, list(range(10)), [0.3] * 10),
+    (1, 3, [0, 1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4, 0.5]),
+    (2, 2, [5, 5, 5, 4, 3, 2, 9], [0.5, 0.0, 0.3, 0.2, 0.0, 0.1, 0.4]),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("number", range(len(DECODES)))
+def test_decode_of_items_and_shared_noise(alike: Any, number: int, mode: str) -> None:
+    """Bits of every sample alone, which shares its noise with no other; antithetic and not."""
+    items, each, samples, sigma = DECODES[number]
+    case = Case(1, items * each * len(samples), 600, (8, 3), HALVES[(number + MODES.index(mode)) % 2])
+    bases = [torch.randn(m, len(mean)) for m, mean in zip((130, 7), case.means, strict=True)]
+    given = case.means, bases, [None, None], [1.5, 0.5]
+    _, of_samples = rows_of_items(len(case.x), 0, each, len(samples))
+    for antithetic in (True, False):
+
+        def update(op: Any, x: Tensor, taken: slice, *rest: Any) -> list[Tensor]:
+            draws = torch.tensor(sigma)[taken], torch.tensor(samples, dtype=torch.int32)[taken], case.seed, case.layers
+            return list(op.update_group(x, *given, *draws, mode, antithetic, *rest))  # noqa: B023
+
+        everything = slice(None)
+        found = update(alike, case.x, everything, 0, each)
+        for y, host in zip(found, update(ops, case.x, everything, 0, each), strict=True):
+            assert_close(y, host, 1.5**2 * case.terms() * 40, 600)
+        for k, rows in enumerate(of_samples.view(len(samples), -1)):
+            for y, wanted in zip(found, update(alike, case.x[rows], slice(k, k + 1)), strict=True):
+                assert torch.equal(y[rows], wanted)
+
+
+@pytest.mark.parametrize("lead", [0, 5])
+def test_update_of_items(alike: Any, lead: int) -> None:
+    """Rows of the mean, or more rows than one launch takes: the two operators, over all rows."""
+    case = Case(1, 6 * (lead + 24), 600, (8, 3), torch.bfloat16)
+    case.sigma, case.samples = torch.tensor([0.5, 1.0]), torch.tensor([4, 5], dtype=torch.int32)
+    bases = [torch.randn(m, len(mean)) for m, mean in zip((130, 7), case.means, strict=True)]
+    means, *draws = case.draws("weight")
+    found = alike.update_group(case.x, means, bases, [None, None], [1.5, 0.5], *draws, lead, 12)
+    z = alike.shrink_group(case.x, means, *draws, lead, 12)
+    for y, part, basis, scaling in zip(found, z, bases, (1.5, 0.5), strict=True):
+        assert torch.equal(y, alike.expand(part, basis, scaling))
+
+
 def test_no_rows(emulated: Any) -> None:
     case = Case(2, 0, 64, (8, 3), torch.bfloat16)
-    assert [z.shape for z in emulated.shrink_group(case.x, *case.draws("weight"))] == [(0, 8), (0, 3)]
+    for layout in ((0, 0), (3, 2)):
+        assert [z.shape for z in emulated.shrink_group(case.x, *case.draws("weight"), *layout)] == [(0, 8), (0, 3)]
     assert emulated.expand(torch.empty(0, 8), torch.ones(16, 8), 1.0).shape == (0, 16)

@@ -238,7 +238,7 @@ def test_trunk_recorded_and_replayed_equals_none(name: str, depth: int) -> None:
             assert len(calls) == (1 if recording else 0)
             assert torch.equal(logits[keep], expected[keep])
     hook.remove()
-    assert trunk.bytes() == sum(4 * t.numel() for t in trunk.hidden.values()) > 0
+    assert trunk.bytes() == sum(4 * t.numel() for (t,) in trunk.hidden.values()) > 0
     assert {key for _, key in trunk.hidden} == {7, 8}
     assert not any("forward" in block.__dict__ for block in adapter.anatomy.blocks)
 
@@ -753,7 +753,7 @@ def test_an_exception_leaves_nothing_behind(name: str, place: str, monkeypatch: 
             del module.forward
         recorded.key = 1  # a batch not kept yet: its lower blocks must run again
         assert torch.equal(adapter.model(**batch).logits[keep], expected[keep])
-        assert torch.equal(trunk.hidden[trunk.firsts[0], 0], trunk.hidden[trunk.firsts[0], 1])
+        assert torch.equal(trunk.hidden[trunk.firsts[0], 0][0], trunk.hidden[trunk.firsts[0], 1][0])
     assert footprint(adapter) == clean
 
 

@@ -103,6 +103,8 @@ SCALARS: list[tuple[str, str, Any]] = [
     *((name, "mode", "rows") for name in ("shrink_group", "update_group")),
     *(("noise", key, value) for key in ("r", "n", "sample") for value in (-1, 0, 2**35)),
     ("update_group", "scalings", [1.0]),
+    *((name, "lead", value) for name in ("shrink_group", "update_group") for value in (-1, 0, 1, 2**32)),
+    *((name, "each", value) for name in ("shrink_group", "update_group") for value in (-1, 1, 2, 3, 2**62)),
 ]  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tfb_ext import ops
@@ -471,6 +473,144 @@ def test_a_row_of_an_update_does_not_depend_on_its_company(device: torch.device,
             assert torch.equal(a, b[2 * k : 2 * k + 2])
 
 
+# rows of samples inside items
+
+
+class ItemCase(GroupCase):
+    """``items`` of ``lead`` rows of the mean and ``each`` rows of every sample; which rows of x these are."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, items: int, lead: int, each: int, size: int, n: int = 300
+    ) -> None:
+        rows = items * (lead + size * each)
+        super().__init__(device, dtype, n, 1, rows)
+        generator = torch.Generator().manual_seed(rows)
+        self.sigma = torch.rand(size, generator=generator).to(device)
+        self.samples = torch.randint(0, 8, (size,), generator=generator).to(device, torch.int32)
+        self.layout = lead, each
+        places = torch.arange(rows, device=device).view(items, lead + size * each)
+        self.of_mean = places[:, :lead].flatten()
+        self.of_samples = places[:, lead:].view(items, size, each).transpose(0, 1).flatten()
+
+    def update(self, x: Tensor, mode: str, *layout: int) -> list[Tensor]:
+        return ops.update_group(x, self.means, self.bases, self.biases, self.scalings, *self.draws(mode), *layout)
+
+    def check(self, mode: str) -> None:
+        """The bits of the rows of the samples alone, one sample after the other, and of the rows of the mean alone."""
+        z = ops.shrink_group(self.x, self.means, *self.draws(mode), *self.layout)
+        alone = ops.shrink_group(self.x[self.of_samples], self.means, *self.draws(mode))
+        none = torch.zeros(1, device=self.x.device)
+        of_mean = ops.shrink_group(
+            self.x[self.of_mean], self.means, none, none.int(), self.seed, self.layers, mode, True
+        )
+        for whole, a, b in zip(z, alone, of_mean, strict=True):
+            assert torch.equal(whole[self.of_samples], a) and torch.equal(whole[self.of_mean], b)
+        y = self.update(self.x, mode, *self.layout)
+        parts = zip(z, self.bases, self.scalings, self.biases, strict=True)
+        for whole, a, b in zip(y, self.update(self.x[self.of_samples], mode), parts, strict=True):
+            # With rows of the mean, a few rows on CUDA do not go the way of few rows alone.
+            if self.layout[0] == 0 or self.x.device.type == "cpu":
+                assert torch.equal(whole[self.of_samples], a)
+            if self.layout[0] > 0 or self.x.device.type == "cpu":
+                assert torch.equal(whole, ops.expand(*b))
+
+
+ITEMS = [(1, 0, 3, 2), (1, 1, 1, 1), (3, 5, 1, 3), (5, 0, 1, 7), (8, 0, 1, 10), (7, 2, 3, 5), (2, 130, 20, 2), (0, 3, 2, 2),
+         (3, 4, 2, 0), (600, 1, 1, 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("items", "lead", "each", "size"), ITEMS)
+def test_items_are_their_rows_alone(
+    device: torch.device, items: int, lead: int, each: int, size: int, dtype: torch.dtype, mode: str
+) -> None:
+    case = ItemCase(device, dtype, items, lead, each, size)
+    case.check(mode)
+    wide = torch.full((len(case.x), 331), float("nan"), dtype=dtype, device=device)
+    wide[:, 3:303] = case.x
+    case.x = wide[:, 3:303]
+    case.check(mode)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 6), st.integers(0, 40), st.integers(1, 9), st.integers(0, 6), st.sampled_from(MODES))
+def test_any_items_are_their_rows_alone(items: int, lead: int, each: int, size: int, mode: str) -> None:
+    ItemCase(torch.device("cpu"), torch.float32, items, lead, each, size, n=65).check(mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_items_are_the_reference(device: torch.device, dtype: torch.dtype, mode: str) -> None:
+    for items, lead, each, size in ((7, 2, 3, 5), (4, 0, 1, 3), (0, 3, 2, 2), (3, 4, 2, 0)):
+        case = ItemCase(device, dtype, items, lead, each, size)
+        given = case.means, *case.draws(mode), *case.layout
+        found = ops.shrink_group(case.x, *given)
+        exact = reference.shrink_group(case.x.double(), *given)
+        low = reference.shrink_group(case.x, *given)
+        for z, z64, z_low, mean in zip(found, exact, low, case.means, strict=True):
+            assert z.shape == z64.shape == (len(case.x), len(mean))
+            if len(z):
+                terms = case.x.double().square() @ (mean.double().square() + 36).T
+                slack = rounding_slack(terms, dtype, 300) + 1e-5 * float(case.x.double().abs().sum(1).max())
+                assert_as_good_as(z, z_low, z64, slack)
+
+
+def test_items_without_a_sample_take_any_number_of_rows(device: torch.device) -> None:
+    case = ItemCase(device, torch.float32, 2, 3, 4, 0)
+    assert case.update(case.x[:0], "weight", 0, 5)[0].shape == (0, 40)
+
+
+@pytest.mark.slow
+def test_opcheck_of_items(device: torch.device) -> None:
+    case = ItemCase(device, torch.bfloat16, 3, 2, 2, 2)
+    draws = *case.draws("flipout"), *case.layout
+    torch.library.opcheck(torch.ops.tfb_ext.shrink_group.default, (case.x, case.means, *draws))
+    update_args = (case.x, case.means, case.bases, case.biases, case.scalings, *draws)
+    torch.library.opcheck(torch.ops.tfb_ext.update_group.default, update_args)
+
+
+@pytest.mark.slow
+def test_one_program_serves_every_item(device: torch.device) -> None:
+    """The rows of an item may vary without another compilation; what is no multiple of them is refused."""
+    torch._dynamo.reset()
+
+    def update(x: Tensor, case: ItemCase, lead: int, each: int) -> Tensor:
+        z = ops.shrink_group(x * 2, case.means, *case.draws("weight"), lead, each)
+        return z[0] @ case.bases[0].T + case.update(x, "weight", lead, each)[0]
+
+    compiled = torch.compile(update, fullgraph=True, dynamic=True, backend="aot_eager")
+    case = ItemCase(device, torch.float32, 2, 2, 2, 3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for items, lead, each in ((4, 3, 2), (3, 2, 5), (7, 9, 4)):
+            x = torch.randn(items * (lead + 3 * each), 300, generator=torch.Generator().manual_seed(items)).to(device)
+            assert torch.allclose(compiled(x, case, lead, each), update(x, case, lead, each), rtol=1e-4, atol=1e-2)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="x got .* rows, expected a multiple of an item's"):
+        torch.compile(update, fullgraph=True, dynamic=True, backend="aot_eager")(case.x[1:], case, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("lead", "each", "sentence"),
+    [
+        (-1, 2, r"lead got -1, expected 0 to 2\*\*32 - 1. Fix: "),
+        (0, -1, r"each got -1, expected 0 to 2\*\*32 - 1. Fix: "),
+        (0, 2**62, r"each got 4611686018427387904, expected 0 to 2\*\*32 - 1. Fix: "),
+        (1, 0, "lead got 1 where each is 0, expected 0. Fix: "),
+        (
+            3,
+            2,
+            r"x got 6 rows, expected a multiple of an item's 7 \(lead 3 and each 2 for 2 entries of samples\). Fix: ",
+        ),
+        (0, 2**31, "x got 6 rows, expected a multiple of an item's 4294967296 "),
+    ],
+)
+def test_item_errors(lead: int, each: int, sentence: str) -> None:
+    arguments = {key: value for key, value in shrink_arguments().items() if key not in ("mean", "layer")}
+    with pytest.raises(ValueError, match=f"^shrink_group: {sentence}"):
+        ops.shrink_group(**arguments, means=[torch.randn(4, 16)], layers=[7], lead=lead, each=each)
+
+
 # expand
 
 
@@ -549,8 +689,8 @@ def test_opcheck(device: torch.device) -> None:
     update_args = (group.x, group.means, group.bases, group.biases, group.scalings, *draws)
     torch.library.opcheck(torch.ops.tfb_ext.update_group.default, update_args)
     z, basis, bias = case.shrink(), torch.randn(40, 8, device=device), torch.randn(40, device=device).bfloat16()
-    for given in (None, bias):
-        torch.library.opcheck(torch.ops.tfb_ext.expand.default, (z, basis, 0.5, given))
+    for start in (None, bias):
+        torch.library.opcheck(torch.ops.tfb_ext.expand.default, (z, basis, 0.5, start))
 
 
 @pytest.mark.slow

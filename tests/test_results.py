@@ -12,8 +12,10 @@ from bench.record import ROOT
 from bench.rows import by_case, load
 
 RESULTS = ROOT / "bench" / "results"
-FILES = [RESULTS / f"{name}.json" for name in ("models", "kernels", "kernels_cpu", "search", "generate")]
-FILES = [file for file in FILES if file.exists() or file.stem != "generate"]  # these cases take a run of their own
+FILES = [RESULTS / f"{name}.json" for name in ("models", "kernels", "kernels_cpu", "search", "generate", "span")]
+FILES = [
+    file for file in FILES if file.exists() or file.stem not in ("generate", "span")
+]  # these cases take a run of their own
 ADAPTIVE = RESULTS / "adaptive.json"
 
 

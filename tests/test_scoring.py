@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfb_ext
+from tfb_ext.adapters.depth import Place
 from tfb_ext.adapters.samples import MEAN
 from tfb_ext.data import Encoded
 from tfb_ext.errors import SamplingError
-from tfb_ext.forward.batches import IGNORED, item_labels, original_order
+from tfb_ext.forward.batch import item_labels
+from tfb_ext.forward.batches import IGNORED, original_order
 from tfb_ext.forward.engine import Scorer
 
 SIGMA, SAMPLES = 0.3, 5
@@ -87,13 +89,13 @@ def test_the_mean_adapter_at_the_head_is_the_models_own(dtype: torch.dtype, devi
     adapter = tfb_ext.bayesianize(zoo.peft_model("llama-head", dtype=dtype).to(device), sigma=SIGMA, depth="head")
     scorer = Scorer(adapter, small_sets.encoded(4))
     for batch in scorer.batches:
-        logs = scorer.average(batch, MEAN, first=len(adapter.anatomy.blocks))
+        logs = scorer.average(batch, MEAN, Place(len(adapter.anatomy.blocks)))
         assert torch.allclose(logs, scorer.mean(batch), atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
 def test_depth_of_the_scorer_overrules_the_adapters() -> None:
     adapter, data = bayesian(), small_sets.encoded()
-    upper = sampled(Scorer(adapter, data, depth=1))
+    upper = sampled(Scorer(adapter, data, place=Place(adapter.first_random_block(1))))
     assert adapter.depth == "all" and (sampled(Scorer(adapter, data)) - upper).abs().max() > 0.01
     adapter.depth = 1
     assert torch.equal(sampled(Scorer(adapter, data)), upper)
@@ -226,7 +228,7 @@ def test_blocks_below_run_once_a_batch_however_many_chunks() -> None:
         sampled(scorer)
         assert below == [4, 4], rows
         assert above == [4 * s for s in sizes] * 2, rows
-    assert scorer._trunk is not None and not scorer._trunk.hidden  # nothing is kept that nobody asked for
+    assert scorer.trunk is not None and not scorer.trunk.hidden  # nothing is kept that nobody asked for
 
 
 def test_kept_trunk_serves_every_later_call() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import tfb_ext
 from tfb_ext import search_sigma
+from tfb_ext.adapters.depth import Place
 from tfb_ext.data import Encoded
 from tfb_ext.forward.batches import IGNORED
 from tfb_ext.search import LARGEST, SMALLEST, SigmaSearch
@@ -105,7 +106,7 @@ def plan(**changes: Any) -> Plan:
 
 
 def tried_on(curve: Curve, chosen: Plan) -> AtDepth:
-    return AtDepth(curve, Verdicts(chosen, curve.records), 0, "all")  # type: ignore[arg-type]
+    return AtDepth(curve, Verdicts(chosen, curve.records), Place(0), "all")  # type: ignore[arg-type]
 
 
 def one(tried: AtDepth, sigma: float) -> Any:
@@ -815,7 +816,7 @@ def test_early_stop_is_right_as_often_as_it_says(level: float) -> None:
         mean = 0.01 + 0.01 * float(torch.randn((), generator=generator))
         change = mean + 0.1 * torch.randn(size, generator=generator, dtype=torch.float64)
         for seen in range(20, size, 20):
-            if rule.settled(0, seen_only(change, seen), level, size // 20):
+            if rule.settled(Place(0), seen_only(change, seen), level, size // 20):
                 stopped += 1
                 wrong += (change[:seen].mean() <= 0.01) != (change.mean() <= 0.01)
                 break
@@ -826,8 +827,8 @@ def test_early_stop_near_the_edge_ends_once_the_amount_is_known() -> None:
     """The very edge of the tolerance: the verdict stays open to the end, the amount does not."""
     rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1)).verdicts
     change = 0.1 + 0.01 * torch.randn(rule.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert rule.settled(0, seen_only(change, 100), 0.99, 10)
-    assert not rule.settled(0, seen_only(0.1 + 10 * (change - 0.1), 100), 0.99, 10)
+    assert rule.settled(Place(0), seen_only(change, 100), 0.99, 10)
+    assert not rule.settled(Place(0), seen_only(0.1 + 10 * (change - 0.1), 100), 0.99, 10)
 
 
 def two_sigmas(generator: torch.Generator, size: int, tails: bool) -> tuple[Tensor, Tensor]:
@@ -844,23 +845,23 @@ def test_what_one_sigma_shows_on_all_anchors_sharpens_the_next() -> None:
     tried = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1, method="root"))
     rule = tried.verdicts
     few = seen_only(second, 40)
-    alone = rule.guess(0, rule.harm(few))
+    alone = rule.guess(Place(0), rule.harm(few))
     assert alone.control is None and alone.value == pytest.approx(float(second[:40].mean()))
     assert alone.error == pytest.approx(float(second[:40].std()) * math.sqrt(1 / 40 - 1 / Curve.size))
-    rule.records.values[0, 0.01] = seen_only(first, Curve.size)
-    rule.evaluation(0, 0.01, "all")
-    helped = rule.guess(0, rule.harm(few))
+    rule.records.values[Place(0), 0.01] = seen_only(first, Curve.size)
+    rule.evaluation(Place(0), 0.01, "all")
+    helped = rule.guess(Place(0), rule.harm(few))
     assert helped.control == 0.01 and helped.slope == pytest.approx(1.2, abs=0.1) and helped.error < alone.error / 4
     assert abs(helped.value - float(second.mean())) < 3 * helped.error
     # Not at another depth, not where the other sigma lacks an anchor of these, not with fewer of its own than settle anything.
-    assert rule.guess(1, rule.harm(few)) == alone
-    assert rule.guess(0, rule.harm(seen_only(second, 31))).control is None
-    rule.records.values[0, 0.01][0] = math.nan
-    assert rule.guess(0, rule.harm(few)) == alone
-    rule.records.values[0, 0.01] = seen_only(first, Curve.size)
+    assert rule.guess(Place(1), rule.harm(few)) == alone
+    assert rule.guess(Place(0), rule.harm(seen_only(second, 31))).control is None
+    rule.records.values[Place(0), 0.01][0] = math.nan
+    assert rule.guess(Place(0), rule.harm(few)) == alone
+    rule.records.values[Place(0), 0.01] = seen_only(first, Curve.size)
     # The evaluation is the better guess, and the error it states over anchors is nearly that of all, not of forty.
-    rule.records.values[0, 0.012] = few
-    judged = rule.evaluation(0, 0.012, "all")
+    rule.records.values[Place(0), 0.012] = few
+    judged = rule.evaluation(Place(0), 0.012, "all")
     assert judged.items == 40 and judged.value == judged.nll == pytest.approx(1 + helped.value)
     of_all = float(second.std()) / math.sqrt(Curve.size)
     assert judged.standard_error == pytest.approx(math.hypot(of_all, helped.error), rel=0.3)
@@ -878,12 +879,12 @@ def test_early_stop_is_right_as_often_as_it_says_with_help(level: float, tails: 
         first, second = two_sigmas(generator, size, tails)
         allowed = float(second.mean()) * (0.75 + 0.5 * float(torch.rand((), generator=generator)))
         rule = tried_on(Curve(), plan(bound="one-sided", tolerance=allowed, method="bisect")).verdicts
-        rule.records.values[0, 0.01] = seen_only(first, size)
-        rule.evaluation(0, 0.01, "all")
+        rule.records.values[Place(0), 0.01] = seen_only(first, size)
+        rule.evaluation(Place(0), 0.01, "all")
         for count in range(40, size, 40):
             values = seen_only(second, count)
-            if rule.settled(0, values, level, size // 40):
-                guess = rule.guess(0, rule.harm(values))
+            if rule.settled(Place(0), values, level, size // 40):
+                guess = rule.guess(Place(0), rule.harm(values))
                 stopped, seen = stopped + 1, seen + count
                 verdict = (guess.value <= allowed) == (float(second.mean()) <= allowed)
                 wrong += not verdict and abs(guess.value - float(second.mean())) > 0.05 * allowed
@@ -907,7 +908,7 @@ def test_the_root_finder_knows_the_amount_near_the_edge_and_then_needs_few_ancho
         rule = tried_on(Curve(), plan(bound="one-sided", tolerance=0.1, method=method)).verdicts
         change = 0.02 * noise
         change += 0.1 * used - change[:count].mean()
-        assert rule.settled(0, seen_only(change, count), 0.9, 10) is settled, (used, method)
+        assert rule.settled(Place(0), seen_only(change, count), 0.9, 10) is settled, (used, method)
 
 
 @pytest.mark.slow

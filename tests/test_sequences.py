@@ -85,10 +85,11 @@ def test_mean_adapter() -> None:
 
 def test_the_head_makes_the_choices_positions_alone() -> None:
     adapter, data = zoo.compared(bayesian()), small_sets.sequences()
+    assert adapter.shares_prompts()
     shapes = small_sets.shapes_through(adapter.anatomy.head)
     predict(adapter, data, SAMPLES, batch_size=2)
-    # Two items with a row for each of four choices; as many positions as the longest choice has.
-    assert shapes == [(n * 4 * SAMPLES, 4, zoo.VOCAB) for n in (2, 2, 1)]
+    # Two items; for each of four choices as many positions as the longest has.
+    assert shapes == [(n * SAMPLES, 4 * 4, zoo.VOCAB) for n in (2, 2, 1)]
 
 
 class Words:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import small_sets
 import torch
 import transformers as tf
 from torch import Tensor
 from zoo import CAUSAL, DEVICES, average, batch_for, bayesian, inputs, lora_layers, sampled_copy, slow_but
 
 import tfb_ext
+from tfb_ext.forward import batches
 from tfb_ext.forward.caches import cache_argument, cache_of
 
 SIGMA = 0.1
@@ -179,13 +181,6 @@ def test_one_sample_is_the_same_beside_others_and_the_mean_at_sigma_zero() -> No
     assert (together[0] - together[1])[:, -1].abs().max() > 1e-3
 
 
-@pytest.fixture(scope="module")
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
 def test_what_cannot_be_cut_is_refused() -> None:
     with pytest.raises(tfb_ext.errors.GuardError, match="every token sees the whole text.*Fix: span='all'"):
         with bayesian("bert", sigma=SIGMA, span="answer").predictive(2):
@@ -218,3 +213,74 @@ def test_a_context_of_another_span(tmp_path: Any) -> None:
     adapter.span = 3
     adapter.save_pretrained(tmp_path)
     assert tfb_ext.load(adapter.unload(), tmp_path).span == 3
+
+
+def choices(adapter: Any, shared: bool, **options: Any) -> Tensor:
+    """(S, N, C) of items with choices of several tokens, the prompts shared or a row for each choice."""
+    before = adapter.shares_prompts
+    adapter.shares_prompts = lambda: shared and before()
+    try:
+        data = small_sets.sequences()
+        return tfb_ext.predict(adapter, data, **options).sample_probabilities
+    finally:
+        del adapter.shares_prompts
+
+
+@pytest.mark.parametrize("name", slow_but(["llama", "mistral", "llama-head", "gpt2", "phi3"], "llama"))
+@pytest.mark.parametrize(("span", "depth"), [("all", "all"), ("all", 2), ("answer", "all"), (2, 2)])
+def test_choices_that_share_a_prompt_are_those_of_rows_of_their_own(name: str, span: Any, depth: Any) -> None:
+    adapter = bayesian(name, sigma=SIGMA, span=span, depth=depth)
+    assert adapter.shares_prompts()
+    for samples in (0, 5):
+        rows = choices(adapter, False, samples=samples)
+        torch.testing.assert_close(choices(adapter, True, samples=samples, batch_size=2), rows, atol=1e-5, rtol=1e-4)
+    with small_memory():  # in several passes and halves, from kept prompts
+        torch.testing.assert_close(choices(adapter, True, samples=5), rows, atol=1e-5, rtol=1e-4)
+    some = choices(adapter, True, samples=12, adaptive=0.9)
+    whole = choices(adapter, False, samples=12)
+    drawn = ~some.isnan()
+    torch.testing.assert_close(some[drawn], whole[drawn], atol=1e-5, rtol=1e-4)
+
+
+@contextmanager
+def small_memory() -> Iterator[None]:
+    before = batches.ROWS_CPU
+    batches.ROWS_CPU = 2
+    try:
+        yield
+    finally:
+        batches.ROWS_CPU = before
+
+
+def test_a_prompt_runs_once_for_all_its_choices_and_samples() -> None:
+    adapter, data = bayesian("llama", sigma=SIGMA, span="answer"), small_sets.sequences()
+    assert adapter.shares_prompts()
+    adapter.batch([0])
+    with adapter.predictive(2):
+        pass
+    seen: list[int] = []
+    block = adapter.anatomy.blocks[0]
+    handle = block.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args or (kwargs["hidden_states"],))[0].shape[:2].numel()), with_kwargs=True)  # fmt: skip
+    try:
+        tfb_ext.predict(adapter, data, 6, batch_size=8)
+    finally:
+        handle.remove()
+    longest = max(map(len, data.token_ids))
+    each = max(len(c) for item in data.item_choice_tokens or [data.choice_tokens] for c in item or ())
+    assert sum(seen) <= len(data) * (longest + 6 * len(data.choices) * each)
+
+
+def test_samples_in_several_passes_go_on_from_the_prompt() -> None:
+    adapter, data = bayesian("llama", sigma=SIGMA, span=2), small_sets.encoded(7)
+    plenty = tfb_ext.predict(adapter, data, 8).sample_probabilities
+    with small_memory():
+        torch.testing.assert_close(tfb_ext.predict(adapter, data, 8).sample_probabilities, plenty, atol=1e-6, rtol=1e-5)
+    rows = tfb_ext.predict(adapter, data, 8, batch_size=1).sample_probabilities
+    torch.testing.assert_close(rows, plenty, atol=1e-5, rtol=1e-4)
+
+
+def test_classifiers_from_kept_prompts() -> None:
+    adapter, data = bayesian("llama-cls", sigma=SIGMA, span="answer"), small_sets.encoded(7, head=True)
+    plenty = tfb_ext.predict(adapter, data, 8).sample_probabilities
+    with small_memory():
+        torch.testing.assert_close(tfb_ext.predict(adapter, data, 8).sample_probabilities, plenty, atol=1e-6, rtol=1e-5)

@@ -38,7 +38,9 @@ def test_greedy_tokens_and_their_scores(name: str, span: Any, cache: str | None,
     adapter = bayesian(name, device, sigma=SIGMA, span=span)
     given = prompt(3, device)
     options = {} if cache is None else {"cache_implementation": cache}
-    found = tfb_ext.generate(adapter, given, samples=SAMPLES, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, **options)
+    found = tfb_ext.generate(
+        adapter, given, samples=SAMPLES, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, **options
+    )
     sequences = found.sequences.to(device)
     expected = scored(adapter, sequences, given["attention_mask"], 6)
     torch.testing.assert_close(found.sample_log_probabilities.to(device), expected, atol=1e-4, rtol=1e-4)
@@ -60,7 +62,9 @@ def test_beams(cache: str | None) -> None:
     options: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "num_beams": 3, "do_sample": False}
     if cache is None:
         with adapter.predictive(SAMPLES):
-            out = adapter.model.generate(**given, **options, num_return_sequences=2, return_dict_in_generate=True, output_scores=True)
+            out = adapter.model.generate(
+                **given, **options, num_return_sequences=2, return_dict_in_generate=True, output_scores=True
+            )
         sequences, scores = out.sequences, out.sequences_scores
         mask = given["attention_mask"].repeat_interleave(2, 0)
         expected = average(scored(adapter, sequences, mask, 6)).sum(1) / NEW
@@ -93,7 +97,10 @@ def test_rows_that_end_early_are_scored_in_their_places() -> None:
     for row in range(3):
         length = int(ended.lengths[row])
         torch.testing.assert_close(
-            ended.sample_log_probabilities[:, row, :length], free.sample_log_probabilities[:, row, :length], atol=1e-4, rtol=1e-4
+            ended.sample_log_probabilities[:, row, :length],
+            free.sample_log_probabilities[:, row, :length],
+            atol=1e-4,
+            rtol=1e-4,
         )
         torch.testing.assert_close(ended.total[row, :length], free.total[row, :length], atol=1e-4, rtol=1e-4)
 

@@ -21,7 +21,7 @@ inline NoiseKey noise_key(int64_t seed, int64_t layer) {
 // Of shrink.cpp; the layers of a group one after the other.
 std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
                                      const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
-                                     std::string_view mode, bool antithetic);
+                                     std::string_view mode, bool antithetic, int64_t lead, int64_t each);
 
 // Scratch of one thread, aligned to a cache line and to the widest register.
 class Scratch {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../rows.h"
 #include "../types.h"
 
 namespace tfb::cpu {
@@ -41,12 +42,14 @@ struct PanelParams {
   int64_t column0, column1;
 };
 
-// Consecutive rows of x that share one weight W = M + scale * E(sample).
+// Rows of one group that share one weight W = M + scale * E(sample).
 struct Segment {
-  int64_t row, rows;
-  int64_t token;    // the first row's number within its group
-  uint32_t sample;  // the counter's word
-  float scale;      // sigma times the antithetic sign
+  const RowMap* map;  // of the group's rows in x
+  int64_t group;
+  int64_t token, rows;  // the first row's number within its group
+  int64_t place;        // of the first row among the partial sums
+  uint32_t sample;      // the counter's word
+  float scale;          // sigma times the antithetic sign
 };
 
 // A run of segments that share E, over the columns [column0, column1): partial[t][i] = sum_j W[i][j] x[t][j].
@@ -77,17 +80,20 @@ inline int64_t shrink_scratch(int64_t r) {
   return 2 * panel_count(r) * kPanelRows * shrink_block_columns(r) + kMaxTileTokens * kTilePitch;
 }
 
-// out[t - token0] = |x[t]|^2 for tokens [token0, token1).
+// out[t - token0] = |x[row of t]|^2 for a group's tokens [token0, token1).
 struct SquaresParams {
   const void* x;
   int64_t x_stride, n;
   Format format;
+  RowMap map;
+  int64_t group;
   float* out;
   int64_t token0, token1;
 };
 
-// z[t][i] = sum of the slices' partials in slice order (and `addend`), rounded once.
+// z[row of t][i] = sum of the slices' partials of place t in slice order (and `addend`), rounded once.
 struct ReduceParams {
+  CallRows rows;
   const float* partials;  // (slices, T, 8 * panel_count(r))
   const float* addend;    // (T, 8 * panel_count(r)), or null
   int64_t slices, tokens, r;

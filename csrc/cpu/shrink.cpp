@@ -32,16 +32,21 @@ struct Plan {
 };
 
 // Groups of more than kRunRows rows are cut; neighbours with the same noise (antithetic pairs, one sample under many
-// sigmas) are joined, so that their E is made once.
-Plan plan_runs(const at::Tensor& sigma, const at::Tensor& samples, int64_t rows_per_group, bool antithetic) {
+// sigmas) are joined, so that their E is made once. Rows of the mean, which have none, are runs of their own behind.
+Plan plan_runs(const CallRows& rows, const at::Tensor& sigma, const at::Tensor& samples, bool antithetic) {
   const float* sigmas = sigma.const_data_ptr<float>();
   const int32_t* indices = samples.const_data_ptr<int32_t>();
   Plan plan;
-  for (int64_t group = 0; group < samples.size(0); ++group) {
+  for (int64_t group = 0; group < rows.groups; ++group) {
     const auto index = static_cast<uint32_t>(indices[group]);
-    for (int64_t done = 0; done < rows_per_group; done += kRunRows) {
-      const Segment segment{group * rows_per_group + done, std::min(kRunRows, rows_per_group - done), done,
-                            noise_sample(index, antithetic), sigmas[group] * noise_sign(index, antithetic)};
+    for (int64_t done = 0; done < rows.group_rows; done += kRunRows) {
+      const Segment segment{&rows.samples,
+                            group,
+                            done,
+                            std::min(kRunRows, rows.group_rows - done),
+                            group * rows.group_rows + done,
+                            noise_sample(index, antithetic),
+                            sigmas[group] * noise_sign(index, antithetic)};
       const bool joins = !plan.runs.empty() && plan.segments.back().sample == segment.sample &&
                          plan.runs.back().rows + segment.rows <= kRunRows;
       if (!joins) plan.runs.push_back({static_cast<int64_t>(plan.segments.size()), 0, 0});
@@ -49,6 +54,11 @@ Plan plan_runs(const at::Tensor& sigma, const at::Tensor& samples, int64_t rows_
       plan.runs.back().segments += 1;
       plan.runs.back().rows += segment.rows;
     }
+  }
+  for (int64_t done = 0; done < rows.lead_rows; done += kRunRows) {
+    const int64_t count = std::min(kRunRows, rows.lead_rows - done);
+    plan.runs.push_back({static_cast<int64_t>(plan.segments.size()), 1, count});
+    plan.segments.push_back({&rows.lead, 0, done, count, rows.sample_rows() + done, 0, 0.0f});
   }
   return plan;
 }
@@ -61,9 +71,9 @@ struct Problem {
   const at::Tensor& samples;
   NoiseKey key;
   bool antithetic;
+  CallRows rows;
 
   int64_t tokens() const { return x.size(0); }
-  int64_t group_rows() const { return x.size(0) / samples.size(0); }
   int64_t pitch() const { return panel_count(mean.size(0)) * kPanelRows; }
   int64_t slices() const { return (x.size(1) + kSliceColumns - 1) / kSliceColumns; }
 };
@@ -78,7 +88,9 @@ at::Tensor multiply(const Problem& problem, Part part) {
   const int64_t slices = problem.slices();
   const int64_t pitch = problem.pitch();
   const at::Tensor partials = at::empty({slices, tokens, pitch}, problem.x.options().dtype(at::kFloat));
-  Plan plan = plan_runs(problem.sigma, problem.samples, problem.group_rows(), problem.antithetic);
+  CallRows rows = problem.rows;
+  if (part == Part::kFlipped) rows.lead_rows = 0;
+  Plan plan = plan_runs(rows, problem.sigma, problem.samples, problem.antithetic);
   if (part != Part::kSum) {
     for (Segment& segment : plan.segments) segment.scale = part == Part::kMean ? 0.0f : 1.0f;
   }
@@ -119,7 +131,7 @@ at::Tensor multiply(const Problem& problem, Part part) {
   return partials;
 }
 
-// scale * r_t o (E (s_t o x_t)), (T, pitch) float32.
+// scale * r_t o (E (s_t o x_t)), (T, pitch) float32; 0 for rows of the mean.
 at::Tensor flipout_addend(const Problem& problem) {
   const at::Tensor partials = multiply(problem, Part::kFlipped);
   const int64_t tokens = problem.tokens();
@@ -130,10 +142,10 @@ at::Tensor flipout_addend(const Problem& problem) {
   float* to = out.mutable_data_ptr<float>();
   const int32_t* indices = problem.samples.const_data_ptr<int32_t>();
   const float* sigma = problem.sigma.const_data_ptr<float>();
-  at::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, problem.rows.sample_rows(), 64, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t group = t / problem.group_rows();
-      const auto token = static_cast<uint32_t>(t % problem.group_rows());
+      const int64_t group = t / problem.rows.group_rows;
+      const auto token = static_cast<uint32_t>(t % problem.rows.group_rows);
       const auto index = static_cast<uint32_t>(indices[group]);
       const float scale = sigma[group] * noise_sign(index, problem.antithetic);
       const uint32_t sample = noise_sample(index, problem.antithetic);
@@ -153,19 +165,23 @@ at::Tensor flipout_addend(const Problem& problem) {
   return out;
 }
 
-// scale * |x_t| e_t, (T, pitch) float32.
+// scale * |x_t| e_t, (T, pitch) float32; 0 for rows of the mean.
 at::Tensor token_addend(const Problem& problem) {
   const int64_t tokens = problem.tokens();
   const int64_t pitch = problem.pitch();
-  const int64_t rows = problem.group_rows();
+  const int64_t rows = problem.rows.group_rows;
   const int64_t r = problem.mean.size(0);
   const int64_t blocks = panel_count(rows);  // of eight rows of a group
   const at::Tensor out = at::zeros({tokens, pitch}, problem.x.options().dtype(at::kFloat));
   float* to = out.mutable_data_ptr<float>();
   const int32_t* indices = problem.samples.const_data_ptr<int32_t>();
   const float* sigma = problem.sigma.const_data_ptr<float>();
-  SquaresParams squares{
-      problem.x.const_data_ptr(), problem.x.stride(0), problem.x.size(1), format_of(problem.x), nullptr, 0, 0};
+  SquaresParams squares{};
+  squares.x = problem.x.const_data_ptr();
+  squares.x_stride = problem.x.stride(0);
+  squares.n = problem.x.size(1);
+  squares.format = format_of(problem.x);
+  squares.map = problem.rows.samples;
   at::parallel_for(0, problem.samples.size(0) * blocks, 8, [&](int64_t begin, int64_t end) {
     std::vector<float> normals(static_cast<size_t>(kPanelRows * r));
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -185,13 +201,15 @@ at::Tensor token_addend(const Problem& problem) {
       kernels().noise(noise);
       float sums[kPanelRows];
       SquaresParams own = squares;
-      own.token0 = group * rows + noise.row0;
+      own.group = group;
+      own.token0 = noise.row0;
       own.token1 = own.token0 + noise.rows;
       own.out = sums;
       kernels().squares(own);
       for (int row = 0; row < noise.rows; ++row) {
         const float length = scale * std::sqrt(sums[row]);
-        for (int64_t i = 0; i < r; ++i) to[(own.token0 + row) * pitch + i] = length * normals[row * r + i];
+        float* const target = to + (group * rows + noise.row0 + row) * pitch;
+        for (int64_t i = 0; i < r; ++i) target[i] = length * normals[row * r + i];
       }
     }
   });
@@ -206,7 +224,8 @@ at::Tensor shrink_layer(const Problem& problem, Mode mode) {
   at::Tensor addend;
   if (mode == Mode::kFlipout) addend = flipout_addend(problem);
   if (mode == Mode::kToken) addend = token_addend(problem);
-  const ReduceParams reduce{partials.const_data_ptr<float>(),
+  const ReduceParams reduce{problem.rows,
+                            partials.const_data_ptr<float>(),
                             addend.defined() ? addend.const_data_ptr<float>() : nullptr,
                             problem.slices(),
                             tokens,
@@ -228,12 +247,13 @@ at::Tensor shrink_layer(const Problem& problem, Mode mode) {
 
 std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
                                      const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
-                                     std::string_view mode, bool antithetic) {
-  const Mode parsed = check_group("shrink_group", x, means, sigma, samples, seed, layers, mode);
+                                     std::string_view mode, bool antithetic, int64_t lead, int64_t each) {
+  const Mode parsed = check_group("shrink_group", x, means, sigma, samples, seed, layers, mode, lead, each);
+  const CallRows rows(x.size(0), samples.size(0), lead, each);
   std::vector<at::Tensor> out;
   for (size_t l = 0; l < means.size(); ++l) {
     const NoiseKey key = noise_key(*seed.const_data_ptr<int64_t>(), layers[l]);
-    out.push_back(shrink_layer({x, means[l], sigma, samples, key, antithetic}, parsed));
+    out.push_back(shrink_layer({x, means[l], sigma, samples, key, antithetic, rows}, parsed));
   }
   return out;
 }

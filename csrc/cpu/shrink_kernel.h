@@ -46,10 +46,10 @@ TFB_INLINE void multiply_tile(const float* x, const float* weights, int64_t colu
 }
 
 template <class Type>
-TFB_INLINE void pack_rows(float* packed, const typename Type::Element* x, int64_t stride, int64_t rows,
-                          int64_t columns) {
+TFB_INLINE void pack_rows(float* packed, const typename Type::Element* x, int64_t stride, const Segment& segment,
+                          int64_t first, int64_t rows, int64_t columns) {
   for (int64_t t = 0; t < rows; ++t) {
-    const auto* row = x + t * stride;
+    const auto* row = x + row_of(*segment.map, segment.group, segment.token + first + t) * stride;
     float* out = packed + t * kTilePitch;
     int64_t column = 0;
     for (; column + kLanes <= columns; column += kLanes) store_as(out + column, Type::load(row + column));
@@ -140,9 +140,9 @@ static void shrink_as(const ShrinkParams& p) {
       for (int64_t row = 0; row < segment.rows;) {
         const int64_t left = segment.rows - row;
         const int tokens = left >= kTileTokens ? kTileTokens : left >= 8 && kTileTokens > 8 ? 8 : left >= 4 ? 4 : 1;
-        pack_rows<Type>(packed, x + (segment.row + row) * p.x_stride + column0, p.x_stride, tokens, columns);
+        pack_rows<Type>(packed, x + column0, p.x_stride, segment, row, tokens, columns);
         if (p.signs) flip_rows(packed, tokens, segment.token + row, column0, columns, segment.sample, p.key);
-        tile.sums = p.partial + (segment.row + row) * pitch;
+        tile.sums = p.partial + (segment.place + row) * pitch;
         if (tokens == kTileTokens) multiply_panels<kTileTokens>(tile);
         else if (tokens == 8) multiply_panels<8>(tile);
         else if (tokens == 4) multiply_panels<4>(tile);
@@ -162,7 +162,7 @@ static void shrink_run(const ShrinkParams& p) {
 template <class Type>
 static void sum_squares_as(const SquaresParams& p) {
   for (int64_t t = p.token0; t < p.token1; ++t) {
-    const auto* row = static_cast<const typename Type::Element*>(p.x) + t * p.x_stride;
+    const auto* row = static_cast<const typename Type::Element*>(p.x) + row_of(p.map, p.group, t) * p.x_stride;
     FloatVector sum{};
     for (int64_t column = 0; column < p.n; column += kLanes) {
       const int64_t count = p.n - column < kLanes ? p.n - column : kLanes;
@@ -185,7 +185,7 @@ template <class Type>
 static void reduce_as(const ReduceParams& p) {
   const int64_t pitch = panel_count(p.r) * kPanelRows;
   for (int64_t t = p.token0; t < p.token1; ++t) {
-    auto* z = static_cast<typename Type::Element*>(p.z) + t * p.r;
+    auto* z = static_cast<typename Type::Element*>(p.z) + p.rows.row_of_place(t) * p.r;
     for (int64_t i = 0; i < p.r; i += kPanelRows) {
       Rows8 sum = load_as<Rows8>(p.partials + t * pitch + i);
       for (int64_t slice = 1; slice < p.slices; ++slice) {

@@ -1,11 +1,13 @@
 // Half the launch splits the columns of x: a unit is one sample, one tile of eight ranks and 512 columns, of which each
-// of a block's warps takes 64. The sums of a unit go to global memory. After a barrier over the grid every block adds
-// them up in the order of the columns, for all rows and ranks, and its warps write the outputs, 64 columns at a time.
-// What does not depend on the sums, the first basis rows, is fetched before the barrier.
+// of a block's warps takes 64. A block's units are neighbours in the order of the samples; two of them that share E (an
+// antithetic pair, one sample under two sigmas) draw it once. The sums of a unit go to global memory. After a barrier
+// over the grid every block adds them up in the order of the columns, for all rows and ranks, and its warps write the
+// outputs, 64 columns at a time. What does not depend on the sums, the first basis rows, is fetched before the barrier.
 //
 // A row's bits depend on neither the rows nor the samples beside it. They may differ in the last place from shrink's.
 #include "decode.h"
 
+#include "decode_sums.cuh"
 #include "elements.cuh"
 #include "grid_barrier.cuh"
 #include "machine.h"
@@ -16,135 +18,8 @@ namespace tfb::cuda {
 
 namespace {
 
-constexpr int kThreads = kDecodeWarps * kWarpLanes;
-
-// Floats of one row of a unit: eight sums, and eight of the noise (flipout) or the squares (token, padded).
-template <Mode kMode>
-constexpr int kUnitPitch = kMode == Mode::kWeight ? kTileRanks : 2 * kTileRanks;
-
 int64_t slice_count(const ShrinkParams& p) { return (p.n + kDecodeSliceColumns - 1) / kDecodeSliceColumns; }
 int64_t unit_count(const ShrinkParams& p) { return slice_count(p) * p.groups * p.tile_count; }
-
-struct DecodeLayout {
-  int64_t slices, units;
-  int64_t output_units;  // of 64 columns, all layers
-  bool x_aligned, mean_aligned, basis_aligned;
-};
-
-// One tile's sums over a warp's columns: rows 0 .. 15 of a group, eight ranks.
-template <class T>
-struct Sums {
-  // d0, d1: row i, ranks 2c, 2c + 1; d2, d3: row i + 8.
-  float value[4] = {};
-  __device__ __forceinline__ void add(uint4 upper, uint4 lower, const float (&weight)[8]) {
-    uint32_t b[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) b[k] = Pack<T>::pack(weight[2 * k], weight[2 * k + 1]);
-    multiply_16x8x16<T>(value, upper.x, lower.x, upper.y, lower.y, b[0], b[1]);
-    multiply_16x8x16<T>(value, upper.z, lower.z, upper.w, lower.w, b[2], b[3]);
-  }
-  __device__ __forceinline__ void store(float* row0, int pitch, int i, int c) const {
-    *reinterpret_cast<float2*>(row0 + i * pitch + 2 * c) = make_float2(value[0], value[1]);
-    *reinterpret_cast<float2*>(row0 + (i + 8) * pitch + 2 * c) = make_float2(value[2], value[3]);
-  }
-};
-
-// A unit's share of one warp, half precision.
-template <class T, Mode kMode>
-__device__ __forceinline__ void sum_columns(const ShrinkParams& p, const DecodeLayout& layout, const RankTile& tile,
-                                            const Sample& sample, int64_t group, int64_t column0, float* out) {
-  constexpr int kPitch = kUnitPitch<kMode>;
-  const int lane = threadIdx.x % kWarpLanes;
-  const int i = lane / 4;
-  const int c = lane % 4;
-  const T* const x = static_cast<const T*>(p.x) + group * p.rows_per_group * p.x_stride;
-  const Weights<T> mean{tile.mean, p.mean_format == Format::kFloat32, layout.mean_aligned};
-  Sums<T> sums, noise;
-  float squares[2] = {};
-#pragma unroll
-  for (int piece = 0; piece < kDecodeWarpColumns / kPieceColumns; ++piece) {
-    const int64_t column = column0 + piece * kPieceColumns + 8 * c;
-    const int64_t columns = p.n - column;
-    uint4 rows[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = i + 8 * half;
-      rows[half] = load_eight(x + row * p.x_stride + column, row < p.rows_per_group ? columns : 0, layout.x_aligned);
-    }
-    float weight[8];
-    mean.load(i * p.n + column, i < tile.rows ? columns : 0, weight);
-    if constexpr (kMode != Mode::kToken) {
-      float normal[2][4] = {};
-      if (sample.scale != 0.0f) {
-        sample.draw(tile.layer, static_cast<uint32_t>(tile.row + i), column, normal[0]);
-        sample.draw(tile.layer, static_cast<uint32_t>(tile.row + i), column + 4, normal[1]);
-      }
-      if constexpr (kMode == Mode::kFlipout) {
-        float plain[8];
-        uint32_t flipped[2][4];
-#pragma unroll
-        for (int k = 0; k < 8; ++k) plain[k] = normal[k / 4][k % 4];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const PhiloxWords words = sample.input_signs(tile.layer, static_cast<uint32_t>(i + 8 * half),
-                                                       static_cast<uint32_t>(column / kSignsPerCounter));
-          const auto place = static_cast<uint32_t>(column % kSignsPerCounter);
-          const uint32_t pair[4] = {rows[half].x, rows[half].y, rows[half].z, rows[half].w};
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const uint32_t low = sign_of(words, place + 2 * k) < 0.0f ? 0x8000u : 0u;
-            const uint32_t high = sign_of(words, place + 2 * k + 1) < 0.0f ? 0x80000000u : 0u;
-            flipped[half][k] = pair[k] ^ (low | high);
-          }
-        }
-        noise.add(make_uint4(flipped[0][0], flipped[0][1], flipped[0][2], flipped[0][3]),
-                  make_uint4(flipped[1][0], flipped[1][1], flipped[1][2], flipped[1][3]), plain);
-      } else {
-#pragma unroll
-        for (int k = 0; k < 8; ++k) weight[k] = fmaf(sample.scale, normal[k / 4][k % 4], weight[k]);
-      }
-    }
-    sums.add(rows[0], rows[1], weight);
-    if constexpr (kMode == Mode::kToken) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t pair[4] = {rows[half].x, rows[half].y, rows[half].z, rows[half].w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float2 value = Pack<T>::unpack(pair[k]);
-          squares[half] = fmaf(value.y, value.y, fmaf(value.x, value.x, squares[half]));
-        }
-      }
-    }
-  }
-  sums.store(out, kPitch, i, c);
-  if constexpr (kMode == Mode::kFlipout) noise.store(out + kTileRanks, kPitch, i, c);
-  if constexpr (kMode == Mode::kToken) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      squares[half] += __shfl_xor_sync(0xFFFFFFFFu, squares[half], 1);
-      squares[half] += __shfl_xor_sync(0xFFFFFFFFu, squares[half], 2);
-      if (c == 0) out[(i + 8 * half) * kPitch + kTileRanks] = squares[half];
-    }
-  }
-}
-
-// The sums of one unit over its block's warps, in order, to global memory.
-template <Mode kMode>
-__device__ __forceinline__ void store_unit(const float (*sums)[kTileRows][kUnitPitch<kMode>], float* target,
-                                           int64_t rows) {
-  constexpr int kPitch = kUnitPitch<kMode>;
-  constexpr int kUsed = kMode == Mode::kToken ? kTileRanks + 1 : kPitch;
-  for (int e = threadIdx.x; e < rows * kPitch; e += kThreads) {
-    const int row = e / kPitch;
-    const int place = e % kPitch;
-    if (place >= kUsed) continue;
-    float total = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) total += sums[w][row][place];
-    target[e] = total;
-  }
-}
 
 // Two columns' rows of a basis, eight ranks from rank0.
 template <class T>
@@ -168,24 +43,40 @@ __device__ __forceinline__ void store_two(T* target, float first, float second, 
 }
 
 template <class T, Mode kMode>
-__global__ void __launch_bounds__(kThreads, kDecodeBlocks)
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     decode_kernel(const __grid_constant__ DecodeParams f, const DecodeLayout layout) {
   constexpr int kPitch = kUnitPitch<kMode>;
-  __shared__ float sums[kDecodeWarps][kTileRows][kPitch];
-  float* const z = reinterpret_cast<float*>(dynamic_shared());  // [row][rank], of all layers
+  __shared__ float sums[kSharing<kMode>][kDecodeWarps][kTileRows][kPitch];
+  float* const z = reinterpret_cast<float*>(dynamic_shared());  // [row of x][rank], of all layers
   const ShrinkParams& p = f.shrink;
   const int warp = threadIdx.x / kWarpLanes;
   const int lane = threadIdx.x % kWarpLanes;
 
-  for (int64_t unit = blockIdx.x; unit < layout.units; unit += gridDim.x) {
-    const int64_t slice = unit % layout.slices;
-    const int64_t group = unit / layout.slices % p.groups;
-    const RankTile& tile = p.tiles[unit / layout.slices / p.groups];
+  const auto block = static_cast<int>(blockIdx.x);
+  const auto groups = static_cast<int>(p.groups);
+  const int64_t unit =
+      static_cast<int64_t>(block) * layout.block_units + (block < layout.longer_blocks ? block : layout.longer_blocks);
+  int left = layout.block_units + (block < layout.longer_blocks ? 1 : 0);
+  int group = static_cast<int>(unit % groups);
+  int slice = static_cast<int>(unit / groups % layout.slices);
+  int index = static_cast<int>(unit / groups / layout.slices);
+  while (left > 0) {
+    const RankTile& tile = p.tiles[index];
     const Sample sample(p, group);
-    sum_columns<T, kMode>(p, layout, tile, sample, group, slice * kDecodeSliceColumns + warp * kDecodeWarpColumns,
-                          sums[warp][0]);
+    const bool more = kSharing<kMode> > 1 && left > 1 && group + 1 < groups;
+    const Sample next(p, more ? group + 1 : group);
+    const bool both = more && next.index == sample.index;
+    sum_columns<T, kMode>(p, layout, tile, sample, next.scale, more, both, group,
+                          static_cast<int64_t>(slice) * kDecodeSliceColumns + warp * kDecodeWarpColumns,
+                          sums[0][warp][0]);
     __syncthreads();
-    store_unit<kMode>(sums, f.partial + unit * p.rows_per_group * kPitch, p.rows_per_group);
+    for (int u = 0; u < (both ? 2 : 1); ++u, ++group, --left) {
+      float* const target =
+          f.partial + ((index * p.groups + group) * layout.slices + slice) * p.rows_per_group * kPitch;
+      store_unit<kMode>(sums[u], target, p.rows_per_group);
+    }
+    if (group == groups) group = 0, ++slice;
+    if (slice == layout.slices) slice = 0, ++index;
     __syncthreads();
   }
 
@@ -211,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocks)
 
   const int64_t tokens = p.groups * p.rows_per_group;
   const int ranks = kTileRanks * p.tile_count;
-  for (int e = threadIdx.x; e < tokens * ranks; e += kThreads) {
+  for (int e = threadIdx.x; e < tokens * ranks; e += kDecodeThreads) {
     const int64_t token = e / ranks;
     const int rank = e % ranks;
     const RankTile& tile = p.tiles[rank / kTileRanks];
@@ -228,8 +119,8 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocks)
       if constexpr (kMode == Mode::kToken) other += __ldcg(from + kTileRanks);
     }
     const Sample sample(p, group);
-    z[e] = sample.template finish<kMode>(mean, other, tile.layer, static_cast<uint32_t>(row),
-                                         static_cast<uint32_t>(tile.row + place));
+    z[row_of(p.map, group, row) * ranks + rank] = sample.template finish<kMode>(
+        mean, other, tile.layer, static_cast<uint32_t>(row), static_cast<uint32_t>(tile.row + place));
   }
   __syncthreads();
 
@@ -296,7 +187,7 @@ cudaError_t launch_kernel(const DecodeParams& f, cudaStream_t stream) {
   Machine machine;
   cudaError_t status = current_machine(machine);
   if (status != cudaSuccess) return status;
-  LaunchShape shape{dim3(1), kThreads};
+  LaunchShape shape{dim3(1), kDecodeThreads};
   shape.shared = kDecodeSharedBytes;  // the most that any call needs, so that one answer serves all
   int resident = 0;
   status = resident_clusters(decode_kernel<T, kMode>, shape, resident);
@@ -306,6 +197,8 @@ cudaError_t launch_kernel(const DecodeParams& f, cudaStream_t stream) {
   const int64_t side_by_side = kDecodeBlocks * machine.multiprocessors;
   const int64_t most = resident < side_by_side ? resident : side_by_side;
   shape.grid = dim3(static_cast<unsigned>(wanted < most ? wanted : most));
+  layout.block_units = static_cast<int32_t>(layout.units / shape.grid.x);
+  layout.longer_blocks = static_cast<int32_t>(layout.units % shape.grid.x);
   shape.shared = shared;
   shape.cooperative = true;
   return launch(decode_kernel<T, kMode>, shape, stream, f, layout);

@@ -42,6 +42,23 @@ struct Pack<__nv_bfloat16> {
   static __device__ __forceinline__ __nv_bfloat16 from_float(float value) { return __float2bfloat16_rn(value); }
 };
 
+// Flips the signs of eight elements where the bits of `signs` are set, the lowest for the first.
+__device__ __forceinline__ uint4 flip(uint4 x, uint32_t signs) {
+  const auto mask = [signs](int pair) { return (signs >> 2 * pair & 1u) << 15 | (signs >> (2 * pair + 1) & 1u) << 31; };
+  return make_uint4(x.x ^ mask(0), x.y ^ mask(1), x.z ^ mask(2), x.w ^ mask(3));
+}
+
+template <class T>
+__device__ __forceinline__ float sum_of_squares(uint4 x, float sum) {
+  const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float2 pair = Pack<T>::unpack(pairs[k]);
+    sum = fmaf(pair.y, pair.y, fmaf(pair.x, pair.x, sum));
+  }
+  return sum;
+}
+
 // Two neighbouring elements of which `count` (0, 1, 2) exist; the rest are zero.
 template <class T>
 __device__ __forceinline__ uint32_t load_pair(const T* source, int64_t count) {

@@ -40,22 +40,32 @@ at::Tensor noise(int64_t r, int64_t n, int64_t seed, int64_t layer, int64_t samp
   return out;
 }
 
+// What the samples' rows draw from.
+struct Draws {
+  const at::Tensor& sigma;
+  const at::Tensor& samples;
+  const at::Tensor& seed;
+  bool antithetic;
+};
+
 // Collects tiles of eight ranks over layers, and launches whenever the parameters are full.
 class Shrinker {
  public:
-  Shrinker(const at::Tensor& x, const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed, Mode mode,
-           bool antithetic) {
-    params_.x = x.const_data_ptr();
-    params_.x_stride = x.stride(0);
-    params_.n = x.size(1);
-    params_.groups = samples.size(0);
-    params_.rows_per_group = x.size(0) / samples.size(0);
-    params_.sigma = sigma.const_data_ptr<float>();
-    params_.samples = samples.const_data_ptr<int32_t>();
-    params_.seed = seed.const_data_ptr<int64_t>();
-    params_.antithetic = antithetic;
-    params_.mode = mode;
-    params_.format = format_of(x);
+  // For the rows of the mean.
+  Shrinker(const at::Tensor& x, const CallRows& rows, Mode mode) : Shrinker(x, mean_mode(mode, x.size(1))) {
+    params_.groups = 1;
+    params_.rows_per_group = rows.lead_rows;
+    params_.map = rows.lead;
+  }
+  // For the rows of the samples.
+  Shrinker(const at::Tensor& x, const CallRows& rows, Mode mode, const Draws& draws) : Shrinker(x, mode) {
+    params_.groups = rows.groups;
+    params_.rows_per_group = rows.group_rows;
+    params_.map = rows.samples;
+    params_.sigma = draws.sigma.const_data_ptr<float>();
+    params_.samples = draws.samples.const_data_ptr<int32_t>();
+    params_.seed = draws.seed.const_data_ptr<int64_t>();
+    params_.antithetic = draws.antithetic;
   }
 
   const ShrinkParams& params() const { return params_; }
@@ -80,6 +90,23 @@ class Shrinker {
     if (params_.mode == Mode::kFlipout && z != nullptr) launch(stream);
   }
 
+  void run(const at::Tensor& x, at::TensorList means, const std::vector<at::Tensor>& z, at::IntArrayRef layers) {
+    if (params_.groups * params_.rows_per_group == 0) return;
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+    make_room(x.options().dtype(at::kFloat));
+    for (size_t l = 0; l < means.size(); ++l) add(means[l], &z[l], layers[l], stream);
+    launch(stream);
+  }
+
+ private:
+  Shrinker(const at::Tensor& x, Mode mode) {
+    params_.x = x.const_data_ptr();
+    params_.x_stride = x.stride(0);
+    params_.n = x.size(1);
+    params_.mode = mode;
+    params_.format = format_of(x);
+  }
+
   void make_room(const at::TensorOptions& options) {
     int64_t floats = 0;
     bool fits = true;
@@ -96,32 +123,28 @@ class Shrinker {
     params_.tile_count = 0;
   }
 
- private:
   ShrinkParams params_{};
   at::Tensor partial_;
 };
 
-std::vector<at::Tensor> shrink_layers(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
-                                      const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
-                                      Mode mode, bool antithetic) {
+std::vector<at::Tensor> shrink_layers(const at::Tensor& x, at::TensorList means, const CallRows& rows, Mode mode,
+                                      const Draws& draws, at::IntArrayRef layers) {
   std::vector<at::Tensor> out;
   out.reserve(means.size());
   for (const at::Tensor& mean : means) out.push_back(at::empty({x.size(0), mean.size(0)}, x.options()));
   if (x.size(0) == 0) return out;
   const c10::cuda::CUDAGuard guard(x.device());
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  Shrinker shrinker(x, sigma, samples, seed, mode, antithetic);
-  shrinker.make_room(x.options().dtype(at::kFloat));
-  for (size_t l = 0; l < means.size(); ++l) shrinker.add(means[l], &out[l], layers[l], stream);
-  shrinker.launch(stream);
+  Shrinker(x, rows, mode, draws).run(x, means, out, layers);
+  Shrinker(x, rows, mode).run(x, means, out, layers);
   return out;
 }
 
 std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
                                      const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
-                                     std::string_view mode, bool antithetic) {
-  const Mode parsed = check_group("shrink_group", x, means, sigma, samples, seed, layers, mode);
-  return shrink_layers(x, means, sigma, samples, seed, layers, parsed, antithetic);
+                                     std::string_view mode, bool antithetic, int64_t lead, int64_t each) {
+  const Mode parsed = check_group("shrink_group", x, means, sigma, samples, seed, layers, mode, lead, each);
+  const CallRows rows(x.size(0), samples.size(0), lead, each);
+  return shrink_layers(x, means, rows, parsed, {sigma, samples, seed, antithetic}, layers);
 }
 
 // The products take the basis in y's type, to which they would round it anyway.
@@ -161,18 +184,22 @@ at::Tensor expand(const at::Tensor& z, const at::Tensor& basis, double scaling, 
 std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, at::TensorList bases,
                                      const c10::List<std::optional<at::Tensor>>& biases, at::ArrayRef<double> scalings,
                                      const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
-                                     at::IntArrayRef layers, std::string_view mode_name, bool antithetic) {
-  const Mode mode = check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers, mode_name);
+                                     at::IntArrayRef layers, std::string_view mode_name, bool antithetic, int64_t lead,
+                                     int64_t each) {
+  const Mode mode =
+      check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers, mode_name, lead, each);
+  const CallRows rows(x.size(0), samples.size(0), lead, each);
+  const Draws draws{sigma, samples, seed, antithetic};
   std::vector<at::Tensor> out;
   out.reserve(means.size());
   for (const at::Tensor& basis : bases) out.push_back(at::empty({x.size(0), basis.size(0)}, x.options()));
   if (x.size(0) == 0) return out;
   int64_t tiles = 0;
   for (const at::Tensor& mean : means) tiles += (mean.size(0) + kTileRanks - 1) / kTileRanks;
-  if (tiles <= kMaxRankTiles && means.size() <= kMaxLayers &&
-      decode_serves(format_of(x), samples.size(0), x.size(0) / samples.size(0), tiles)) {
+  if (tiles <= kMaxRankTiles && means.size() <= kMaxLayers && rows.lead_rows == 0 &&
+      decode_serves(format_of(x), rows.groups, rows.group_rows, tiles)) {
     DecodeParams params{};
-    Shrinker shrinker(x, sigma, samples, seed, mode, antithetic);
+    Shrinker shrinker(x, rows, mode, draws);
     for (size_t l = 0; l < means.size(); ++l) {
       DecodeLayer& layer = params.layers[l];
       const std::optional<at::Tensor> bias = biases.get(l);
@@ -194,7 +221,7 @@ std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, 
     C10_CUDA_CHECK(launch_decode(params, c10::cuda::getCurrentCUDAStream()));
     return out;
   }
-  const std::vector<at::Tensor> z = shrink_layers(x, means, sigma, samples, seed, layers, mode, antithetic);
+  const std::vector<at::Tensor> z = shrink_layers(x, means, rows, mode, draws, layers);
   for (size_t l = 0; l < means.size(); ++l) {
     const std::optional<at::Tensor> bias = biases.get(l);
     expand_into(out[l], z[l], bases[l], bias ? &*bias : nullptr, scalings[l], false);

@@ -14,6 +14,11 @@ struct Sample {
   float scale;  // sigma with the antithetic sign
 
   __device__ __forceinline__ Sample(const ShrinkParams& p, int64_t group) {
+    if (p.sigma == nullptr) {
+      key0 = key1 = index = 0;
+      scale = 0.0f;
+      return;
+    }
     const auto seed = static_cast<uint64_t>(__ldg(reinterpret_cast<const long long*>(p.seed)));
     const auto sample = static_cast<uint32_t>(__ldg(p.samples + group));
     key0 = static_cast<uint32_t>(seed);

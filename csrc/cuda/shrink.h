@@ -1,12 +1,13 @@
-// shrink on CUDA: for layers that share x, z[t] = (M + sigma[k] E[samples[k]]) x[t], k = t / rows_per_group, or the
-// other modes' forms of it (types.h). sigma, samples and seed are read by the kernel, so that one captured graph serves
-// all of their values.
+// shrink on CUDA: for layers that share x, z[t] = (M + sigma[k] E[samples[k]]) x[t], k being the group of row t
+// (rows.h), or the other modes' forms of it (types.h). sigma, samples and seed are read by the kernel, so that one
+// captured graph serves all of their values.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#include "../rows.h"
 #include "../types.h"
 #include "tuning.h"
 
@@ -23,11 +24,12 @@ struct RankTile {
 };
 
 struct ShrinkParams {
-  const void* x;     // (groups * rows_per_group, n)
+  const void* x;     // (T, n), of which this call serves the rows of its groups
   int64_t x_stride;  // elements between rows
   int64_t n;
   int64_t groups, rows_per_group;  // both at least 1
-  const float* sigma;
+  RowMap map;                      // of x and of z
+  const float* sigma;              // null: no noise, and samples and seed are not read
   const int32_t* samples;
   const int64_t* seed;
   bool antithetic;

@@ -46,10 +46,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t group = blockIdx.x / tiles;
   const int64_t tile_row = (blockIdx.x - group * tiles) * kTokens;
   const int64_t rows = p.rows_per_group - tile_row;
-  const int64_t row0 = group * p.rows_per_group + tile_row;
   const RankTile& tile = p.tiles[blockIdx.y];
   const Sample sample(p, group);
-  const float* x = static_cast<const float*>(p.x) + row0 * p.x_stride;
+  const int64_t first_item = item_of(p.map, tile_row);
+  const int64_t place = tile_row - first_item * p.map.each;  // of the tile's first row among its item's of the group
+  const float* x = static_cast<const float*>(p.x) + row_of(p.map, group, tile_row) * p.x_stride;
   const float* mean = static_cast<const float*>(tile.mean);
 
   float sum[kSums] = {};
@@ -59,9 +60,12 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t column = chunk * kColumns + 4 * lane;
     const int64_t columns = p.n - column;
     float rows_of_x[kTokens][4];
+    const float* row = x + column;
+    int64_t next = place;
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      load_floats<4>(x + t * p.x_stride + column, t < rows ? columns : 0, x_aligned, rows_of_x[t]);
+    for (int t = 0; t < kTokens; ++t, row += p.x_stride) {
+      load_floats<4>(row, t < rows ? columns : 0, x_aligned, rows_of_x[t]);
+      if (++next == p.map.each) next = 0, row += p.map.skip * p.x_stride;
     }
     uint32_t signs[kTokens];
     if constexpr (kMode == Mode::kFlipout) {
@@ -133,8 +137,9 @@ __global__ void __launch_bounds__(kThreads)
       if constexpr (kMode == Mode::kToken) other += partial_squares[w][row];
     }
     if (row < rows && rank < tile.rows) {
-      static_cast<float*>(tile.z)[(row0 + row) * tile.z_stride + rank] = sample.template finish<kMode>(
-          total, other, tile.layer, static_cast<uint32_t>(tile_row + row), static_cast<uint32_t>(tile.row + rank));
+      static_cast<float*>(tile.z)[row_of(p.map, group, tile_row + row) * tile.z_stride + rank] =
+          sample.template finish<kMode>(total, other, tile.layer, static_cast<uint32_t>(tile_row + row),
+                                        static_cast<uint32_t>(tile.row + rank));
     }
   }
 }

@@ -20,6 +20,7 @@ cudaError_t launch_tiles(const ShrinkParams& p, const ShrinkPlan& plan, cudaStre
   layout.tiles = static_cast<int32_t>(group_tiles * p.groups);
   layout.mean_aligned = means_aligned(p, p.mean_format == Format::kFloat32 ? 16 : 8);
   layout.z_aligned = results_aligned(p, 4);
+  layout.item_step = p.map.skip * p.x_stride;
   layout.round_tiles = plan.round_tiles;
   LaunchShape shape{dim3(1), Traits::kThreads};
   shape.shared = static_cast<size_t>(plan.shared);

@@ -61,27 +61,10 @@ __device__ __forceinline__ void make_weights(const ShrinkParams& p, bool mean_al
   }
 }
 
-// Flips the signs of eight elements where the bits of `signs` are set, the lowest for the first.
-__device__ __forceinline__ uint4 flip(uint4 x, uint32_t signs) {
-  const auto mask = [signs](int pair) { return (signs >> 2 * pair & 1u) << 15 | (signs >> (2 * pair + 1) & 1u) << 31; };
-  return make_uint4(x.x ^ mask(0), x.y ^ mask(1), x.z ^ mask(2), x.w ^ mask(3));
-}
-
-template <class T>
-__device__ __forceinline__ float sum_of_squares(uint4 x, float sum) {
-  const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const float2 pair = Pack<T>::unpack(pairs[k]);
-    sum = fmaf(pair.y, pair.y, fmaf(pair.x, pair.x, sum));
-  }
-  return sum;
-}
-
-// Adds up the panels' sums of two ranks of one row, finishes them for the mode and writes them to z.
+// Adds up the panels' sums of two ranks of a group's row `token`, finishes them for the mode and writes them to z.
 template <class Traits, class Load>
 __device__ __forceinline__ void store_pair(const ShrinkParams& p, const ShrinkLayout& layout, const Sample& sample,
-                                           int64_t row, int64_t token, int rank, const Load& load) {
+                                           int64_t group, int64_t token, int rank, const Load& load) {
   using T = typename Traits::Element;
   float2 mean = make_float2(0.0f, 0.0f);
   float2 other = make_float2(0.0f, 0.0f);
@@ -105,7 +88,7 @@ __device__ __forceinline__ void store_pair(const ShrinkParams& p, const ShrinkLa
   const auto out_rank = static_cast<uint32_t>(out.row + place);
   mean.x = sample.template finish<Traits::kMode>(mean.x, other.x, out.layer, counter, out_rank);
   mean.y = sample.template finish<Traits::kMode>(mean.y, other.y, out.layer, counter, out_rank + 1);
-  T* const z = static_cast<T*>(out.z) + row * out.z_stride + place;
+  T* const z = static_cast<T*>(out.z) + row_of(p.map, group, token) * out.z_stride + place;
   if (layout.z_aligned && place + 1 < out.rows) {
     *reinterpret_cast<uint32_t*>(z) = Pack<T>::pack(mean.x, mean.y);
   } else {
@@ -269,7 +252,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     const int rows = left < now.count * kTileRows ? static_cast<int>(left) : now.count * kTileRows;
     for (int e = panel * Traits::kThreads + threadIdx.x; e < rows * kPairs; e += layout.panels * Traits::kThreads) {
       const int row = e / kPairs;
-      store_pair<Traits>(p, layout, sample, token0 + row0 + row, row0 + row, 2 * (e % kPairs),
+      store_pair<Traits>(p, layout, sample, group, row0 + row, 2 * (e % kPairs),
                          [&](int member, int place) { return load_peer(sums + row * kPitch + place, member); });
     }
     cluster_arrive_reads();
@@ -289,7 +272,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int64_t group = row / p.rows_per_group;
   const Sample sample(p, group);
   const float* const own = p.partial + row * Traits::kSumPitch;
-  store_pair<Traits>(p, layout, sample, row, row - group * p.rows_per_group, static_cast<int>(2 * (e % kPairs)),
+  store_pair<Traits>(p, layout, sample, group, row - group * p.rows_per_group, static_cast<int>(2 * (e % kPairs)),
                      [&](int member, int place) {
                        return __ldcg(reinterpret_cast<const float2*>(own + member * rows * Traits::kSumPitch + place));
                      });

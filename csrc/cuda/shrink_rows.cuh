@@ -37,6 +37,7 @@ struct ShrinkLayout {
   int32_t ranges;
   int32_t group_ranges;        // of each group, or 0 where ranges cross groups
   int32_t group_tiles, tiles;  // of 16 rows: in a group, in all groups
+  int64_t item_step;           // elements of x between a group's rows in one item and in the next
   int32_t round_tiles;         // between two meetings of the cluster: as many as the sums have room for
   bool clustered;              // the panels of a range are a cluster
   bool mean_aligned, z_aligned;
@@ -93,7 +94,8 @@ struct Feeder {
   int index;  // of the tile in its round
   int stage = 0;
   const T* source = nullptr;  // of this lane's first row (0 or 1) and chunk of the tile, and the panel's first column
-  int rows = 0;               // of the tile, 0 without one
+  int rows = 0;               // of the tile, 0 without one; and kApart
+  static constexpr int kApart = 2 * kTileRows;  // the rows lie in several items
 
   __device__ __forceinline__ Feeder(const ShrinkParams& p, const ShrinkLayout& layout, uint4* queue, int64_t column0,
                                     int columns, int32_t first, int32_t end)
@@ -113,8 +115,9 @@ struct Feeder {
     const int64_t row = round.row(layout, index);
     const int64_t left = p.rows_per_group - row;
     rows = index < round.count ? static_cast<int>(left < kTileRows ? left : kTileRows) : 0;
-    source = static_cast<const T*>(p.x) + (round.group * p.rows_per_group + row + lane / kRowChunks) * p.x_stride +
-             column0 + 8 * (lane % kRowChunks);
+    if (item_of(p.map, row) != item_of(p.map, row + kTileRows - 1)) rows |= kApart;
+    source = static_cast<const T*>(p.x) + row_of(p.map, round.group, row + lane / kRowChunks) * p.x_stride + column0 +
+             8 * (lane % kRowChunks);
   }
 
   // Asks for the next stage, to lie in `slot`: 256 bytes of two rows at a time.
@@ -129,9 +132,11 @@ struct Feeder {
       for (int pair = 0; pair < kTileRows / 2; ++pair, from += step) copy_async(to + pair * kPairChunks, from);
     } else {
       const int count = left - 8 * (lane % kRowChunks);
-      for (int pair = 0; 2 * pair + lane / kRowChunks < rows && count > 0; ++pair, from += step) {
-        if constexpr (Traits::kFeed == Feed::kAsync) copy_async(to + pair * kPairChunks, from);
-        else to[pair * kPairChunks] = load_eight(from, count, false);
+      const int64_t first = round.row(layout, index) + lane / kRowChunks;
+      for (int pair = 0; 2 * pair + lane / kRowChunks < (rows & (kApart - 1)) && count > 0; ++pair, from += step) {
+        const T* row = from + (item_of(p.map, first + 2 * pair) - item_of(p.map, first)) * layout.item_step;
+        if constexpr (Traits::kFeed == Feed::kAsync) copy_async(to + pair * kPairChunks, row);
+        else to[pair * kPairChunks] = load_eight(row, count, false);
       }
     }
     if constexpr (Traits::kFeed == Feed::kAsync) commit_copies();

@@ -122,6 +122,12 @@ constexpr int64_t shrink_panels(Mode mode, int64_t n) {
   return needed < kMaxCluster ? kMaxCluster : needed;
 }
 
+// Rows of the mean draw nothing: kWeight's kernels serve them in every mode whose panels are the same, and give the
+// same bits.
+constexpr Mode mean_mode(Mode mode, int64_t n) {
+  return shrink_panels(mode, n) == shrink_panels(Mode::kWeight, n) ? Mode::kWeight : mode;
+}
+
 struct ShrinkPlan {
   int kernel;             // of kShrinkKernels; -1 where the machine has less than kLeastSharedBytes
   int64_t panels;         // of columns, one a block

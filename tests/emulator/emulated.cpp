@@ -12,6 +12,11 @@ TFB_EMULATED void tfb_emulated_limit_machine(int shared_bytes, int cluster_block
   tfb::cuda::limit_machine({shared_bytes, cluster_blocks});
 }
 
+// The item of a row, as the kernels find it.
+TFB_EMULATED int64_t tfb_emulated_item(int64_t each, int64_t items, int64_t number) {
+  return tfb::item_of(tfb::RowMap(0, each, each, items), number);
+}
+
 // plan_shrink for a machine that need not exist: tiles, warps, panels, panel columns, clustered, round tiles, bytes.
 TFB_EMULATED void tfb_emulated_plan(int mode, int64_t n, int64_t tiles, bool aligned, int shared_bytes,
                                     int cluster_blocks, int64_t* out) {

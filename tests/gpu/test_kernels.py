@@ -201,6 +201,64 @@ def test_decoding_in_a_graph_and_250_times() -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
+def rows_of_items(rows: int, lead: int, each: int, size: int) -> tuple[Tensor, Tensor]:
+    """The rows of the mean, and those of the samples, one sample after the other."""
+    places = torch.arange(rows, device=CUDA).view(-1, lead + size * each)
+    return places[:, :lead].flatten(), places[:, lead:].unflatten(1, (size, each)).transpose(0, 1).flatten()
+
+
+@pytest.mark.parametrize("mode", ["weight", "flipout", "token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [520, 4096, 14336, 53248])
+def test_items_are_their_rows_alone(limited: Any, n: int, dtype: torch.dtype, mode: str) -> None:
+    """In clusters and without, where tiles of 16 rows lie in one item and where they lie in several."""
+    for items, lead, each, size in ((5, 130, 20, 3), (70, 5, 3, 2), (40, 0, 1, 4), (3, 7, 200, 2)):
+        given = inputs(8, n, 1, items * (lead + size * each), dtype)
+        sigma, samples = torch.rand(size).to(CUDA), torch.tensor([5, 2, 3, 0], dtype=torch.int32, device=CUDA)[:size]
+        of_mean, of_samples = rows_of_items(len(given["x"]), lead, each, size)
+        none = torch.zeros(1, device=CUDA)
+        for cluster_blocks in (16, 1):
+            limited(2**31 - 1, cluster_blocks)
+            means, draws = [given["mean"]], (sigma, samples, given["seed"], [LAYER], mode)
+            (z,) = ops.shrink_group(given["x"], means, *draws, lead=lead, each=each)
+            (alone,) = ops.shrink_group(given["x"][of_samples], means, *draws)
+            assert torch.equal(z[of_samples], alone)
+            if lead > 0:
+                of_none = none, none.int(), given["seed"], [LAYER], mode
+                assert torch.equal(z[of_mean], ops.shrink_group(given["x"][of_mean], means, *of_none)[0])
+
+
+@pytest.mark.parametrize("mode", ["weight", "flipout", "token"])
+def test_decoding_items_and_shared_noise_in_one_graph(mode: str) -> None:
+    """The bits of every sample alone; pairs, an odd sample, one sample under many sigmas: all by one captured graph."""
+    size, items = 9, 8
+    given = inputs(24, 4096, size, items, torch.bfloat16)
+    means, bases = (
+        [given["mean"], given["mean"][:8].contiguous()],
+        [torch.randn(m, r).to(CUDA) for m, r in ((4096, 24), (1000, 8))],
+    )
+    sigma, samples, seed = given["sigma"], given["samples"], given["seed"]
+
+    def update(x: Tensor, taken: slice, *layout: int) -> list[Tensor]:
+        draws = sigma[taken], samples[taken], seed, [LAYER, LAYER + 1], mode, True
+        return list(ops.update_group(x, means, bases, [None, None], [1.0, 2.0], *draws, *layout))
+
+    everything = slice(None)
+    update(given["x"], everything, 0, 1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = update(given["x"], everything, 0, 1)
+    _, of_samples = rows_of_items(size * items, 0, 1, size)
+    for drawn in (list(range(size)), [4] * size, [7, 6, 1, 2, 3, 3, 9, 8, 0], [1, 3, 5, 7, 9, 11, 13, 15, 17]):
+        samples.copy_(torch.tensor(drawn, dtype=torch.int32))
+        sigma.copy_(torch.rand(size) * (torch.arange(size) != 3))
+        graph.replay()
+        for k, rows in enumerate(of_samples.view(size, items)):
+            for y, wanted in zip(captured, update(given["x"][rows], slice(k, k + 1)), strict=True):
+                assert torch.equal(y[rows], wanted)
+
+
 def test_runs_on_the_current_stream() -> None:
     arguments = inputs(8, 4096, 4, 64, torch.bfloat16)
     expected = ops.shrink(**arguments, layer=LAYER)

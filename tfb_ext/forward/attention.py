@@ -49,7 +49,7 @@ def tail_attention(
     is_causal: bool | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of the call in progress: query (B, H, lead + S·T, d), key and value (B, H / G, C, d) -> (B, lead + S·T, H, d)."""
+    """Attention of the call in progress: query (B, H, lead + Q, d), key and value (B, H / G, C, d) -> (B, lead + Q, H, d)."""
     call: TailCall | None = getattr(_now, "call", None)
     asked = [name for name in _OTHER if other.get(name) is not None]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -58,10 +58,10 @@ def tail_attention(
             f"attention with {asked[0]}" if asked else "attention that is not causal" if call is not None else "no call"
         )
         raise SamplingError(f"{type(module).__name__} has {what}, expected plain causal attention")
-    lead, parts = call.lead, []
+    lead, parts, times = call.lead, [], query.shape[0] // call.order.shape[0]
     if lead:
         prompt = AttentionInterface()["sdpa"]
-        mask = call.prompt_mask(sliding_window)
+        mask = call.prompt_mask(sliding_window, times)
         own = query[:, :, :lead], key[:, :, :lead], value[:, :, :lead]
         parts.append(prompt(module, *own, mask, dropout=0.0, scaling=scaling, is_causal=mask is None)[0])
     queries = query[:, :, lead:]
@@ -72,7 +72,7 @@ def tail_attention(
         queries.reshape(rows, shared, groups * tokens, width),
         key,
         value,
-        attn_mask=call.tail_mask(sliding_window, groups, query.dtype),
+        attn_mask=call.tail_mask(sliding_window, groups, query.dtype, times),
         scale=scaling,
     )
     parts.append(out.reshape(rows, heads, tokens, -1).transpose(1, 2))

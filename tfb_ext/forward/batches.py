@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,65 +14,16 @@ from ..adapters.adapter import BayesianAdapter
 from ..checks import check_count
 from ..data import Encoded
 from .anatomy import CLASSIFIER_HEADS, Kind
+from .batch import Batch, mask_of
 from .inputs import IGNORED as IGNORED  # here too for those who score
 from .inputs import Labels, ModelInputs
 from .memory import BATCH_CPU, BATCH_CUDA, ROWS_CPU, room_for_tokens
 from .rows import last_positions
+from .tail import Branches
 
 SHUFFLED_BATCHES = 16  # at least: who wants them in random order looks at the results after each
 
 Data = Encoded | Iterable[Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch on the model's device.
-
-    Attributes:
-        key: its number in the data set, under which a trunk is kept; halves of it add to that.
-        inputs: the model's arguments.
-        labels: (B,) or (B, T) int64, or ``None``; ``-100`` is not counted.
-        index: (B,) positions of the rows in the data set; row ``c`` of item ``i`` is ``i * rows_per_item + c``.
-        columns: label tokens (C,), or ``None`` for the whole head.
-        targets: (B, m) tokens after the last m positions, to score as sequences, ``-100`` before shorter ones; or ``None``.
-        shifted: whether the logits at a position are about the next one (language models with (B, T) labels).
-        rows_per_item: choices that are scored as sequences have a row each, side by side; else 1.
-    """
-
-    key: Hashable
-    inputs: dict[str, Any]
-    labels: Tensor | None
-    index: Tensor
-    columns: Tensor | None
-    shifted: bool
-    targets: Tensor | None = None
-    rows_per_item: int = 1
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def items(self) -> Tensor:
-        """Positions of the items in the data set, in their order here; not of halves, which may part an item's rows."""
-        return self.index[:: self.rows_per_item] // self.rows_per_item
-
-    @property
-    def token_labelled(self) -> bool:
-        """Whether labels are of positions, (B, T), so that a row has any number of items."""
-        return self.labels is not None and self.labels.dim() == 2
-
-    def halves(self) -> tuple[Batch, Batch]:
-        """The upper and the lower half of the rows, of at least two."""
-        middle = len(self.index) // 2
-        return self.part((self.key, 0), slice(middle)), self.part((self.key, 1), slice(middle, None))
-
-    def part(self, key: Hashable, rows: slice | Tensor) -> Batch:
-        """Some of the rows, under a key of their own."""
-        size = len(self.index)
-        inputs = {n: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (size,) else v for n, v in self.inputs.items()}
-        labels = None if self.labels is None else self.labels[rows]
-        targets = None if self.targets is None else self.targets[rows]
-        return replace(self, key=key, inputs=inputs, labels=labels, index=self.index[rows], targets=targets)
 
 
 class Batches:
@@ -120,11 +71,13 @@ class Batches:
             batch_size = check_count("batch_size", batch_size, "a count of items")
         encoded = data if isinstance(data, Encoded) else None
         self.sequences = encoded if encoded is not None and encoded.choice_tokens is not None else None
-        choices = encoded.choice_tokens if encoded is not None and encoded.choice_tokens is not None else ((),)
-        self._rows_per_item = len(choices)
+        self._choices = len(self.sequences.choices) if self.sequences is not None else 1
+        # Choices of one prompt share its forward where the model can hold them side by side.
+        self._shared = self.sequences is not None and adapter.shares_prompts()
+        self.rows_per_item = 1 if self._shared else self._choices
         room = room_for_tokens(self.model, self.device) if self.device.type == "cuda" else 0
-        self._most_rows = batch_size * self._rows_per_item if batch_size else BATCH_CUDA
-        self._encoded = encoded
+        self.most_rows = batch_size * self.rows_per_item if batch_size else BATCH_CUDA
+        self.encoded = encoded
         self._rows = encoded if self.sequences is None else self.sequences.sequences()
         longest = None if self._rows is None else max(map(len, self._rows.token_ids), default=1)
         by_position = self.labels_tokens or adapter.anatomy.head_name not in CLASSIFIER_HEADS
@@ -138,9 +91,8 @@ class Batches:
             ):  # a padding token that was added to the tokenizer alone
                 self._rows = replace(self._rows, pad_id=0)
         self._labels = encoded.labels_tensor() if encoded is not None and encoded.labelled else None
-        self._selections = 0
         rows = min(BATCH_CUDA, room // (longest * max(samples, 1))) if room and longest else BATCH_CPU
-        self.batch_size = batch_size or max(1, rows // self._rows_per_item)
+        self.batch_size = batch_size or max(1, rows // self.rows_per_item)
         if batch_size is None and shuffle and encoded is not None:
             self.batch_size = max(1, min(self.batch_size, len(encoded) // SHUFFLED_BATCHES))
         self._accepts = set(inspect.signature(self.model.forward).parameters)
@@ -161,7 +113,7 @@ class Batches:
             if shuffle:
                 order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
             for key in order[rank::world]:
-                yield self._encoded_batch(key, groups[key])
+                yield self.encoded_batch(key, groups[key])
             return
         start = 0
         if not isinstance(data, Iterable) or isinstance(data, Mapping | str):
@@ -186,16 +138,18 @@ class Batches:
             shifted = self.adapter.anatomy.head_name not in CLASSIFIER_HEADS and self.model.can_generate()
             yield Batch(key, self._plain(inputs), labels, index, None, shifted)
 
-    def _encoded_batch(self, key: Hashable, items: Sequence[int]) -> Batch:
-        data, rows = self._rows, self._rows_of(items)
+    def encoded_batch(self, key: Hashable, items: Sequence[int]) -> Batch:
+        data, rows = self._rows, self.rows_of(items)
         assert data is not None
+        if self._shared:
+            return self._shared_batch(key, items)
         columns = None if data.choice_ids is None else torch.tensor(data.choice_ids, device=self.device)
         targets: Tensor | None = None
         if data.targets is not None:
             wanted = [data.targets[i] for i in rows]
             most = max(map(len, wanted))
             targets = torch.tensor([[IGNORED] * (most - len(w)) + list(w) for w in wanted], device=self.device)
-        made = data.collate(rows, self.device, left=self._padded_left)
+        made = data.collate(rows, self.device, left=self.padded_left)
         index = made.pop("index")
         inputs: dict[str, Any] = {n: v for n, v in made.items() if n in self._accepts}
         if targets is not None:
@@ -203,16 +157,35 @@ class Batches:
             inputs |= keep
         elif columns is not None and "logits_to_keep" in self._accepts:
             inputs["logits_to_keep"] = 1
-        each = self._rows_per_item
+        each = self.rows_per_item
         labels = None if self._labels is None else self._labels[index // each].to(self.device)
         return Batch(key, self._plain(inputs), labels, index, columns, False, targets, each)
 
-    def _rows_of(self, items: Sequence[int]) -> list[int]:
-        each = self._rows_per_item
+    def _shared_batch(self, key: Hashable, items: Sequence[int]) -> Batch:
+        """Prompts, each with its choices as branches."""
+        data = self.sequences
+        assert data is not None and data.choice_tokens is not None
+        made = data.collate(items, self.device)
+        index = made.pop("index")
+        each = [data.choice_tokens if data.item_choice_tokens is None else data.item_choice_tokens[i] for i in items]
+        most = max(len(choice) for choices in each for choice in choices)
+        filled = torch.full((len(items), self._choices, most), IGNORED)
+        for row, choices in enumerate(each):
+            for column, choice in enumerate(choices):
+                filled[row, column, : len(choice)] = torch.tensor(choice)
+        targets = filled.to(self.device)
+        read = targets[:, :, :-1]  # a choice's last token is only predicted
+        branches = Branches(read.masked_fill(targets[:, :, 1:] == IGNORED, data.pad_id), targets[:, :, 1:] != IGNORED)
+        inputs = {n: v for n, v in made.items() if n in self._accepts}
+        labels = None if self._labels is None else self._labels[index].to(self.device)
+        return Batch(key, self._plain(inputs), labels, index, None, False, targets.flatten(1), branches=branches)
+
+    def rows_of(self, items: Sequence[int]) -> list[int]:
+        each = self.rows_per_item
         return [item * each + choice for item in items for choice in range(each)]
 
     @property
-    def _padded_left(self) -> bool:
+    def padded_left(self) -> bool:
         # Encoders read their first position, so padding goes to the right of it.
         return self.adapter.anatomy.head_name != "classifier"
 
@@ -250,18 +223,21 @@ class Batches:
     def classes(self) -> int:
         """Classes of an item."""
         if self.sequences is not None:
-            return self._rows_per_item
+            return self._choices
         columns = next((b.columns for b in self.batches if b.columns is not None), None)
         return head_outputs(self.adapter) if columns is None else len(columns)
 
     def items(self, values: Tensor | None, batch: Batch, stacked: bool = False) -> Tensor:
         """The positions that carry a prediction: (B, C) or (B, T, C) -> (items, C), with a sample axis first if ``stacked``.
 
-        With targets (B, m) -> (B, 1): the sum over a sequence's tokens.
+        With targets (B, m) -> (B, 1): the sum over a sequence's tokens; of B prompts with C choices (B * C, 1).
         """
         assert values is not None
         if batch.targets is not None:
-            return values.masked_fill(batch.targets == IGNORED, 0).sum(dim=-1, keepdim=True)
+            values = values.masked_fill(batch.targets == IGNORED, 0)
+            if batch.branches is not None:
+                values = values.unflatten(-1, (batch.branches.count, -1)).flatten(-3, -2)
+            return values.sum(dim=-1, keepdim=True)
         lead = (slice(None),) if stacked else ()
         if values.dim() == len(lead) + 2:  # a head over pooled rows
             return values
@@ -286,7 +262,9 @@ def choice_logs(data: Encoded | None, values: Tensor, batch: Batch) -> Tensor:
     """Sequences' log probabilities (..., rows, 1) -> their items' (..., items, C); anything else as it is."""
     if data is None or batch.targets is None:
         return values
-    return data.choice_log_probabilities(values[..., 0], (batch.targets != IGNORED).sum(dim=-1))
+    counted = batch.targets != IGNORED
+    lengths = counted if batch.branches is None else counted.unflatten(-1, (batch.branches.count, -1)).flatten(0, 1)
+    return data.choice_log_probabilities(values[..., 0], lengths.sum(dim=-1))
 
 
 def _check_kind(found: Kind, expected: Kind) -> None:
@@ -304,24 +282,10 @@ def _check_kind(found: Kind, expected: Kind) -> None:
     )
 
 
-def item_labels(batch: Batch) -> Tensor:
-    labels = batch.labels
-    assert labels is not None
-    if labels.dim() == 1:
-        return labels[:: batch.rows_per_item]
-    labels = labels[:, 1:] if batch.shifted else labels
-    return labels[labels != IGNORED]
-
-
 def head_outputs(adapter: BayesianAdapter) -> int:
     """Number of outputs of the model's head."""
     head: Any = adapter.anatomy.head
     return int(getattr(head, "out_features", None) or adapter.anatomy.model.config.num_labels)
-
-
-def mask_of(batch: Batch) -> Tensor:
-    mask = batch.inputs.get("attention_mask")
-    return mask if mask is not None else torch.ones_like(batch.inputs["input_ids"])
 
 
 def original_order(parts: Sequence[Tensor], batches: Sequence[Batch], dim: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 _ROWS = "tfb_rows"  # the attribute that says which samples a cache's rows are of
 
 
-def cache_of(given: Mapping[str, Any]) -> Any:
+def cache_of(given: dict[str, Any]) -> Any:
     """The key-value cache among a model call's arguments or results; transformers 5.24 renamed it."""
-    return given["cache"] if given.get("cache") is not None else given.get("past_key_values")
+    # Past the outputs' own look-up, which warns of the old name also where the new one holds nothing.
+    found = dict.get(given, "cache")
+    return dict.get(given, "past_key_values") if found is None else found
 
 
 def cache_argument(model: nn.Module) -> str:

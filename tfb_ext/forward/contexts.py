@@ -19,7 +19,8 @@ from .caches import CacheWatch, cache_of, rows_of_cache
 from .fan import Fan
 from .fold import Predictive
 from .rows import Layout, batch_after, batch_shape, check_packing
-from .span import SpanFan, SpanLayout
+from .side_by_side import SpanLayout
+from .span import SpanFan
 
 # Models inside a sampling context: two fans on one model would multiply their rows and mix up the samples.
 _SAMPLING_MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -37,11 +38,14 @@ def check_free(attached: Attached) -> None:
 
 
 @contextmanager
-def fanned(attached: Attached, first: int, view: Predictive, layout: Layout | None) -> Iterator[Predictive]:
-    """Inside, calls of the model carry the view's samples from block ``first`` on: B rows in and out."""
-    fan = (
-        SpanFan(attached, first, view, layout) if isinstance(layout, SpanLayout) else Fan(attached, first, view, layout)
-    )
+def fanned(
+    attached: Attached, first: int, view: Predictive, layout: Layout | None, beside: SpanLayout | None = None
+) -> Iterator[Predictive]:
+    """Inside, calls of the model carry the view's samples from block ``first`` on: B rows in and out.
+
+    ``layout``: of rows, without a span; ``beside``: of tokens side by side, with a span or branches.
+    """
+    fan = Fan(attached, first, view, layout) if beside is None else SpanFan(attached, first, view, beside, layout)
     with exclusive(attached), fan.open():
         yield view
 

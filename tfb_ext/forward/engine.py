@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import BayesianAdapter, Place
-from ..adapters.samples import SampleBatch
+from ..adapters.samples import MEAN, SampleBatch
 from ..errors import UnsupportedModelError
 from .anatomy import CLASSIFIER_HEADS, last_position_only
-from .batches import Batch, Batches, Data, choice_logs, mask_of
+from .batch import Batch, mask_of
+from .batches import Batches, Data, choice_logs
 from .fold import Predictive, log_means, log_values
 from .memory import Memory, room_for_trunk
 from .rows import at_targets
+from .tail import Branches
 from .trunk import PROMPT, Trunk
 
 # Above this many classes (a vocabulary) per-sample results are not kept, only their average.
@@ -35,7 +37,7 @@ class Request:
         place: what is random; ``None`` is the adapter's own. With a span an answer is read from the first position that has a
             target, or from the last token of each row.
         keep: give every sample's outputs too.
-        columns, targets, observe, trunk, key: as in :class:`~tfb_ext.forward.fold.Predictive`.
+        columns, targets, observe, trunk, key, branches: as in :class:`~tfb_ext.forward.fold.Predictive`.
     """
 
     inputs: dict[str, Any]
@@ -47,6 +49,7 @@ class Request:
     observe: Callable[[Tensor], None] | None = None
     trunk: Trunk | None = None
     key: Hashable | None = None
+    branches: Branches | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,12 @@ class Result:
 
 def run(adapter: BayesianAdapter, request: Request) -> Result:
     """Call the model once."""
-    model = adapter.anatomy.model
+    model, place = adapter.anatomy.model, request.place or adapter.place
+    if (
+        request.samples is None and request.branches is not None
+    ):  # prompts that choices share: by the kernels of the samples
+        return run(adapter, replace(request, samples=MEAN, place=Place(place.first, 1)))
     if request.samples is not None:
-        place = request.place or adapter.place
         view = Predictive(
             request.samples,
             columns=request.columns,
@@ -80,7 +86,8 @@ def run(adapter: BayesianAdapter, request: Request) -> Result:
             trunk=request.trunk,
             key=request.key,
             span=place.span,
-            answers=None if place.span is None else answer_lengths(request.inputs, request.targets),
+            answers=None if place.span is None else answer_lengths(request),
+            branches=request.branches,
         )
         with adapter.fanned_at(place.first, view):
             average = model(**request.inputs).logits
@@ -166,10 +173,10 @@ class Scorer(Batches):
         self.place = adapter.place if place is None else place
         places = tuple(keep_trunk) if isinstance(keep_trunk, Sequence) else (self.place,)
         self.keep_trunk = bool(keep_trunk)
-        self._firsts = tuple(sorted({_trunk_of(p) for p in places} - {0}))
-        self._trunk: Trunk | None = None
+        self._firsts = tuple(sorted({trunk_of(p) for p in places} - {0}))
+        self.trunk: Trunk | None = None
         self._pools = adapter.anatomy.head_name in CLASSIFIER_HEADS and not self.labels_tokens
-        self._mean_tokens = self.tokens / max(sum(len(b.index) for b in self.batches), 1)
+        self.mean_tokens = self.tokens / max(sum(len(b.index) for b in self.batches), 1)
         self.memory = Memory(self.device, self.fitting_rows, self._split_trunk)
         self.tokens_run = 0
 
@@ -220,7 +227,14 @@ class Scorer(Batches):
     def _passes(self, batch: Batch, samples: SampleBatch | None, place: Place | None, keep: bool) -> Iterator[Result]:
         place = self.place if place is None else place
         request = Request(
-            batch.inputs, None, place, keep and batch.targets is None, batch.columns, batch.targets, key=batch.key
+            batch.inputs,
+            None,
+            place,
+            keep and batch.targets is None,
+            batch.columns,
+            batch.targets,
+            key=batch.key,
+            branches=batch.branches,
         )
         if samples is None:
             yield self.memory.once(lambda: run(self.adapter, request))
@@ -244,129 +258,42 @@ class Scorer(Batches):
 
     def random_tokens(self, batch: Batch, place: Place) -> int:
         """Of all rows of a batch, for one sample."""
-        lengths = answer_lengths(batch.inputs, batch.targets)
-        answers = len(batch) if lengths is None else int(lengths.sum())
-        return answers + ((place.span or 1) - 1) * len(batch)
+        span = place.span or 1
+        if batch.branches is not None:
+            return int(batch.branches.valid.sum()) + span * len(batch) * batch.branches.count
+        lengths = answer_lengths(Request(batch.inputs, targets=batch.targets))
+        return (len(batch) if lengths is None else int(lengths.sum())) + (span - 1) * len(batch)
 
     def _trunk_for(self, batch: Batch, place: Place, several_passes: bool) -> Trunk | None:
-        if _trunk_of(place) == 0 or not (self.keep_trunk or several_passes) or not self._firsts:
+        if trunk_of(place) == 0 or not (self.keep_trunk or several_passes) or not self._firsts:
             return None
-        if place.span is not None and not (self._pools or "logits_to_keep" in batch.inputs):
+        if place.span is not None and not (self._pools or batch.branches or "logits_to_keep" in batch.inputs):
             return None  # logits of the prompt are asked for, which its keys and values do not give
-        if self._trunk is None:
+        if self.trunk is None:
             width = self.model.config.get_text_config().hidden_size
             tokens = sum(b.inputs["input_ids"].numel() for b in self.batches) if self.keep_trunk else 0
             size = tokens * width * next(self.model.parameters()).element_size() * len(self._firsts)
             if PROMPT in self._firsts:
                 size *= 2 * len(self.adapter.anatomy.blocks)  # at most
-            self._trunk = Trunk(self._firsts, *room_for_trunk(self.device, size))
-        return self._trunk
+            self.trunk = Trunk(self._firsts, *room_for_trunk(self.device, size))
+        return self.trunk
 
     def _split_trunk(self, batch: Batch, halves: Sequence[Batch]) -> None:
-        if self._trunk is not None:
+        if self.trunk is not None:
             middle = len(halves[0].index)
-            self._trunk.split(batch.key, [(halves[0].key, slice(middle)), (halves[1].key, slice(middle, None))])
-
-    def select(self, items: Tensor, samples: int) -> Iterator[Batch]:
-        """Batches of some items of the data set, each good until the next is asked for, for another call with new samples.
-
-        Their hidden states are rows of the kept trunk, moved to where the padding of the new batch has them, so that no block
-        below the first random one runs again (but for items that the trunk's limit left out, and where nothing is kept). Items
-        of an :class:`~tfb_ext.data.Encoded` set are packed anew, in the order of their lengths; those of other batches stay
-        with the rest of their batch.
-
-        Args:
-            items: int64 (n,), positions of items in the data set.
-            samples: sample groups that the call will have; a batch takes about as many rows as one forward may hold.
-        """
-        homes = [leaf for batch in self.batches for leaf in self.memory.parts(batch)]
-        if self._trunk is not None and self._trunk.device is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # rows are picked on the host, where copies may still be on their way
-        packed = self._encoded is not None
-        for batch in self._packed(homes, items.tolist(), samples) if packed else self._shrunk(homes, items):
-            yield batch
-            self._forget(batch)
-
-    def _forget(self, batch: Batch) -> None:
-        if self._trunk is not None:
-            self._trunk.forget(batch.key)
-        for half in self.memory.halves.pop(batch.key, ()):
-            self._forget(half)
-
-    def _shrunk(self, homes: Sequence[Batch], items: Tensor) -> Iterator[Batch]:
-        wanted = torch.isin(torch.cat([home.index for home in homes]), items)
-        for home, here in zip(homes, wanted.split([len(home.index) for home in homes]), strict=True):
-            if not here.any():
-                continue
-            rows = here.nonzero()[:, 0]
-            batch = home.part(self._next_key(), rows)
-            self._move_trunk(batch, [(home, rows.tolist(), list(range(len(rows))))])
-            yield batch
-
-    def _packed(self, homes: Sequence[Batch], items: Sequence[int], samples: int) -> Iterator[Batch]:
-        encoded = self._encoded
-        assert encoded is not None
-        places = {index: (home, row) for home in homes for row, index in enumerate(home.index.tolist())}
-        kept = {item: all(self._is_kept(places[row][0]) for row in self._rows_of([item])) for item in items}
-        share = 1.0 if self.place.span is None else min(1.0, 1 / samples + self.place.span / self._mean_tokens)
-        size = max(1, min(int(self.memory.rows / (samples * share)), self._most_rows) // self._rows_per_item)
-        for from_trunk in (True, False):
-            some = [item for item in items if kept[item] is from_trunk]
-            for group in encoded.select(some).groups(size):
-                batch = self._encoded_batch(self._next_key(), [some[i] for i in group])
-                sources: dict[Hashable, tuple[Batch, list[int], list[int]]] = {}
-                for target, index in enumerate(batch.index.tolist()):
-                    home, row = places[index]
-                    _, rows, targets = sources.setdefault(home.key, (home, [], []))
-                    rows.append(row)
-                    targets.append(target)
-                if from_trunk:
-                    self._move_trunk(batch, list(sources.values()))
-                yield batch
-
-    def _is_kept(self, home: Batch) -> bool:
-        return self._trunk is not None and (_trunk_of(self.place), home.key) in self._trunk.hidden
-
-    def _next_key(self) -> Hashable:
-        self._selections += 1
-        return "selection", self._selections
-
-    def _move_trunk(self, batch: Batch, sources: Sequence[tuple[Batch, list[int], list[int]]]) -> None:
-        """Keep for ``batch`` what its rows have in the trunk: of each source the rows, and which rows of ``batch`` they are."""
-        trunk, width = self._trunk, batch.inputs["input_ids"].shape[1]
-        if trunk is None or not all(self._is_kept(home) for home, _, _ in sources):
-            return
-        # At the head there may be less than a hidden state a position: the last one's, or a pooled one.
-        block = _trunk_of(self.place)
-        last = block == len(self.adapter.anatomy.blocks) and "logits_to_keep" in batch.inputs
-
-        def joined(parts: Sequence[Tensor]) -> Tensor:
-            moved: Tensor | None = None
-            for part, (_, rows, targets) in zip(parts, sources, strict=True):
-                hidden = part[rows].to(self.device)
-                if hidden.dim() >= 3 and not last:  # (rows, tokens, n), or (rows, heads, tokens, n)
-                    missing = width - hidden.shape[-2]
-                    # A negative number cuts padding off.
-                    pad = (0, 0, missing, 0) if self._padded_left else (0, 0, 0, missing)
-                    hidden = torch.nn.functional.pad(hidden, pad)
-                if moved is None:
-                    moved = hidden.new_empty(len(batch.index), *hidden.shape[1:])
-                moved[targets] = hidden
-            assert moved is not None
-            return moved
-
-        kept = zip(*(trunk.hidden[block, home.key] for home, _, _ in sources), strict=True)
-        trunk.hidden[block, batch.key] = tuple(map(joined, kept))
+            self.trunk.split(batch.key, [(halves[0].key, slice(middle)), (halves[1].key, slice(middle, None))])
 
 
-def _trunk_of(place: Place) -> int:
+def trunk_of(place: Place) -> int:
     """What :class:`~tfb_ext.forward.trunk.Trunk` keeps for it; 0 for nothing."""
     return place.first if place.span is None else PROMPT
 
 
-def answer_lengths(inputs: Mapping[str, Any], targets: Tensor | None) -> Tensor | None:
-    """(B,) tokens of each row from the first position on that has one of the targets of the last positions; ``None`` without targets."""
-    if targets is None:
+def answer_lengths(request: Request) -> Tensor | None:
+    """(B,) tokens of each row from the first position on that has one of the targets of the last positions; ``None`` where an answer
+    is read from the last token."""
+    inputs, targets = request.inputs, request.targets
+    if targets is None or request.branches is not None:
         return None
     asked = (targets >= 0).flatten(2).any(2) if targets.dim() > 2 else targets >= 0
     behind = asked.cumsum(1) > 0

@@ -97,6 +97,10 @@ class Fan:
         yield anatomy.model.register_forward_hook(self.end_turn, always_call=True)
         yield anatomy.head.register_forward_pre_hook(self.before_head, with_kwargs=True)
         yield anatomy.head.register_forward_hook(self.after_head)
+        yield from self.block_hooks()
+
+    def block_hooks(self) -> Iterator[Any]:
+        anatomy = self.anatomy
         for index in range(self.first, len(anatomy.blocks)):
             hook = partial(self.before_block, index)
             yield anatomy.blocks[index].register_forward_pre_hook(hook, with_kwargs=True)

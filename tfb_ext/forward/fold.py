@@ -15,6 +15,7 @@ from ..adapters.state import ONE_SAMPLE
 from ..errors import SamplingError
 from .anatomy import Kind
 from .rows import at_targets
+from .tail import Branches
 from .trunk import Trunk
 
 # Head outputs are made and folded in pieces of at most this many bytes, counted in float32: a vocabulary of 128k over 80
@@ -43,6 +44,8 @@ class Predictive:
             those that are not looked up, so that a sum over positions is that of a sequence. All that is kept of S * B * T * V.
         key: which batch of the trunk the next forward is; ``None`` keeps no trunk.
         span: of each row so many last tokens are random, counted from the position that an answer is read from; ``None``: all.
+        branches: continuations of each row. The model then gives, of each row, (B, C·(1 + K), V): at the row's last token and at the
+            tokens of each continuation. Rows end with their last token.
         answers: (B,) with a span, how many of a row's last tokens are an answer's: that position and those after it. 1 without it.
     """
 
@@ -55,6 +58,7 @@ class Predictive:
     key: Hashable | None = None
     span: int | None = None
     answers: Tensor | None = None
+    branches: Branches | None = None
     folded: Tensor | None = None
     sample_outputs: Tensor | None = None
     target_log_probabilities: Tensor | None = None

@@ -24,7 +24,7 @@ from .caches import cache_argument, cache_of
 from .contexts import fanned, laid_out
 from .fold import Predictive
 from .guard import SAMPLES, Arguments, Trial
-from .span import Route, SpanLayout
+from .side_by_side import Route, SpanLayout
 from .tiny import ROWS, Outputs, undisturbed
 
 _WHOLE = "span='all'"
@@ -125,7 +125,7 @@ class SpanTrial(Trial):
         return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
     def _context(self, batch: SampleBatch, arguments: Arguments) -> AbstractContextManager[Any]:
-        return fanned(self.attached, self.first, Predictive(batch, span=self.span), self.layout)
+        return fanned(self.attached, self.first, Predictive(batch, span=self.span), None, self.layout)
 
     def _layouts(self, seen: list[tuple[str, tuple[int, ...]]]) -> tuple[dict[str, RowLayout], str]:
         return {}, ""

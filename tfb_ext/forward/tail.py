@@ -89,6 +89,26 @@ def attended_of(mask: Any, rows: int, tokens: int, device: torch.device) -> Tens
     return (own if own.dtype == torch.bool else own == 0).expand(rows, tokens)
 
 
+@dataclass(frozen=True)
+class Branches:
+    """C continuations of each row, which see the row and themselves alone: the choices of a prompt.
+
+    Attributes:
+        ids: (B, C, K) int64, their tokens, shorter ones filled up on the right.
+        valid: (B, C, K) bool.
+    """
+
+    ids: Tensor
+    valid: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.ids.shape[1]
+
+    def part(self, rows: slice | Tensor) -> Branches:
+        return Branches(self.ids[rows], self.valid[rows])
+
+
 class Columns:
     """Whose the columns of a key-value cache are, as far as its calls have filled it.
 
@@ -167,12 +187,13 @@ def note_columns(cache: Any, columns: Columns) -> Columns:
 
 @dataclass
 class TailCall:
-    """One call of the blocks: ``lead`` columns of the prompt, then S·T random tokens a row, and the masks of both.
+    """One call of the blocks: ``lead`` columns of the prompt, then Q tokens a row behind it, and the masks of both.
 
     Attributes:
         lead: tokens of the prompt in this call; 0 where they are in the cache.
         tail: the random tokens of one sample.
-        own: (S·T,) int64, ``order`` and ``valid`` (B, S·T), of all samples'.
+        own: (Q,) int64, whose the tokens behind the prompt are; ``order`` and ``valid`` (B, Q), where they are and whether they
+            are tokens at all.
         columns: of all keys, the call's own included.
     """
 
@@ -186,7 +207,7 @@ class TailCall:
     _masks: dict[Any, Tensor] = field(default_factory=dict)
 
     def sees(self, window: int | None) -> Tensor:
-        """(B, S·T, C) bool: which columns each random token sees, by a window of so many places if there is one."""
+        """(B, Q, C) bool: which columns each of the tokens sees, by a window of so many places if there is one."""
         if window not in self._sees:
             c = self.columns
             ahead = self.order[:, :, None] - c.order[:, None, :]
@@ -198,27 +219,27 @@ class TailCall:
             self._sees[window] = sees | (~self.valid[:, :, None] & same)
         return self._sees[window]
 
-    def tail_mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
-        """(B, 1, groups·S·T, C) of ``dtype``, to be added: the queries of so many heads one after the other."""
-        key = (window, groups, dtype)
+    def tail_mask(self, window: int | None, groups: int, dtype: torch.dtype, times: int = 1) -> Tensor:
+        """(times·B, 1, groups·Q, C) of ``dtype``, to be added: the queries of so many heads one after the other."""
+        key = (window, groups, dtype, times)
         if key not in self._masks:
             sees = self.sees(window)
             width = sees.shape[-1]
             # Rows of the mask begin at multiples of 16 bytes, which the fused kernels want.
             room = torch.zeros(*sees.shape[:-1], -(-width // 8) * 8, dtype=dtype, device=sees.device)
             room[..., :width].masked_fill_(~sees, torch.finfo(dtype).min)
-            room = room[:, None].expand(-1, groups, -1, -1).flatten(1, 2)
+            room = room[:, None].expand(-1, groups, -1, -1).flatten(1, 2).repeat(times, 1, 1)
             self._masks[key] = room[:, None, :, :width]
         return self._masks[key]
 
-    def prompt_mask(self, window: int | None) -> Tensor | None:
-        """(B, 1, lead, lead) bool of the prompt's own tokens; ``None`` where they are all attended and see all before them."""
+    def prompt_mask(self, window: int | None, times: int = 1) -> Tensor | None:
+        """(times·B, 1, lead, lead) bool of the prompt's own tokens; ``None`` where they are all attended and see all before them."""
         if not self.tail.padded and (window is None or self.lead <= window):
             return None
-        key = ("prompt", window)
+        key = ("prompt", window, times)
         if key not in self._masks:
             place = torch.arange(self.lead, device=self.own.device)
             behind = place[:, None] - place
             sees = (behind >= 0) & (behind < (self.lead if window is None else window))
-            self._masks[key] = ((sees & self.tail.attended[:, None]) | (behind == 0))[:, None]
+            self._masks[key] = ((sees & self.tail.attended[:, None]) | (behind == 0))[:, None].repeat(times, 1, 1, 1)
         return self._masks[key]

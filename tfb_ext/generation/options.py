@@ -142,8 +142,12 @@ def check_options(
         )
     if adapter.place.span is not None and (mode == GenerationMode.ASSISTED_GENERATION or config.prefill_chunk_size):
         name = "an assistant model or prompt lookup, whose rejected guesses are cut off the cache"
-        name = name if mode == GenerationMode.ASSISTED_GENERATION else "prefill_chunk_size, which runs a prompt in parts"
-        raise ValueError(f"span: got {adapter.span!r} with {name}, expected 'all'. Fix: leave that out, or adapter.span = 'all'")
+        name = (
+            name if mode == GenerationMode.ASSISTED_GENERATION else "prefill_chunk_size, which runs a prompt in parts"
+        )
+        raise ValueError(
+            f"span: got {adapter.span!r} with {name}, expected 'all'. Fix: leave that out, or adapter.span = 'all'"
+        )
     check_cache(adapter, config, mode, options)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..adapters.adapter import BayesianAdapter
 from ..adapters.samples import SampleBatch
 from ..errors import SamplingError
-from ..forward.batches import Batch
+from ..forward.batch import Batch
 from ..forward.engine import Request, Result, mixture, run
 from ..forward.fold import Predictive
 from ..forward.memory import Memory

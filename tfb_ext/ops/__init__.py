@@ -110,9 +110,11 @@ def shrink(
     layer: int,
     mode: str = "weight",
     antithetic: bool = False,
+    lead: int = 0,
+    each: int = 0,
 ) -> Tensor:
     """:func:`shrink_group` of one layer: its z (T, r)."""
-    return shrink_group(x, [mean], sigma, samples, seed, [layer], mode, antithetic)[0]
+    return shrink_group(x, [mean], sigma, samples, seed, [layer], mode, antithetic, lead, each)[0]
 
 
 def shrink_group(
@@ -124,6 +126,8 @@ def shrink_group(
     layers: Sequence[int],
     mode: str = "weight",
     antithetic: bool = False,
+    lead: int = 0,
+    each: int = 0,
 ) -> list[Tensor]:
     """Project rows onto the sampled down-projections of layers that share ``x``, which is read once, without a noise tensor.
 
@@ -131,23 +135,28 @@ def shrink_group(
 
         z[t] = (mean + sigma[k] * noise(r, n, seed, layer, samples[k])) @ x[t]
 
+    With ``each`` the rows are items, one after the other: ``lead`` rows of the mean (``z[t] = mean @ x[t]``), then ``each`` rows
+    of every sample in turn. Row ``j`` of sample ``k`` in item ``i`` is ``t = i * (lead + S * each) + lead + k * each + j``.
+
     Args:
-        x: (T, n) float32, bfloat16 or float16, T a multiple of S; rows may be strided (last stride 1).
+        x: (T, n) float32, bfloat16 or float16, T a multiple of S, or of ``lead + S * each``; rows may be strided (last stride 1).
         means: one (r, n) for each layer, all float32 or all x's type, contiguous; the ranks may differ.
         sigma: (S,) float32, the standard deviation of each group's weights.
         samples: (S,) int32, each group's sample index, 0 or more.
         seed: (1,) int64, the seed's 64 bits in two's complement.
         layers: one number for each layer: unsigned 32-bit, the CRC-32 of the module's name in the base model.
-        mode: how the noise meets a group's rows, ``g = t % G`` being a row's number in its group. ``"weight"``: one weight
-            matrix per sample, as above. ``"flipout"``: ``mean @ x[t] + sigma[k] * b[g] * (E @ (a[g] * x[t]))`` with random
-            signs ``a`` (n) and ``b`` (r) for every row. ``"token"``: ``mean @ x[t] + sigma[k] * |x[t]| * e[g]`` with r
-            normals ``e`` for every row: the distribution of ``"weight"`` for each row alone.
+        mode: how the noise meets a group's rows, ``g = t % G`` (or ``i * each + j``) being a row's number in its group.
+            ``"weight"``: one weight matrix per sample, as above. ``"flipout"``: ``mean @ x[t] + sigma[k] * b[g] * (E @ (a[g] *
+            x[t]))`` with random signs ``a`` (n) and ``b`` (r) for every row. ``"token"``: ``mean @ x[t] + sigma[k] * |x[t]| *
+            e[g]`` with r normals ``e`` for every row: the distribution of ``"weight"`` for each row alone.
         antithetic: sample 2k+1 uses minus the noise of sample 2k (and the same signs).
+        lead: rows of the mean that begin an item.
+        each: rows of a sample in an item; 0: x is one group of rows after the other.
 
     Returns:
         One z (T, r) of x's type for each layer. On one device a row's result is the same bits in any batch and group.
     """
-    return torch.ops.tfb_ext.shrink_group.default(x, means, sigma, samples, seed, layers, mode, antithetic)
+    return torch.ops.tfb_ext.shrink_group.default(x, means, sigma, samples, seed, layers, mode, antithetic, lead, each)
 
 
 def expand_(y: Tensor, z: Tensor, basis: Tensor, scaling: float) -> Tensor:
@@ -185,20 +194,23 @@ def update_group(
     layers: Sequence[int],
     mode: str = "weight",
     antithetic: bool = False,
+    lead: int = 0,
+    each: int = 0,
 ) -> list[Tensor]:
     """:func:`shrink_group` and :func:`expand` of every layer: ``bias + scaling * z @ basis.T``, (T, m) of x's type each.
 
-    On CUDA up to 128 rows of half precision, up to 16 of each sample, as in decoding, take one launch. It keeps z in float32,
-    so its results may differ from the two operators' in the last place; a row's bits depend on no other row or sample.
+    On CUDA up to 128 rows of half precision, up to 16 of each sample and none of the mean, as in decoding, take one launch.
+    It keeps z in float32, so its results may differ from the two operators' in the last place; a row's bits depend on no other
+    row or sample.
 
     Args:
-        x, means, sigma, samples, seed, layers, mode, antithetic: as in :func:`shrink_group`.
+        x, means, sigma, samples, seed, layers, mode, antithetic, lead, each: as in :func:`shrink_group`.
         bases: one (m, r) for each layer, all float32 or all x's type, contiguous.
         biases: one (m,) of x's type or ``None`` for each layer.
         scalings: one for each layer.
     """
     return torch.ops.tfb_ext.update_group.default(
-        x, means, bases, biases, scalings, sigma, samples, seed, layers, mode, antithetic
+        x, means, bases, biases, scalings, sigma, samples, seed, layers, mode, antithetic, lead, each
     )
 
 

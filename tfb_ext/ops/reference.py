@@ -156,10 +156,22 @@ def shrink_group(
     layers: Sequence[int],
     mode: str = "weight",
     antithetic: bool = False,
+    lead: int = 0,
+    each: int = 0,
 ) -> list[Tensor]:
-    """See :func:`tfb_ext.ops.shrink_group`: one :func:`shrink` after the other."""
-    pairs = zip(means, layers, strict=True)
-    return [shrink(x, mean, sigma, samples, seed, layer, mode, antithetic) for mean, layer in pairs]
+    """See :func:`tfb_ext.ops.shrink_group`: one :func:`shrink` after the other, of the items' rows sorted by sample."""
+    pairs = list(zip(means, layers, strict=True))
+    if each == 0:
+        return [shrink(x, mean, sigma, samples, seed, layer, mode, antithetic) for mean, layer in pairs]
+    size, pitch = len(samples), lead + len(samples) * each
+    items = x.reshape(len(x) // pitch, pitch, x.shape[1])
+    own = items[:, lead:].unflatten(1, (size, each)).transpose(0, 1).flatten(0, 2)
+    out = []
+    for mean, layer in pairs:
+        z = shrink(own, mean, sigma, samples, seed, layer, mode, antithetic)
+        sampled = z.view(size, len(items), each, len(mean)).transpose(0, 1).flatten(1, 2)
+        out.append(torch.cat([items[:, :lead] @ mean.to(x.dtype).T, sampled], dim=1).flatten(0, 1))
+    return out
 
 
 def expand_(y: Tensor, z: Tensor, basis: Tensor, scaling: float) -> Tensor:

@@ -17,8 +17,10 @@ from ..adapters.samples import SampleBatch
 from ..adaptive import StoppingRule, draw_size
 from ..checks import check_samples, is_integer
 from ..forward.anatomy import Kind
-from ..forward.batches import Batch, Data, head_outputs, original_order
+from ..forward.batch import Batch
+from ..forward.batches import Data, head_outputs, original_order
 from ..forward.engine import MANY_CLASSES, Scorer
+from ..forward.repacking import Repacking
 from .results import MultiLabelPrediction, Prediction, RegressionPrediction
 
 __all__ = [
@@ -210,10 +212,11 @@ def _until_settled(
     p: Tensor | None = None
     unsettled = torch.ones(scorer.size, dtype=torch.bool)
     drawn = torch.zeros(scorer.size, dtype=torch.int64)
-    done = 0
+    done, repacking = 0, Repacking(scorer)
     for stop in stopping.stops:
         samples = batch.part(done, stop)
-        batches = scorer.select(unsettled.nonzero()[:, 0], len(samples)) if done else scorer.batches
+        left = unsettled.nonzero()[:, 0]
+        batches = repacking.select(left, len(samples)) if done else scorer.batches
         for some in batches:
             new = _finite(scorer.samples(some, samples).exp(), some, samples)
             if p is None:

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from ..adapters.adapter import BayesianAdapter, Place
 from ..adapters.samples import MEAN, SampleBatch
 from ..errors import SamplingError
-from ..forward.batches import IGNORED, Batch, Data, item_labels
+from ..forward.batch import Batch, item_labels
+from ..forward.batches import IGNORED, Data
 from ..forward.engine import MANY_CLASSES, Scorer
 from .model_key import content, model_key
 from .ranks import Ranks
@@ -171,6 +172,11 @@ class Anchors:
                 wanted = None
                 if batch.targets is not None:
                     wanted = (row % batch.rows_per_item, batch.targets[row][batch.targets[row] != IGNORED].tolist())
+                    if batch.branches is not None:
+                        wanted = (
+                            batch.branches.count,
+                            batch.targets[row].unflatten(0, (batch.branches.count, -1)).tolist(),
+                        )
                 digest = hashlib.sha256(repr((place, label, columns, wanted)).encode())
                 for name, value in inputs.items():
                     if value.shape == ids.shape:  # padding does not count
