@@ -165,6 +165,15 @@ def test_continuations_of_one_length_share_a_row_of_a_span() -> None:
     assert rows and set(rows) == {2}
 
 
+def test_padding_is_not_random() -> None:
+    lm = direct(batch_size=4)
+    lm.adapter.span = "answer"
+    lm.loglikelihood(asked("loglikelihood", PAIRS[:1]))
+    shapes = small_sets.shapes_through(lm.adapter.anatomy.blocks[0].input_layernorm)
+    lm.loglikelihood(asked("loglikelihood", [("area man wins senate votes on budget", " yes"), ("on", " no")]))
+    assert sum(shape[1] for shape in shapes) == 7 + SAMPLES
+
+
 @pytest.mark.parametrize("span", ["answer", 3])
 def test_rolling_with_a_span(span: Any) -> None:
     """Every token but a window's first one is the answer's."""

@@ -152,7 +152,7 @@ class TFBLM(HFLM):
         keep, targets = last_positions(self.adapter.anatomy.model, targets, inps.shape[1])
         kind = self.mixed_precision_dtype
         inputs = {"input_ids": inps, **keep}
-        if self.adapter.span != "all":  # else no token sees the padding behind it
+        if self.adapter.span != "all":  # else the padding behind an answer would be random too, once for each sample
             mask = torch.arange(inps.shape[1]) < torch.tensor(lengths)[:, None]
             inputs["attention_mask"] = mask.long().to(inps.device)
         request = Request(inputs, self.adapter.batch(self.n_samples), targets=targets)
