@@ -25,7 +25,7 @@ from click.testing import Result  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from tfb_ext.app import cli  # noqa: E402
-from tfb_ext.app.options import parse_depth  # noqa: E402
+from tfb_ext.app.options import parse_depth, parse_span  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,14 +73,38 @@ def test_help_names_commands_and_data_format() -> None:
     [
         (
             "demo",
-            ["--anchors", "--test-items", "--samples", "--seed", "--depth", "--out", "--save", "Downloads two wheels"],
+            [
+                "--anchors",
+                "--test-items",
+                "--samples",
+                "--seed",
+                "--depth",
+                "--span",
+                "--out",
+                "--save",
+                "Downloads two",
+            ],
         ),
-        ("search", ["--adapter", "--data", "[required]", "--recipe", "--save", "--plot", "Example: tfb search"]),
+        (
+            "search",
+            ["--adapter", "--data", "[required]", "--recipe", "--span", "--save", "--plot", "Example: tfb search"],
+        ),
         (
             "evaluate",
-            ["--adapter", "--data", "[required]", "--sigma", "--selective", "--ood", "--out", "Example: tfb evaluate"],
+            [
+                "--adapter",
+                "--data",
+                "[required]",
+                "--sigma",
+                "--span",
+                "--selective",
+                "--ood",
+                "--out",
+                "Example: tfb evaluate",
+            ],
         ),
-        ("predict", ["--adapter", "--text", "--choices", "[required]", "epistemic", "Example: tfb predict"]),
+        ("predict", ["--adapter", "--span", "--text", "--choices", "[required]", "epistemic", "Example: tfb predict"]),
+        ("generate", ["--adapter", "--depth", "--span", "--prompt"]),
         ("info", ["adapter", "--json"]),
     ],
 )
@@ -153,6 +177,51 @@ def test_search_then_evaluate_and_predict_with_the_saved_sigma(llama: Folders, t
 
     override = document("predict", "-a", saved, "-d", llama.test, *HERE, "--sigma", 0.9, "-n", 2, "--limit", 1)
     assert override["sigma"] == pytest.approx(0.9) and override["items"][0]["standard_error"] == [None, None]
+
+
+@pytest.mark.slow
+def test_spans_are_searched_saved_used_and_overridden(llama: Folders, tmp_path: Path) -> None:
+    saved, plot = tmp_path / "bayes", tmp_path / "a.png"
+    rule = ("--recipe", "paper", "--bracket", "0.05,0.2", "--steps", 2, "-n", 2)
+    common = ("search", "-a", llama.adapter, "-d", llama.anchors, *HERE, *rule)
+    kept = tmp_path / "search.json"
+    found = document(*common, "--depth", "all,2", "--span", "all,answer,3", "--checkpoint", kept, "--plot", plot)
+    tried = [(d["depth"], d["span"]) for d in found["depths"]]
+    assert tried == [(depth, span) for depth in ("all", 2) for span in ("all", 3, "answer")]
+    assert (found["depth"], found["span"]) in tried and plot.read_bytes().startswith(b"\x89PNG")
+    said = works(*common, "--depth", "all,2", "--span", "all,answer,3", "--checkpoint", kept).stdout
+    assert f"depth {found['depth']}, span {found['span']}" in said and "<- chosen" in said
+
+    found = document(*common, "--span", 1, "--depth", 2, "--save", saved)
+    assert found["span"] == "answer" and found["depths"] == []
+    config = json.loads((saved / "tfb_config.json").read_text())
+    assert (config["span"], config["search"]["span"]) == ("answer", "answer")
+    info = document("info", saved)["adapter"]
+    assert info["span"] == "answer" and "adapter: span answer" in plain(works("info", saved).stdout)
+
+    model = load_adapter(str(llama.adapter), device="cpu", dtype="float32")
+    adapter = tfb_ext.bayesianize(model.model, sigma=found["sigma"], depth=2)
+    test = encode(read_jsonl(llama.test), model.tokenizer)
+    asks = ("-a", saved, "-d", llama.test, *HERE, "-n", 4)
+    for given, span in (((), "answer"), (("--span", 3), 3), (("--span", "all"), "all"), (("--span", 1), "answer")):
+        adapter.span = span
+        expected = tfb_ext.predict(adapter, test, 4).probabilities
+        items = document("predict", *asks, *given)
+        assert (items["depth"], items["span"]) == (2, span)
+        for item, p in zip(items["items"], expected.tolist(), strict=True):
+            assert list(item["probabilities"].values()) == pytest.approx(p, abs=1e-5)
+        measured = document("evaluate", *asks, *given)
+        assert (measured["depth"], measured["span"]) == (2, span)
+        assert measured["tfb"] == pytest.approx(tfb_ext.evaluate(expected, test.labels_tensor()).to_dict(), abs=1e-5)
+    out = document("evaluate", *asks, "--span", 3, "--out", tmp_path / "r")["report"]
+    assert "span=3" in Path(out).read_text()
+    adapter.span = 2
+    options = ("-a", saved, "-p", "area man", *HERE, "-n", 4, "--max-new-tokens", 3)
+    written = document("generate", *options, "--span", 2)
+    expected_text = tfb_ext.generate(adapter, ["area man"], model.tokenizer, 4, max_new_tokens=3, do_sample=False)
+    assert (written["depth"], written["span"]) == (2, 2) and written["items"][0]["text"] == expected_text.texts[0]
+    scores = expected_text.log_probabilities[0].tolist()
+    assert written["items"][0]["log_probabilities"] == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -450,6 +519,23 @@ def test_wrong_usage_names_the_option(llama: Folders, fails: Any) -> None:
             ("predict", *good, "-t", "area", "--choices", " no| yes", "--depth", "deep"),
             "'deep', expected a number of blocks",
         ),
+        *(
+            (
+                ("predict", *good, "-t", "area", "--choices", " no| yes", "--span", span),
+                f"'{span}', expected a number of last",
+            )
+            for span in ("last", "1.5", "", "head", "0.5", "nan", "all,4")
+        ),
+        *(
+            (
+                ("search", *good, "-d", llama.anchors, "--span", span),
+                "expected a number of last tokens, 'all' or 'answer'",
+            )
+            for span in ("all,,4", "answer,0.5", ",", "all;4")
+        ),
+        (("generate", *good, "-p", "area", "--span", "deep"), "'deep', expected a number of last tokens"),
+        (("evaluate", *good, "-d", llama.test, "--span", "deep"), "'deep', expected a number of last tokens"),
+        (("demo", "--span", "deep"), "'deep', expected a number of last tokens"),
         (("search", *good, "-d", llama.anchors, "--limit", 0), "Invalid value for '--limit'"),
         (("search", *good, "-d", llama.root), "a data set needs --prompt"),
     ]
@@ -479,3 +565,16 @@ def test_debugging_shows_the_traceback(llama: Folders, monkeypatch: pytest.Monke
 def test_depths(text: str, depth: object) -> None:
     found = parse_depth(text)
     assert found == depth and type(found) is type(depth)
+
+
+@pytest.mark.parametrize(("text", "span"), [("all", "all"), ("answer", "answer"), ("3", 3), ("1", 1)])
+def test_spans(text: str, span: object) -> None:
+    found = parse_span(text)
+    assert found == span and type(found) is type(span)
+
+
+@pytest.mark.parametrize("span", [0, -1, 2**31])
+def test_a_span_outside_any_row_is_refused(span: int, llama: Folders, fails: Any) -> None:
+    for command in (("search", "-d", llama.anchors), ("predict", "-d", llama.test, "--sigma", 0.1)):
+        status, said = fails(*command, "-a", llama.adapter, *HERE, "--span", span)
+        assert status == 1 and f"span is {span}, expected 'all', 'answer' or a number of last tokens" in plain(said)

@@ -19,7 +19,7 @@ from tfb_ext.app.loading import Loaded, load_adapter
 from tfb_ext.data import Example, encode, read_jsonl
 
 FOUR = {"accuracy", "ece", "nll", "brier"}
-KEYS = {"adapter", "seed", "depth", "sigma", "test_items", "mean", "tfb", "seconds", "device"}
+KEYS = {"adapter", "seed", "depth", "span", "sigma", "test_items", "mean", "tfb", "seconds", "device"}
 OPTIONS = DemoOptions(anchors=16, test_items=8, samples=4, search_samples=2)
 
 
@@ -105,6 +105,23 @@ def test_each_run_predicts_with_its_own_sigma_seed_and_depth(stage: Stage) -> No
     assert len({r.tfb.probabilities.sum(0).tolist()[0] for r in runs}) == 4
 
 
+@pytest.mark.slow
+def test_spans_are_searched_and_measured_apart(stage: Stage, tmp_path: Path) -> None:
+    said: list[str] = []
+    runs = run_demo(replace(OPTIONS, depths=("all",), spans=("all", "answer")), said.append, progress=False)
+    assert [(r.depth, r.span, r.search.span) for r in runs] == [("all", "all", "all"), ("all", "answer", "answer")]
+    assert [r.to_dict()["span"] for r in runs] == ["all", "answer"]
+    loaded = stage.load("demo")
+    adapter = tfb_ext.bayesianize(loaded.model, span="answer", sigma=runs[1].search.sigma)
+    test = encode(stage.split("test", 8), loaded.tokenizer)
+    assert torch.equal(runs[1].tfb.probabilities, tfb_ext.predict(adapter, test, 4).probabilities)
+    assert any("all 4 blocks random, span answer" in line for line in said)
+    names = [row[0] for row in result_table(runs).rows]
+    assert names == ["mean adapter", "TFB, all blocks", "TFB, all blocks, span answer"]
+    page = write_report(runs, tmp_path / "out", "tfb demo", 1.0).read_text()
+    assert "depth all, span answer, seed 0" in page
+
+
 def test_sizes_by_the_device(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "ANCHORS_CPU", 12)
     monkeypatch.setattr(run, "TEST_CPU", 6)
@@ -146,10 +163,25 @@ def test_command(stage: Stage, tmp_path: Path) -> None:
 
     from tfb_ext.app import cli
 
-    options = ["--anchors", "16", "--test-items", "8", "-n", "4", "--search-samples", "2", "--depth", "0.5"]
+    options = [
+        "--anchors",
+        "16",
+        "--test-items",
+        "8",
+        "-n",
+        "4",
+        "--search-samples",
+        "2",
+        "--depth",
+        "0.5",
+        "--span",
+        "2",
+    ]
     files = ["--out", str(tmp_path / "out"), "--save", str(tmp_path / "demo.json"), "--json"]
     result = CliRunner().invoke(cli.app, ["demo", *options, *files])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
-    assert rows == json.loads((tmp_path / "demo.json").read_text()) and [r["depth"] for r in rows] == [2]
+    assert rows == json.loads((tmp_path / "demo.json").read_text()) and [(r["depth"], r["span"]) for r in rows] == [
+        (2, 2)
+    ]
     assert (tmp_path / "out" / "report.html").is_file() and "mean adapter" in result.stderr

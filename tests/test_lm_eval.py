@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import small_folders
+import small_sets
+import test_span
 import torch
 import zoo
 from small_folders import Folders
@@ -117,6 +119,103 @@ def test_log_likelihoods(name: str, depth: Any, cache: bool, batch_size: int) ->
     several = [i for i in range(len(PAIRS)) if i not in single]
     difference = (zoo.average(samples) - expected).abs()
     assert difference[single].max() < 1e-4 < 0.01 < difference[several].max()
+
+
+@pytest.mark.parametrize(
+    ("name", "span", "cache", "batch_size"),
+    [("llama", "answer", True, 4), ("llama", 3, True, 4), ("gpt2", "answer", False, 4), ("gemma2", 2, True, 1)],
+)
+def test_log_likelihoods_with_a_span(name: str, span: Any, cache: bool, batch_size: int) -> None:
+    """Against one row and one sample after a prompt of the mean adapter; a score depends on no other request."""
+    lm = direct(name, batch_size=batch_size, max_length=8, logits_cache=cache)
+    lm.adapter.span = span
+    pairs = [*PAIRS, ("area", " man wins senate"), ("area man", " wins no")]
+    expected: dict[str, list[float]] = {"sequence": [], "token": []}
+    greedy = []
+    for context, text in pairs:
+        both, tokens = lm.tok_encode(" ".join(filter(None, [context, text.strip()]))), lm.tok_encode(text.strip())
+        ids = torch.tensor([([lm.prefix_token_id] if not context else []) + both])[:, :-1][:, -8:]
+        row = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(ids.shape[1])[None],
+        }
+        count = len(tokens) + (0 if span == "answer" else span - 1)
+        (logs,) = test_span.passes(lm.adapter, row, [count], list(range(SAMPLES)))
+        logs = logs[:, -len(tokens) :]
+        own = logs.gather(2, torch.tensor(tokens).expand(SAMPLES, -1)[..., None])[..., 0]
+        expected["sequence"].append(float(zoo.average(own.sum(1))))
+        expected["token"].append(float(zoo.average(own).sum()))
+        greedy.append(zoo.average(logs).argmax(-1).tolist() == tokens)
+    for bma, wanted in expected.items():
+        lm.bma = bma
+        found = lm.loglikelihood(asked("loglikelihood", pairs))
+        assert [r[0] for r in found] == pytest.approx(wanted, abs=1e-4), bma
+        assert [r[1] for r in found] == greedy
+    alone = [lm.loglikelihood(asked("loglikelihood", [pair]))[0][0] for pair in pairs]
+    assert alone == pytest.approx(wanted, abs=1e-4)
+
+
+def test_continuations_of_one_length_share_a_row_of_a_span() -> None:
+    lm = direct(batch_size=64)
+    lm.adapter.span = "answer"
+    lm.loglikelihood(asked("loglikelihood", PAIRS[:1]))
+    rows = small_sets.rows_through(lm.adapter.anatomy.blocks[0].input_layernorm)
+    lm.loglikelihood(asked("loglikelihood", PAIRS[:4]))  # three of one token, and one of two
+    assert rows and set(rows) == {2}
+
+
+def test_padding_is_not_random() -> None:
+    lm = direct(batch_size=4)
+    lm.adapter.span = "answer"
+    lm.loglikelihood(asked("loglikelihood", PAIRS[:1]))
+    shapes = small_sets.shapes_through(lm.adapter.anatomy.blocks[0].input_layernorm)
+    lm.loglikelihood(asked("loglikelihood", [("area man wins senate votes on budget", " yes"), ("on", " no")]))
+    assert sum(shape[1] for shape in shapes) == 7 + SAMPLES
+
+
+@pytest.mark.parametrize("span", ["answer", 3])
+def test_rolling_with_a_span(span: Any) -> None:
+    """Every token but a window's first one is the answer's."""
+    lm = direct(batch_size=4, max_length=64)
+    lm.adapter.span = span
+    expected = []
+    for text in TEXTS:
+        tokens = lm.tok_encode(text)
+        ids = torch.tensor([[lm.prefix_token_id, *tokens[:-1]]])
+        row = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(ids.shape[1])[None],
+        }
+        (logs,) = test_span.passes(lm.adapter, row, [len(tokens)], list(range(SAMPLES)))
+        own = logs.gather(2, torch.tensor(tokens).expand(SAMPLES, -1)[..., None])[..., 0]
+        expected.append(float(zoo.average(own.sum(1))))
+    found = lm.loglikelihood_rolling(asked("loglikelihood_rolling", [(text,) for text in TEXTS]))
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("span", ["answer", 2])
+def test_generation_with_a_span(span: Any) -> None:
+    """Each token the arg max of the mean probability after those before, by separate passes."""
+    lm = direct("llama", 2, batch_size=3)
+    lm.adapter.span = span
+    options = {"until": ["<end>"], "max_gen_toks": 4, "do_sample": False}
+    prompts = ["area man wins", "senate votes on budget yes", "no"]
+    texts = lm.generate_until(asked("generate_until", [(p, options) for p in prompts]))
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = torch.tensor([lm.tok_encode(prompt)])
+        start = ids.shape[1]
+        for new in range(4):
+            row = {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "position_ids": torch.arange(ids.shape[1])[None],
+            }
+            count = new + (1 if span == "answer" else span)
+            (logs,) = test_span.passes(lm.adapter, row, [count], list(range(SAMPLES)))
+            ids = torch.cat([ids, zoo.average(logs)[-1].argmax()[None, None]], 1)
+        assert text == lm.tok_decode(ids[0, start:].tolist()).split("<end>")[0]
 
 
 def most_probable(lm: Any, prompt: str, count: int) -> list[int]:
@@ -252,7 +351,7 @@ def test_command_line(folders: Folders, tmp_path: Path) -> None:
         *("--model", "tfb", "--tasks", "tiny_choice", "--include_path", str(tmp_path), "--device", "cpu"),
         *(
             "--model_args",
-            f"pretrained={folders.base},peft={folders.adapter},n_samples=2,depth=0.25,bma=token,sigma=1e-1",
+            f"pretrained={folders.base},peft={folders.adapter},n_samples=2,depth=0.25,span=2,bma=token,sigma=1e-1",
         ),
         *("--output_path", str(tmp_path / "out"), "--batch_size", "4"),
     ]
@@ -268,6 +367,7 @@ def test_command_line(folders: Folders, tmp_path: Path) -> None:
         "bma": "token",
         "sigma": 0.1,
         "depth": 1,
+        "span": 2,
         "seed": 5,
         "antithetic": True,
         "mode": "weight",
@@ -291,8 +391,8 @@ def test_results_are_cached_as_numbers(tmp_path: Path) -> None:
 def test_options_come_before_what_is_saved(folders: Folders) -> None:
     saved = harness(folders).adapter
     assert (saved.sigma, saved.depth, saved.seed, saved.antithetic) == (SIGMA, 2, 5, True)
-    other = harness(folders, sigma=0.1, depth=0.25, seed=7, antithetic=False).adapter
-    assert (other.sigma, other.depth, other.seed, other.antithetic) == (0.1, 1, 7, False)
+    other = harness(folders, sigma=0.1, depth=0.25, span="answer", seed=7, antithetic=False).adapter
+    assert (other.sigma, other.depth, other.span, other.seed, other.antithetic) == (0.1, 1, "answer", 7, False)
     first, second = (harness(folders, seed=s).loglikelihood(asked("loglikelihood", PAIRS[:2])) for s in (5, 6))
     assert first != second
 
@@ -313,6 +413,10 @@ def test_needs_a_sigma(folders: Folders, llama: Folders) -> None:
         ({"sigma": -0.1}, "sigma is -0.1, expected a finite number above 0"),
         ({"sigma": "auto"}, "sigma is 'auto', expected a finite number"),
         ({"depth": 99}, "depth is 99, expected 1 to 4 blocks"),
+        *(
+            ({"span": v}, "span is .*, expected 'all', 'answer' or a number of last tokens")
+            for v in (0, "last", True, 1.5)
+        ),
     ],
 )
 def test_refuses_bad_options(folders: Folders, options: dict[str, Any], complaint: str) -> None:

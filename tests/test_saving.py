@@ -202,7 +202,7 @@ def test_another_scaling_is_refused(change: dict[str, Any], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_files_of_older_formats_load(version: int, tmp_path: Path) -> None:
-    """Their fingerprint is of the weights alone."""
+    """Their fingerprint is of the weights alone, and all tokens are random."""
     adapter, _ = two_adapters()
     place = adapter.save_pretrained(tmp_path)
     path = place / "tfb_config.json"
@@ -210,13 +210,42 @@ def test_files_of_older_formats_load(version: int, tmp_path: Path) -> None:
     path.write_text(json.dumps(raw))
     assert raw["fingerprint"] != adapter.fingerprint()
     base = zoo.peft_model("llama").unload()
-    assert tfb_ext.load(base, place).sigma == 0.2
+    loaded = tfb_ext.load(base, place)
+    assert (loaded.sigma, loaded.span) == (0.2, "all")
     weights = place / "adapter_model.safetensors"
     from safetensors.torch import load_file, save_file
 
     save_file({n: t * 1.01 for n, t in load_file(weights).items()}, weights, {"format": "pt"})
     with pytest.raises(ConfigError, match="sigma was chosen for other weights"):
         tfb_ext.load(zoo.peft_model("llama").unload(), place)
+
+
+@pytest.mark.parametrize("span", ["all", "answer", 4])
+def test_the_span_is_saved_and_restored(span: Any, tmp_path: Path) -> None:
+    adapter = tfb_ext.bayesianize(zoo.peft_model("llama"), sigma=0.2, span=span)
+    path = adapter.save_pretrained(tmp_path) / "tfb_config.json"
+    raw = json.loads(path.read_text())
+    assert (raw["format_version"], raw["span"]) == (4, span)
+    loaded = tfb_ext.load(zoo.peft_model("llama").unload(), tmp_path)
+    assert loaded.span == span
+    batch = zoo.inputs(2)
+    outputs = []
+    for one in (adapter, loaded):
+        with one.predictive(2):
+            outputs.append(one.model(**batch).logits)
+    assert torch.equal(*outputs)
+    # Format 3 had no spans; what it certifies is the same.
+    del raw["span"]
+    path.write_text(json.dumps(raw | {"format_version": 3}))
+    assert tfb_ext.load(zoo.peft_model("llama").unload(), tmp_path).span == "all"
+
+
+def test_a_span_that_the_family_has_not_is_refused(tmp_path: Path) -> None:
+    adapter = tfb_ext.bayesianize(zoo.peft_model("llama"), sigma=0.2, family="full-rank")
+    path = adapter.save_pretrained(tmp_path) / "tfb_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"span": "answer"}))
+    with pytest.raises(ConfigError, match="tfb_config.json: span is 'answer' with the family 'full-rank'"):
+        tfb_ext.load(zoo.peft_model("llama").unload(), tmp_path)
 
 
 @pytest.mark.parametrize("sigma", [1e39, 1e-60, 1e-45])

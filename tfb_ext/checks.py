@@ -18,6 +18,7 @@ LEAST_SIGMA, MOST_SIGMA = 1.17549435e-38, 3.4028234e38
 MOST_NUMBER = 1e300
 # Sample numbers reach 2**31; so many of them at once would fill the memory of any machine before the first forward.
 MOST_SAMPLES = 2**16
+MOST_SPAN = 2**31 - 1  # tokens, more than any row has
 
 
 def is_integer(value: object, least: float = -math.inf, most: float = math.inf) -> TypeGuard[Integral]:

@@ -118,13 +118,7 @@ class BayesianAdapter(SamplingContexts):
 
     @span.setter
     def span(self, value: Span) -> None:
-        tokens = span_tokens(value)
-        if tokens is not None and self.family == "full-rank":
-            raise ValueError(
-                f"span is {value!r} with the family 'full-rank', whose noise is of whole rows, expected span='all'. Fix: the family "
-                "'low-rank' or 'constant', or span='all'"
-            )
-        self._span: int | str = span_name(tokens)
+        self._span: int | str = span_name(self.span_tokens(value))
 
     @property
     def place(self) -> Place:
@@ -166,6 +160,20 @@ class BayesianAdapter(SamplingContexts):
         """
         blocks = [update.block for update in self.attached.updates]
         return first_random_block(depth, len(self.anatomy.blocks), blocks, self.name)
+
+    def span_tokens(self, span: Span) -> int | None:
+        """Random tokens of ``span`` up to the position that an answer is read from; ``None`` for all.
+
+        Raises:
+            ValueError: no span, or one that the family does not have.
+        """
+        tokens = span_tokens(span)
+        if tokens is not None and self.family == "full-rank":
+            raise ValueError(
+                f"span is {span!r} with the family 'full-rank', whose noise is of whole rows, expected span='all'. Fix: the family "
+                "'low-rank' or 'constant', or span='all'"
+            )
+        return tokens
 
     def batch(
         self,
@@ -278,6 +286,7 @@ class BayesianAdapter(SamplingContexts):
         return (
             f"BayesianAdapter({self.name!r}, sigma={sigma}, depth={self.depth!r} of {len(self.anatomy.blocks)} blocks, "
             f"{len(self.random_layers)} random of {len(self.layers)} layers, seed={self.seed}, antithetic={self.antithetic}"
+            f"{'' if self.span == 'all' else f', span={self.span!r}'}"
             f"{'' if self.mode == 'weight' else f', mode={self.mode!r}'}"
             f"{'' if self.family == 'low-rank' else f', family={self.family!r}'})"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import GuardError, SamplingError
 from ..forward import contexts
 from ..forward.fold import Predictive
-from .depth import Span, span_tokens
+from .depth import Span
 from .samples import SampleBatch
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ class SamplingContexts(ABC):
 
     @abstractmethod
     def batch(self, samples: int | Sequence[int], sigma: float | Sequence[float] | None = None) -> SampleBatch: ...
+
+    @abstractmethod
+    def span_tokens(self, span: Span) -> int | None: ...
 
     @contextmanager
     def predictive(
@@ -72,7 +75,7 @@ class SamplingContexts(ABC):
                 one or is merged, rows are packed, targets do not fit.
         """
         batch = self.batch(samples, sigma)
-        tokens = span_tokens(self.span if span is None else span)
+        tokens = self.span_tokens(self.span if span is None else span)
         made = Predictive(batch, keep_samples=keep_samples, columns=columns, targets=targets, span=tokens)
         with self.fanned(made) as view:
             yield view

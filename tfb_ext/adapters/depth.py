@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..checks import is_integer
+from ..checks import MOST_SPAN, is_integer
 
 Depth = int | float | str
 Span = int | str
@@ -59,9 +59,9 @@ def span_tokens(span: Span) -> int | None:
     """
     if span in ("all", "answer"):
         return None if span == "all" else ANSWER
-    if is_integer(span, 1):
+    if is_integer(span, 1, MOST_SPAN):
         return int(span)
-    raise ValueError(f"span is {span!r}, expected 'all', 'answer' or a number of last tokens, 1 or more")
+    raise ValueError(f"span is {span!r}, expected 'all', 'answer' or a number of last tokens from 1 to {MOST_SPAN}")
 
 
 def span_name(tokens: int | None) -> int | str:

@@ -77,7 +77,8 @@ class Predict(Predictions, Posterior):
         ]
         title = f"{len(items)} items, {drawn(found)} samples, sigma {found.sigma:.3g} (uncertainty in nats)"
         with Output(self.json) as output:
-            output.document({"sigma": found.sigma, "samples": len(found.samples), "items": items})
+            place = {"depth": bayesian.depth, "span": bayesian.span}
+            output.document({"sigma": found.sigma, "samples": len(found.samples), **place, "items": items})
             output.table(Table(title, ("prompt", "prediction", "probability", *columns), rows))
 
     def _examples(self) -> list[Any]:
@@ -120,7 +121,8 @@ class Generate(Posterior):
         prompts: Any = [[*first, {"role": "user", "content": text}] for text in texts] if self.chat else texts
         found = generate(bayesian, prompts, loaded.tokenizer, self.samples, **decoding)
         with output:
-            output.document(found.to_dict() | {"prompts": texts})
+            place = {"depth": bayesian.depth, "span": bayesian.span}
+            output.document(found.to_dict() | place | {"prompts": texts})
             if not self.json:
                 output.show(lambda: show_answers(found, texts))
             written = output.write("--html", lambda file: generation_page(found, texts, loaded.tokenizer, file))

@@ -19,6 +19,7 @@ from .answers import Generate, Predict
 from .options import (
     DEPTH,
     PATH,
+    SPAN,
     Format,
     Labelled,
     Model,
@@ -62,6 +63,7 @@ class Demo(Runs):
     adapter: list[str] | None = option(None, "Adapter folders ('demo': the packaged one).", "--adapter", "-a")
     seed: list[int] | None = option(None, "Noise seeds; repeat for several.")
     depth: list[str] | None = option(None, "Depths; repeat for several. Default: all and 0.5.", "--depth", **DEPTH)
+    span: list[str] | None = option(None, "Spans; repeat for several. Default: all.", "--span", **SPAN)
     anchors: int | None = option(None, "Labelled anchors. Default: 100 on a CPU, 500 on a GPU.")
     test_items: int | None = option(None, "Test headlines. Default: 400 on a CPU, 2000 on a GPU.")
     search_samples: int | None = option(
@@ -77,9 +79,10 @@ class Demo(Runs):
 
         output = Output(self.json, {"--out": self.out if self.report else None}, {"--save": self.save})
         started = time.perf_counter()
-        asked: dict[str, Any] = {"adapters": self.adapter, "seeds": self.seed, "depths": self.depth}
+        asked = {"adapters": self.adapter, "seeds": self.seed, "depths": self.depth, "spans": self.span}
+        given: dict[str, Any] = {name: tuple(values) for name, values in asked.items() if values}
         demo = DemoOptions(
-            **{name: tuple(values) for name, values in asked.items() if values},
+            **given,
             anchors=self.anchors,
             test_items=self.test_items,
             samples=self.samples,
@@ -203,6 +206,7 @@ class Evaluate(Labelled, Predictions, Posterior):
                 "sigma": bayesian.sigma,
                 "samples": self.samples,
                 "depth": bayesian.depth,
+                "span": bayesian.span,
                 "seed": bayesian.seed,
             }
             output.document({**evaluation.document(measured, self.ood), **settings, "report": written})

@@ -63,6 +63,23 @@ def parse_depths(text: str) -> list[int | float | str]:
     return [parse_depth(part) for part in text.split(",")]
 
 
+def parse_span(text: str) -> int | str:
+    """``"all"``, ``"answer"``, or a number of last tokens."""
+    if text in ("all", "answer"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r}, expected a number of last tokens, 'all' or 'answer'", param_hint="--span"
+        ) from None
+
+
+def parse_spans(text: str) -> list[int | str]:
+    """Several, with commas."""
+    return [parse_span(part) for part in text.split(",")]
+
+
 def parse_bracket(text: str) -> tuple[float, float]:
     """``LOW,HIGH``."""
     try:
@@ -107,6 +124,8 @@ def check_texts(name: str, texts: Iterable[str]) -> None:
 PATH: dict[str, Any] = {"parser": parse_path, "metavar": "PATH"}
 DEPTH: dict[str, Any] = {"parser": parse_depth, "metavar": "DEPTH"}
 DEPTH_HELP = "Random blocks from the top: a number, a fraction, 'all', 'head'"
+SPAN: dict[str, Any] = {"parser": parse_span, "metavar": "SPAN"}
+SPAN_HELP = "Random tokens of a prompt: 'all', 'answer' (the last one, and what follows), or a number of last ones"
 
 # Options that belong together -----------------------------------------------------------------------------------------
 
@@ -156,11 +175,14 @@ class Posterior(Model):
 
     sigma: float | None = option(None, "Posterior scale; default: the one saved beside the adapter.", callback=_sigma)
     depth: str | None = option(None, f"{DEPTH_HELP}.", "--depth", **DEPTH)
+    span: str | None = option(None, f"{SPAN_HELP}.", "--span", **SPAN)
 
     def open(self, examples: list[Example] | None = None) -> tuple[Loaded, BayesianAdapter]:
         loaded, bayesian = super().open(examples)
         if self.depth is not None:
             bayesian.depth = self.depth
+        if self.span is not None:
+            bayesian.span = self.span
         if self.sigma is not None:
             bayesian.sigma = self.sigma
         if self.samples and bayesian.sigma is None:
@@ -261,6 +283,9 @@ class Rule:
     steps: int | None = option(None, "Bisection steps, grid points, most steps of root.")
     depth: str | None = option(
         None, f"{DEPTH_HELP}; several with commas to choose from.", "--depth", parser=parse_depths, metavar="DEPTHS"
+    )
+    span: str | None = option(
+        None, f"{SPAN_HELP}; several with commas to choose from.", "--span", parser=parse_spans, metavar="SPANS"
     )
     early_stop: float | None = option(
         None, "Stop a sigma once its verdict is settled at this confidence, such as 0.99."

@@ -111,7 +111,9 @@ class SpanTrial(Trial):
     def calls(self, attempt: int) -> list[Callable[[int], Outputs]]:
         pad = self.model.config.get_text_config().pad_token_id
         pooled = self.attached.anatomy.head_name in CLASSIFIER_HEADS  # at the last token that is no padding token
-        given = self.inputs(ROWS, not pooled or (pad is not None and pad >= 0), attempt)
+        # Noise of every token is numbered by the tokens of a call, so the rows of one call are not those of two.
+        rows = ROWS if self.mode == "weight" else 1
+        given = self.inputs(rows, rows > 1 and (not pooled or (pad is not None and pad >= 0)), attempt)
         if pooled:
             given["input_ids"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, pad or 0)
         one = self.inputs(1, False, attempt)
@@ -155,7 +157,7 @@ class SpanTrial(Trial):
 
 
 class _Rows:
-    """Two rows in one forward, the last padded on the right: all attended positions, or what is pooled of each."""
+    """Rows in one forward, the last of two padded on the right: all attended positions, or what is pooled of each."""
 
     def __init__(self, trial: SpanTrial, given: dict[str, Any]) -> None:
         self.trial, self.given = trial, given

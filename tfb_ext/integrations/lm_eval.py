@@ -56,7 +56,8 @@ class TFBLM(HFLM):
         n_samples: posterior samples; 0 for the mean adapter, which then is the harness's own ``hf`` model with ``peft``.
         sigma: posterior scale; default: the one saved beside the adapter.
         depth: random blocks from the top: a number, a fraction, ``"all"``, ``"head"``; default: the saved one, else all.
-        span: random tokens: ``"all"``, ``"answer"`` (the continuation's own) or a number of last ones; default: as saved, else all.
+        span: random tokens, see :class:`~tfb_ext.adapters.adapter.BayesianAdapter`; an answer is read from the token before the
+            continuation. Default: the saved one, else all.
         bma: ``"sequence"`` or ``"token"``, the place where samples are averaged in log-likelihoods.
         seed: noise seed; default: the saved one, else 0.
         antithetic: draw samples in mirrored pairs; default: as saved, else yes.
@@ -64,7 +65,7 @@ class TFBLM(HFLM):
             its hub name), ``dtype``, ``device``, ``batch_size``.
 
     Raises:
-        ValueError: an unknown ``bma``, a bad number of samples, sigma, depth or seed, no sigma anywhere.
+        ValueError: an unknown ``bma``, a bad number of samples, sigma, depth, span or seed, no sigma anywhere.
         UnsupportedModelError: no adapter, or one that cannot carry a posterior; an encoder-decoder model.
         ConfigError: a saved posterior that is damaged or of another adapter.
     """
@@ -118,7 +119,7 @@ class TFBLM(HFLM):
         if depth is not None:
             self.adapter.depth = depth
         if span is not None:
-            self.adapter.span = int(span) if str(span).isdecimal() else span
+            self.adapter.span = span
         if seed is not None:
             self.adapter.seed = seed
         if antithetic is not None:
@@ -133,7 +134,8 @@ class TFBLM(HFLM):
         """Logits (B, T, V); the harness asks for them here only to find the largest batch, and for the mean adapter."""
         if self.n_samples == 0:
             return super()._model_call(inps, attn_mask, labels)
-        with self.adapter.predictive(self.n_samples):
+        # A request may be for all tokens of a text, which then are random with any span.
+        with self.adapter.predictive(self.n_samples, span="all"):
             return super()._model_call(inps, attn_mask, labels)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
@@ -142,14 +144,18 @@ class TFBLM(HFLM):
         with self.adapter.predictive(self.n_samples):
             return super()._model_generate(context, max_length, stop, **options)
 
-    def _target_logs(self, inps: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _target_logs(self, inps: Tensor, lengths: list[int], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Per-sample log probabilities (S, B, T', K) of targets (B, T', K), the last positions', and the arg max (B, T') of the mean.
 
-        Both on the CPU.
+        Both on the CPU. ``lengths``: of the rows of ``inps``, which are padded on the right.
         """
         keep, targets = last_positions(self.adapter.anatomy.model, targets, inps.shape[1])
         kind = self.mixed_precision_dtype
-        request = Request({"input_ids": inps, **keep}, self.adapter.batch(self.n_samples), targets=targets)
+        inputs = {"input_ids": inps, **keep}
+        if self.adapter.span != "all":  # else the padding behind an answer would be random too, once for each sample
+            mask = torch.arange(inps.shape[1]) < torch.tensor(lengths)[:, None]
+            inputs["attention_mask"] = mask.long().to(inps.device)
+        request = Request(inputs, self.adapter.batch(self.n_samples), targets=targets)
         self.adapter.attached.check_ready()
         with torch.autocast(self.device.type, dtype=kind, enabled=kind is not None):
             result = run(self.adapter, request)
@@ -175,14 +181,23 @@ class TFBLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """The harness's loop with its order, its batches and its grouping of continuations that differ in their last token."""
+        """The harness's loop with its order, its batches and its grouping of continuations that differ in their last token.
+
+        With a span continuations of a row are of one length, as their first token is where the random ones begin.
+        """
         if self.n_samples == 0:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        whole = self.adapter.span == "all"
+
+        def lead(context: list[int], continuation: list[int]) -> list[int]:
+            """What continuations of one row have in common, before all their tokens but the last."""
+            return context if whole else [len(continuation), *context]
+
         order = Collator(
             requests,
             sort_fn=lambda r: (-len(r[1] + r[2]), tuple(r[1] + r[2])),
             group_by="contexts" if self.logits_cache else None,
-            group_fn=lambda r: r[-2] + r[-1][:-1],
+            group_fn=lambda r: lead(r[-2], r[-1]) + r[-1][:-1],
         )
         automatic = self.batch_size == "auto"
         schedule = self._batch_scheduler if automatic and len(order) and not override_bs else None
@@ -193,7 +208,7 @@ class TFBLM(HFLM):
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         for chunk in chunks:
             # Continuations that share a row: the harness's cache gives them by its logits, of which it needs the shape alone.
-            rows = [list(order.get_cache(*request, torch.empty(1, 1, 0))) for request in chunk]
+            rows = [list(order.get_cache(r, lead(c, t), t, torch.empty(1, 1, 0))) for r, c, t in chunk]
             for request, score, greedy in self._scores(chunk, rows):
                 results.append((score, greedy))
                 if request is not None:
@@ -231,7 +246,7 @@ class TFBLM(HFLM):
             targets[number, last + 1 - len(tokens) : last, 0] = torch.tensor(tokens[:-1], dtype=torch.int64)
             targets[number, last, : len(row)] = torch.tensor([tokens[-1] for _, tokens, _ in row])
         batch = pad_and_concat(width, inputs, padding_side="right")
-        logs, best = self._target_logs(batch, targets)
+        logs, best = self._target_logs(batch, lengths, targets)
         logs, best = logs[:, :, first - width :], best[:, first - width :]
         found = []
         for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..checks import check_choice, check_count, check_seed, check_sigma
+from ..checks import MOST_SPAN, check_choice, check_count, check_seed, check_sigma
 from ..errors import ConfigError
 from ..files import CONFIG_NAME, read_json_object, write_atomically
 
@@ -132,7 +132,7 @@ def _is_depth(value: Any) -> bool:
 
 
 def _is_span(value: Any) -> bool:
-    return value in ("all", "answer") or _passes(lambda number: check_count("span", number), value)
+    return value in ("all", "answer") or _passes(lambda number: check_count("span", number, most=MOST_SPAN), value)
 
 
 def _is_layers(value: Any) -> bool:

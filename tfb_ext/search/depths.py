@@ -8,14 +8,13 @@ from functools import cached_property
 from typing import Any
 
 from ..adapters.adapter import BayesianAdapter, Depth, Place, Span
-from ..adapters.depth import span_name, span_tokens
+from ..adapters.depth import span_name
+from ..checks import MOST_SPAN
 from .anchors import Anchors
 from .methods import Found, find
 from .plan import LARGEST, SMALLEST, Plan
 from .result import DepthResult, Evaluation
 from .verdicts import Verdicts
-
-LARGEST_SPAN = 2**31  # all tokens
 
 
 class AtDepth:
@@ -75,9 +74,9 @@ def places_of(
 ) -> list[Place]:
     """The depths to try, crossed with the spans: the deepest first, and of these the longest span first, each once."""
     depths = _listed("depth", adapter.depth if depth is None else depth)
-    spans = [span_tokens(s) for s in _listed("span", adapter.span if span is None else span)]
+    spans = [adapter.span_tokens(s) for s in _listed("span", adapter.span if span is None else span)]
     firsts = sorted({adapter.first_random_block(d) for d in depths})
-    return [Place(f, s) for f in firsts for s in sorted(set(spans), key=lambda s: -LARGEST_SPAN if s is None else -s)]
+    return [Place(f, s) for f in firsts for s in sorted(set(spans), key=lambda s: -MOST_SPAN - 1 if s is None else -s)]
 
 
 def _listed(name: str, given: Any) -> list[Any]:
@@ -92,10 +91,13 @@ def search_places(adapter: BayesianAdapter, run: Anchors, plan: Plan, places: Se
     tried: list[AtDepth] = []
     for place in places:
         here = AtDepth(run, verdicts, place, adapter.depth_name(place.first))
-        if tried and plan.widen:
-            # Look first around twice the sigma of the depth before: with fewer random blocks it is larger.
+        before = [t for t in tried if place.first == t.place.first or place.span == t.place.span]
+        if before and plan.widen:
+            # Look first around twice the sigma of the longer span, or of the depth before: where less is random it is larger.
+            # The bracket stays as wide as the first.
             low, high = verdicts.plan.bracket
-            sigma, half = 2 * tried[-1].found.sigma, (high / low) ** 0.5
+            half = (high / low) ** 0.5
+            sigma = min(max(2 * before[-1].found.sigma, SMALLEST * half), LARGEST / half)
             plan = replace(plan, bracket=(max(sigma / half, SMALLEST), min(sigma * half, LARGEST)))
         here.found = find(here, plan)
         tried.append(here)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Place
-from ..checks import MOST_NUMBER, check_sigma, is_integer
+from ..checks import MOST_NUMBER, MOST_SPAN, check_sigma, is_integer
 from ..errors import ConfigError
 from ..files import parse_json_object, write_atomically
 
@@ -174,7 +174,7 @@ def _place(entry: Mapping[str, Any]) -> Place:
 
 
 def _is_place(place: Place) -> bool:
-    return is_integer(place.first, 0) and (place.span is None or is_integer(place.span, 1))
+    return is_integer(place.first, 0) and (place.span is None or is_integer(place.span, 1, MOST_SPAN))
 
 
 def _table(columns: Any) -> Tensor:

@@ -182,8 +182,10 @@ class SigmaSearch:
                 f"{path} holds no finished search; give it to search_sigma(..., checkpoint={str(path)!r}) to go on with it"
             )
         try:
-            for part in (raw, *raw.get("depths", ())):
-                part.setdefault("span", "all")  # of a file from before there were spans
+            depths = raw.get("depths")
+            for part in (raw, *(depths if isinstance(depths, list) else ())):
+                if isinstance(part, dict):
+                    part.setdefault("span", "all")  # of a file from before there were spans
             records = raw.pop("records", None)
             found: SigmaSearch = _restored(cls, raw, "the search")
             check_sigma(found.sigma)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...adapters.adapter import BayesianAdapter, Depth
+from ...adapters.adapter import BayesianAdapter, Depth, Span
 from ...adapters.attach import bayesianize
 from ...data import Encoded, encode
 from ...metrics import Metrics, evaluate
@@ -35,6 +35,7 @@ class DemoOptions:
         adapters: adapter folders, ``"demo"`` for the one in the package.
         seeds: noise seeds.
         depths: random blocks, each searched and measured apart.
+        spans: random tokens, likewise, at each depth.
         anchors, test_items: labelled headlines for the search, and others for the judgement; ``None``: by the device.
         samples: posterior samples of the prediction.
         search_samples: posterior samples at each sigma of the search; ``None``: by the device.
@@ -44,6 +45,7 @@ class DemoOptions:
     adapters: tuple[str, ...] = (DEMO,)
     seeds: tuple[int, ...] = (0,)
     depths: tuple[Depth, ...] = ("all", 0.5)
+    spans: tuple[Span, ...] = ("all",)
     anchors: int | None = None
     test_items: int | None = None
     samples: int = 10
@@ -54,11 +56,12 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class DemoRun:
-    """One adapter, seed and depth: what was searched, what came out, and how long search and prediction took."""
+    """One adapter, seed, depth and span: what was searched, what came out, and how long search and prediction took."""
 
     adapter: str
     seed: int
     depth: int | str
+    span: int | str
     search: SigmaSearch
     labels: Tensor
     mean: Prediction
@@ -83,6 +86,7 @@ class DemoRun:
             "adapter": self.adapter,
             "seed": self.seed,
             "depth": self.depth,
+            "span": self.span,
             "sigma": self.search.sigma,
             "test_items": len(self.labels),
             "mean": four(self.mean_metrics),
@@ -101,7 +105,7 @@ class DemoRun:
 
 
 def run_demo(options: DemoOptions, log: Callable[[str], None], progress: bool = True) -> list[DemoRun]:
-    """Search sigma on anchors and judge mean adapter and posterior on the test split, for every adapter, seed and depth.
+    """Search sigma on anchors and judge mean adapter and posterior on the test split, for every adapter, seed, depth and span.
 
     The test split is not even loaded before an adapter's every sigma is fixed: they come from ``recipe="auto"`` on the anchor
     split alone.
@@ -116,21 +120,22 @@ def run_demo(options: DemoOptions, log: Callable[[str], None], progress: bool = 
         adapter = bayesianize(loaded.model)
         search_samples = _count(options.search_samples, SEARCH_SAMPLES_GPU if gpu else SEARCH_SAMPLES_CPU)
         searches = [
-            _search(adapter, seed, depth, anchors, search_samples, log, progress)
+            _search(adapter, seed, depth, span, anchors, search_samples, log, progress)
             for seed in options.seeds
             for depth in options.depths
+            for span in options.spans
         ]
         test = _encoded("test", _count(options.test_items, TEST_GPU if gpu else TEST_CPU), loaded)
         log(f"mean adapter on {len(test)} test headlines ({device_name(device)}, {_dtype_of(loaded)})")
         mean = predict(adapter, test, samples=0, progress=progress)
         labels = test.labels_tensor()
         for search in searches:
-            adapter.seed, adapter.depth, adapter.sigma = search.seed, search.depth, search.sigma
-            log(
-                f"{options.samples} samples on the test headlines, {_blocks(adapter)} blocks random, seed {search.seed}"
-            )
+            adapter.seed, adapter.sigma = search.seed, search.sigma
+            adapter.depth, adapter.span = search.depth, search.span
+            log(f"{options.samples} samples on the test headlines, {_random(adapter)}, seed {search.seed}")
             tfb = predict(adapter, test, samples=options.samples, progress=progress)
-            runs.append(DemoRun(name, search.seed, search.depth, search, labels, mean, tfb, device_name(device)))
+            where = search.depth, search.span
+            runs.append(DemoRun(name, search.seed, *where, search, labels, mean, tfb, device_name(device)))
     return runs
 
 
@@ -138,23 +143,25 @@ def _search(
     adapter: BayesianAdapter,
     seed: int,
     depth: Depth,
+    span: Span,
     anchors: Encoded,
     samples: int,
     log: Callable[[str], None],
     progress: bool,
 ) -> SigmaSearch:
-    adapter.seed, adapter.depth = seed, depth
-    log(f"{_blocks(adapter)} blocks random, seed {seed}: searching sigma on {len(anchors)} labelled anchors")
+    adapter.seed, adapter.depth, adapter.span = seed, depth, span
+    log(f"{_random(adapter)}, seed {seed}: searching sigma on {len(anchors)} labelled anchors")
     search = search_sigma(adapter, anchors, samples=samples, progress=progress)
     log(str(search))
     return search
 
 
-def _blocks(adapter: BayesianAdapter) -> str:
+def _random(adapter: BayesianAdapter) -> str:
+    """What is random, in words."""
     blocks = len(adapter.anatomy.blocks)
-    if adapter.depth == "head":
-        return f"none of {blocks}"
-    return f"all {blocks}" if adapter.depth == "all" else f"upper {adapter.depth} of {blocks}"
+    named = {"head": f"none of {blocks}", "all": f"all {blocks}"}
+    found = f"{named.get(str(adapter.depth), f'upper {adapter.depth} of {blocks}')} blocks random"
+    return found if adapter.span == "all" else f"{found}, span {adapter.span}"
 
 
 def _count(asked: int | None, usual: int) -> int:
@@ -168,7 +175,7 @@ def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: f
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, Path] = {}
     for number, run in enumerate(runs):
-        title = f"{run.adapter}, depth {run.depth}, seed {run.seed}"
+        title = _title(run)
         reliability, trace = folder / f"reliability-{number}.png", folder / f"search-{number}.png"
         both = {"mean adapter": run.mean, f"TFB, {len(run.tfb.samples)} samples": run.tfb}
         reliability_diagram({name: (p.probabilities, run.labels) for name, p in both.items()}, reliability)
@@ -180,12 +187,16 @@ def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: f
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "device": runs[0].device,
         "wall time": f"{seconds:.0f} s",
-        **{f"{r.adapter}, depth {r.depth}, seed {r.seed}": r.search.reason for r in runs},
+        **{_title(run): run.search.reason for run in runs},
         **versions(),
     }
     target = folder / "report.html"
     html_report(target, "tfb_ext: calibrated headlines", [result_table(runs)], images, facts)
     return target
+
+
+def _title(run: DemoRun) -> str:
+    return f"{run.adapter}, depth {run.depth}, span {run.span}, seed {run.seed}"
 
 
 def result_table(runs: Sequence[DemoRun]) -> Table:
@@ -197,7 +208,8 @@ def result_table(runs: Sequence[DemoRun]) -> Table:
         if run.adapter not in {r.adapter for r in runs[:number]}:
             rows.append(metric_row(f"mean adapter{suffix}", 0, run.mean_metrics, run.mean.seconds, 3))
         depth = "all blocks" if run.depth == "all" else f"upper {run.depth} blocks"
-        name = f"TFB, {depth}{f', seed {run.seed}' if several_seeds else ''}{suffix}"
+        span = "" if run.span == "all" else f", span {run.span}"
+        name = f"TFB, {depth}{span}{f', seed {run.seed}' if several_seeds else ''}{suffix}"
         seconds = run.search.seconds + run.tfb.seconds
         rows.append(metric_row(name, run.search.sigma, run.tfb_metrics, seconds, 3))
     note = "ECE: 15 bins, l1, top label. Time: search plus prediction with samples; for the mean adapter, prediction."
