@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -75,11 +74,6 @@ class Questions:
             parts.test.pad_id,
         )
         return cls(joined, slice(0, ends[0]), slice(ends[0], ends[1]), slice(ends[1], ends[2]))
-
-    @property
-    def tokens(self) -> float:
-        """Mean length of an item."""
-        return fmean(map(len, self.joined.token_ids))
 
     def keep(self, samples: Tensor, whole: bool = True) -> Kept:
         """From per-sample probabilities (S, N, C) of the joined items; ``whole``: with ``validation`` and ``outside``."""

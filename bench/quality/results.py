@@ -103,7 +103,7 @@ def forwards(
     """Cost of a prediction in forwards of the model.
 
     A sample costs its random blocks, what lies below them runs once: ``((L - k) + N k) / L``. With a span a sample costs the
-    ``share`` of a prompt's tokens that is random, beside the prompt: ``1 + N share``. Dropout and BLoB draw in every
+    ``share`` of a test prompt's tokens that is random, beside the prompt: ``1 + N share``. Dropout and BLoB draw in every
     block. Laplace takes the gradients of every class's logit, a backward pass counted as two forwards.
     """
     if method == "laplace":

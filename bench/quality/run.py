@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ class Worker:
             "labels": {"test": parts.test.labels, "validation": parts.validation.labels},
             "choices": list(parts.task.choices),
             "items": len(Questions.of(parts).joined),
-            "tokens": Questions.of(parts).tokens,
+            "tokens": fmean(map(len, parts.test.token_ids)),
             "rows": unit_run.rows,
             "searches": unit_run.searches,
             "spread": unit_run.spread,
