@@ -20,12 +20,13 @@ import torch
 import zoo
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoTokenizer
 
 import tfb_ext
 from bench.quality import bank as banks
-from bench.quality import check, data, laplace, measures, methods, report, results, run, study, train
+from bench.quality import check, data, laplace, measures, methods, report, results, run, spans, study, train
 from bench.quality.bank import KINDS, TARGETS, Bank, Member, Recipe, members
-from tfb_ext.app.demo.assets import DemoAssetError
+from tfb_ext.app.demo.assets import DemoAssetError, base_model_dir
 from tfb_ext.data import Encoded
 
 RECIPE = Recipe(rank=4, alpha=8, epochs=3, batch_size=4, lr=2e-2)
@@ -89,6 +90,14 @@ class TestData:
         tokenizer = zoo_tokenizer()
         assert data.cut_texts(["no yes man", "no"], 2, tokenizer) == ["no yes", "no"]
         assert data.cut_texts(["no yes man"], None, tokenizer) == ["no yes man"]
+
+    def test_prompts_end_with_fixed_words(self, files: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(base_model_dir())
+        for task in data.TASKS.values():
+            assert task.ending and all(i.question.endswith(task.ending) for part in task.read().values() for i in part)
+        parts = data.load(data.TASKS["headlines"], tokenizer, data.Sizes(test=20))
+        (ending,) = {tuple(ids[-parts.question :]) for ids in parts.test.token_ids}
+        assert tokenizer.decode(ending).strip() == "Sarcastic:" and len({len(ids) for ids in parts.test.token_ids}) > 1
 
     def test_another_file_is_refused(self, files: Path) -> None:
         path = data.unpacked_file(data.R8_TEST)
@@ -269,6 +278,30 @@ class TestMethods:
         assert ((draws.mean(0) - layer(x[:1])[0, 0]).abs() < 5 * deviation / 2000**0.5).all()
         assert ((draws.std(0) / deviation - 1).abs() < 5 * (2 * 2000) ** -0.5 * 1.2).all()
 
+    def test_rows_are_of_their_span(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        sets = [items(5, seed) for seed in range(5)]
+        parts = data.Parts(data.TASKS["r8"], *sets, question=2)
+        unit = next(u for u in TINY.units() if u.part == "spans")
+        unit_run = run.UnitRun(TINY, unit, model, parts, torch.device("cpu"))
+
+        real = tfb_ext.search_sigma
+
+        def search(adapter: Any, anchors: Any, samples: int, **options: Any) -> Any:
+            adapter.sigma = 0.1 * samples
+            return real(adapter, anchors, samples=samples, progress=False, apply=False)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(tfb_ext, "search_sigma", search)
+            unit_run.bayesian()
+        found = {row["span"]: unit_run.kept[row["name"]].test for row in unit_run.rows if row["depth"] == "all"}
+        adapter = tfb_ext.bayesianize(model, seed=unit.member.seed)
+        for span, tokens, samples, sigma in (("all", "all", 10, 0.2), ("answer", 1, 2, 0.2), ("question", 2, 4, 0.4)):
+            adapter.span, adapter.sigma = tokens, sigma
+            p = tfb_ext.predict(adapter, unit_run.questions.joined, samples=samples).sample_probabilities
+            assert np.array_equal(found[span], unit_run.questions.keep(p).test)
+        adapter.unload()
+        assert not np.array_equal(found["answer"], found["all"])
+
     def test_base_is_itself_again_and_tied(self, base: Any) -> None:
         asked = items(4)
         batch = asked.collate(range(4))
@@ -411,6 +444,7 @@ class TestMeasures:
         assert results.forwards("tfb", 10, 2, 30, 0) == 1
         assert results.forwards("dropout", 10, 2, 30, None) == 10
         assert results.forwards("laplace", 1000, 2, 30, None) == 5
+        assert results.forwards("tfb", 40, 2, 30, 30, share=3 / 60) == pytest.approx(3)
 
 
 class TestStudy:
@@ -438,6 +472,21 @@ class TestStudy:
         assert ("auto", "all", "flipout", True, 10) in drawn
         head = by_name["r8-qv_head-overfitted-mle-0"]
         assert {s.recipe for s in head.searches if s.depth == "head"} == {"auto", "paper", "official"}
+
+    def test_spans_are_searched_with_their_samples(self) -> None:
+        units = [unit for unit in study.Study().units() if unit.part == "spans"]
+        assert [unit.stop for unit in units] == ["overfitted"] * 18 + ["early"] * 18
+        assert {(u.dataset, u.targets, u.member.seed) for u in units} == {
+            (d, t, s) for d in check.SETS for t in ("qv", "all_linear") for s in range(3)
+        }
+        for unit in units:
+            assert unit.name.endswith("-spans") and {(s.recipe, s.mode) for s in unit.searches} == {("auto", "weight")}
+            assert [(s.span, s.depth, s.samples or 10, s.draws) for s in unit.searches] == [
+                (span, depth, n, (study.Draw(n, True, (n,)),))
+                for span, depth, n in (
+                    ("all", "all", 10), ("all", 0.125, 10), ("answer", "all", 10), ("answer", "all", 40), ("question", "all", 40),
+                )
+            ]  # fmt: skip
 
 
 TINY = replace(
@@ -477,13 +526,29 @@ class TestRun:
 
     def test_prefixes_are_what_a_smaller_call_gives(self, work: Path) -> None:
         found = results.load(work)
-        rows = found.pick(adapter="qv-overfitted-mle", method="tfb", recipe="auto", mode="weight", depth="all", seed=0)
+        rows = found.pick(
+            adapter="qv-overfitted-mle", method="tfb", recipe="auto", mode="weight", depth="all", span="all", seed=0
+        )
         assert {row.samples for row in rows if row.antithetic} == {1, 2, 10}
         assert {row.samples: row.seconds is not None for row in rows if row.antithetic} == {
             1: False,
             2: False,
             10: True,
         }
+
+    def test_spans(self, work: Path) -> None:
+        facts = json.loads((work / "predictions" / "headlines-qv-early-mle-1-spans.json").read_text())
+        asked = [("all", "all", 10), ("all", 0.5, 10), ("answer", "all", 2), ("question", "all", 4)]
+        sampled = [row for row in facts["rows"] if row["method"] == "tfb"]
+        assert [(row["span"], row["depth"], row["samples"]) for row in sampled] == asked
+        assert [row["span_tokens"] for row in sampled[:3]] == [None, None, 1] and sampled[3]["span_tokens"] > 1
+        assert [search["samples"] for search in facts["searches"]] == [2, 2, 2, 4]
+        assert [search["span"] for search in facts["searches"][:3]] == ["all", "all", "answer"]
+        rows = results.load(work).pick(adapter="qv-early-mle", seed=1)
+        for span, _, samples in asked[2:]:
+            (row,) = [row for row in rows if row.span == span]
+            tokens = next(r["span_tokens"] for r in sampled if r["span"] == span)
+            assert row.forwards == pytest.approx(1 + samples * tokens / facts["tokens"])
 
     def test_goes_on_where_it_was(self, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = run.Folder(work)
@@ -568,6 +633,11 @@ class TestReport:
         text = (tmp_path / "RESULTS.md").read_text()
         assert text.startswith("# What we found\n\nIn plain words.\n\n## The bars")
         assert "| TFB on MLE |" in text and "| qv-early |" in text
+        spanned = text[text.index("## Spans\n") : text.index("## Pictures\n")]
+        assert (
+            "| Sarcastic headlines, qv-overfitted | question, N = 4 |" in spanned and "temperature scaling" in spanned
+        )
+        assert {row["span"] for row in rows} == {"all", "answer", "question"}
         pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
         assert pictures == [
             "cost_ece.png", "cost_nll.png", "reliability_headlines.png", "risk_coverage.png", "samples.png", "sigma.png",
@@ -589,6 +659,39 @@ class TestReport:
         assert {row.method for row in found.rows} == {"mean", "mean+temperature"}
         assert found.unusable == ["headlines qv-overfitted-dropout 0: dropout"]
         assert "gave NaN: headlines qv-overfitted-dropout 0" in report.document(found, [], "", [])
+
+    def test_merge_keeps_what_it_does_not_renew(
+        self, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A folder of spans alone, merged into a table of before there were spans."""
+        folder, out = tmp_path / "predictions", tmp_path / "out"
+        folder.mkdir()
+        out.mkdir()
+        for file in (work / "predictions").glob("*-spans.*"):
+            shutil.copy(file, folder)
+        whole = [report.line_of(row) for row in results.load(work).rows]
+        old = [line for line in whole if line["span"] == "all"]
+        old = [line | {"commit": "older"} for line in old]
+        with gzip.open(out / report.ROWS, "wt", newline="") as file:
+            table = csv.DictWriter(file, [name for name in old[0] if name != "span"], extrasaction="ignore")
+            table.writeheader()
+            table.writerows(old)
+        (out / "RESULTS.md").write_text("# Before\n\nWords.\n\n## The bars\n\n| a |\n\n## Pictures\n\nNone.\n")
+        (out / report.WORDS).write_text("# After\n")
+        for _ in range(2):  # the second time nothing is new
+            assert report.main(["--work", str(tmp_path), "--out", str(out), "--merge"]) == 0
+            found = report.read_rows(out / report.ROWS)
+            assert [line | {"commit": ""} for line in found] == [line | {"commit": ""} for line in whole]
+            kept = [line for line in found if line["commit"] == "older"]
+            again = [line for line in whole if line not in found]
+            assert kept and len(kept) == len(again) and all(line["span"] == "all" for line in again)
+            text = (out / "RESULTS.md").read_text()
+            assert text.startswith("# After\n\n## The bars\n\n| a |\n\n## Spans\n\n") and text.count("## Spans") == 1
+            assert text.endswith("\n\n## Pictures\n\nNone.\n")
+        said = capsys.readouterr().out.splitlines()
+        spanned = sum(line["span"] != "all" for line in whole)
+        assert said[0].startswith(f"{spanned} rows added") and said[1].startswith("0 rows added")
+        assert said[0].endswith("4 of 4 adapters have the NLL that they had")
 
     def test_check_fails_where_runs_are_missing(self, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert report.main(["--work", str(work), "--check", "--json"]) == 1
@@ -623,6 +726,31 @@ def made_up(sure: float, honest: float, antithetic_gain: float = 2.0) -> results
         [replace(one, dataset=dataset) for dataset in check.SETS for one in rows],
         [{"unit": {"dataset": dataset}, "spread": spread} for dataset in check.SETS],
     )
+
+
+class TestSpans:
+    def test_verdict(self) -> None:
+        found = made_up(0.999, 0.81)
+        (base,) = [row for row in check.base_rows(found, "r8") if row.depth == "all"]
+        worse = predicted([[0.999, 0.001]] * 100, base.predicted.labels.tolist(), [0.1])
+        for dataset in check.SETS:
+            changed = worse if dataset == "headlines" else base.predicted
+            found.rows.append(
+                replace(base, dataset=dataset, span="answer", samples=40, forwards=1.6, predicted=changed)
+            )
+        text = spans.section(found, report.markdown)
+        assert text is not None
+        assert (
+            "* **answer, N = 40**: NLL is level with that of all tokens, N = 10 or lower in 2 of 3 (higher: Sarcastic headlines, "
+            "qv-overfitted); ECE is"
+        ) in text
+        line = next(
+            line for line in text.splitlines() if line.startswith("| Reuters R8, qv-overfitted | answer, N = 40 |")
+        )
+        assert "| 1.6 |" in line and f"| {base.measures['nll']:.3f} |" in line
+
+    def test_nothing_without_spans(self) -> None:
+        assert spans.section(made_up(0.999, 0.81), report.markdown) is None
 
 
 class TestBars:

@@ -14,7 +14,14 @@ SETS = ("headlines", "r8", "newsgroups")
 MAIN = "qv-overfitted"
 SAMPLES = 10
 CHEAP = 2.1  # forwards
-BASE: dict[str, Any] = {"method": "tfb", "depth": "all", "samples": SAMPLES, "mode": "weight", "recipe": "auto"}
+BASE: dict[str, Any] = {
+    "method": "tfb",
+    "depth": "all",
+    "span": "all",
+    "samples": SAMPLES,
+    "mode": "weight",
+    "recipe": "auto",
+}
 
 
 @dataclass(frozen=True)
@@ -87,13 +94,13 @@ def _against_others(results: Results, dataset: str) -> Iterator[Bar]:
 
 
 def cheap_settings(results: Results, dataset: str) -> dict[tuple[Any, ...], dict[str, Difference]]:
-    """Settings (depth, samples, antithetic) of at most ``CHEAP`` forwards -> what they differ by from ten independent samples
+    """Settings (depth, span, samples, antithetic) of at most ``CHEAP`` forwards -> what they differ by from ten independent samples
     of all blocks."""
     reference = base_rows(results, dataset, antithetic=False)
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in results.pick(dataset=dataset, adapter=f"{MAIN}-mle", method="tfb", recipe="auto", mode="weight"):
         if row.forwards <= CHEAP and row.samples > 1:
-            found.setdefault((row.depth, row.samples, row.antithetic), []).append(row)
+            found.setdefault((row.depth, row.span, row.samples, row.antithetic), []).append(row)
     if not reference:
         return {}
     against = [row.predicted for row in reference]
@@ -111,7 +118,10 @@ def _cheap(results: Results) -> Bar:
         return Bar(
             name, False, f"none of {len(common)} settings is within one standard error in ECE and NLL on all sets"
         )
-    described = ", ".join(f"depth {d} N {n} {'antithetic' if a else 'independent'}" for d, n, a in good)
+    described = ", ".join(
+        f"depth {d}{'' if s == 'all' else f' span {s}'} N {n} {'antithetic' if a else 'independent'}"
+        for d, s, n, a in good
+    )
     return Bar(name, True, described)
 
 

@@ -92,6 +92,8 @@ NEWSGROUPS_WORDS = {
     "talk.religion.misc": " religion",
 }
 LETTERS = (" A", " B", " C", " D")
+TOPIC = "\nTopic:"
+HEADLINE = headlines.PROMPT.partition("{headline}")[2]
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Task:
         choices: the classes' tokens.
         stranger: name of the set whose test prompts are out of distribution here.
         cut: most tokens of an item's text; ``None``: whole.
+        ending: the fixed last words of its prompts.
         read: all items of the parts train, validation, anchor and test, each in the order of its texts' SHA-256.
     """
 
@@ -119,6 +122,7 @@ class Task:
     choices: tuple[str, ...]
     stranger: str
     cut: int | None
+    ending: str
     read: Callable[[], dict[str, list[Item]]]
 
 
@@ -135,7 +139,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Parts:
-    """A task's encoded parts. ``stranger`` has no labels, and this task's label tokens as its choices."""
+    """A task's encoded parts.
+
+    Attributes:
+        stranger: has no labels, and this task's label tokens as its choices.
+        question: tokens of the fixed last words of a prompt.
+    """
 
     task: Task
     train: Encoded
@@ -143,6 +152,7 @@ class Parts:
     anchor: Encoded
     test: Encoded
     stranger: Encoded
+    question: int
 
 
 def load(task: Task, tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> Parts:
@@ -157,7 +167,8 @@ def load(task: Task, tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> Parts:
     strange = [replace(e, choices=task.choices, label=None) for e in _examples(stranger, "test", sizes, tokenizer)]
     known = {part: _examples(task, part, sizes, tokenizer, own) for part in ("train", "validation", "anchor", "test")}
     encoded = {part: encode(examples, tokenizer) for part, examples in known.items()}
-    return Parts(task, **encoded, stranger=encode(strange[: sizes.stranger], tokenizer))
+    question = len(tokenizer(task.ending, add_special_tokens=False)["input_ids"])
+    return Parts(task, **encoded, stranger=encode(strange[: sizes.stranger], tokenizer), question=question)
 
 
 def _examples(
@@ -222,12 +233,12 @@ def _topics(train: Asset, test: Asset, words: dict[str, str], question: str) -> 
 
 @cache
 def _r8() -> dict[str, list[Item]]:
-    return _topics(R8_TRAIN, R8_TEST, R8_WORDS, "\nTopic:")
+    return _topics(R8_TRAIN, R8_TEST, R8_WORDS, TOPIC)
 
 
 @cache
 def _newsgroups() -> dict[str, list[Item]]:
-    return _topics(NEWSGROUPS_TRAIN, NEWSGROUPS_TEST, NEWSGROUPS_WORDS, "\nTopic:")
+    return _topics(NEWSGROUPS_TRAIN, NEWSGROUPS_TEST, NEWSGROUPS_WORDS, TOPIC)
 
 
 @cache
@@ -251,9 +262,9 @@ def _logiqa_item(line: str) -> Item:
 
 
 _ALL = (
-    Task("headlines", "Sarcastic headlines", headlines.CHOICES, "r8", None, _headlines),
-    Task("r8", "Reuters R8", tuple(R8_WORDS.values()), "newsgroups", 64, _r8),
-    Task("newsgroups", "20 Newsgroups", tuple(NEWSGROUPS_WORDS.values()), "r8", 64, _newsgroups),
-    Task("logiqa", "LogiQA", LETTERS, "headlines", 96, _logiqa),
+    Task("headlines", "Sarcastic headlines", headlines.CHOICES, "r8", None, HEADLINE, _headlines),
+    Task("r8", "Reuters R8", tuple(R8_WORDS.values()), "newsgroups", 64, TOPIC, _r8),
+    Task("newsgroups", "20 Newsgroups", tuple(NEWSGROUPS_WORDS.values()), "r8", 64, TOPIC, _newsgroups),
+    Task("logiqa", "LogiQA", LETTERS, "headlines", 96, "\nAnswer:", _logiqa),
 )
 TASKS = {task.name: task for task in _ALL}

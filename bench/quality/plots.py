@@ -25,7 +25,14 @@ def compared(results: Results, dataset: str, adapter: str = MAIN) -> dict[str, l
     """The methods that the pictures and the first table of a data set show, with their seeds; those that were run."""
     pick = results.pick
     mle = f"{adapter}-mle"
-    tfb: dict[str, Any] = {"depth": "all", "samples": 10, "recipe": "auto", "antithetic": True, "mode": "weight"}
+    tfb: dict[str, Any] = {
+        "depth": "all",
+        "span": "all",
+        "samples": 10,
+        "recipe": "auto",
+        "antithetic": True,
+        "mode": "weight",
+    }
     found = {
         "MLE": pick(dataset=dataset, adapter=mle, method="mean"),
         "MAP": pick(dataset=dataset, adapter=f"{adapter}-map", method="mean"),
@@ -110,20 +117,20 @@ def _risk_coverage(axes: Any, results: Results, dataset: str) -> None:
 
 
 def _cost(axes: Any, results: Results, dataset: str, measure: str) -> None:
-    """Every (depth, N) of TFB auto, the other methods, and the front of what nothing cheaper beats."""
+    """Every (depth or span, N) of TFB auto, the other methods, and the front of what nothing cheaper beats."""
     points: dict[tuple[Any, ...], list[Row]] = {}
     for row in results.pick(dataset=dataset, adapter=f"{MAIN}-mle", method="tfb", recipe="auto", mode="weight"):
-        points.setdefault((row.depth, row.antithetic, row.samples), []).append(row)
+        points.setdefault((_place(row), row.antithetic, row.samples), []).append(row)
     front: list[tuple[float, float]] = []
-    for n, depth in enumerate(dict.fromkeys(key[0] for key in points)):
+    for n, place in enumerate(dict.fromkeys(key[0] for key in points)):
         for antithetic in (True, False):
             line = sorted(
                 (rows[0].forwards, _mean(rows, measure))
                 for key, rows in points.items()
-                if key[:2] == (depth, antithetic)
+                if key[:2] == (place, antithetic)
             )
             if line:
-                label = f"TFB, {_depth(depth)}, {'antithetic' if antithetic else 'independent'}"
+                label = f"TFB, {place}, {'antithetic' if antithetic else 'independent'}"
                 axes.plot(
                     *zip(*line, strict=True), "o-" if antithetic else "x:", color=f"C{n}", ms=4, lw=1, label=label
                 )
@@ -158,7 +165,7 @@ def _samples(results: Results, path: Path) -> Path:
             for antithetic, style in ((True, "o-"), (False, "x--")):
                 rows = results.pick(
                     dataset=dataset, adapter=f"{MAIN}-mle", method="tfb", recipe="auto", mode="weight", depth="all",
-                    antithetic=antithetic,
+                    span="all", antithetic=antithetic,
                 )  # fmt: skip
                 numbers = sorted({row.samples for row in rows})
                 means = [_mean([row for row in rows if row.samples == n], measure) for n in numbers]
@@ -181,7 +188,7 @@ def _sigma(axes: Any, results: Results, dataset: str) -> None:
         if (name["dataset"], name["targets"], name["stop"], name["kind"]) != (dataset, *MAIN.split("-"), "mle"):
             continue
         for search in unit["searches"]:
-            if search["asked_depth"] != "all":
+            if search["asked_depth"] != "all" or search.get("span", "all") != "all":
                 continue
             label = f"{search['recipe']}, {search['mode']}"
             color = {"auto": "C0", "paper": "C1"}.get(search["recipe"], "C2")
@@ -199,8 +206,12 @@ def _mean(rows: list[Row], measure: str) -> float:
     return fmean(float(row.measures[measure] or 0) for row in rows)
 
 
-def _depth(depth: Any) -> str:
-    return {"all": "all blocks", "head": "head", 0.5: "1/2", 0.25: "1/4", 0.125: "1/8"}.get(depth, str(depth))
+def _place(row: Row) -> str:
+    """Which blocks, or which tokens, are random."""
+    if row.span != "all":
+        return row.span
+    names: dict[Any, str] = {"all": "all blocks", "head": "head", 0.5: "1/2", 0.25: "1/4", 0.125: "1/8"}
+    return names.get(row.depth, str(row.depth))
 
 
 def _figure(width: float, height: float) -> Any:

@@ -1,9 +1,11 @@
 """Measure what ``bench.quality.run`` predicted: every row, tables, pictures and the bars.
 
     python -m bench.quality.report --work FOLDER --out bench/quality      writes rows.csv.gz, RESULTS.md and plots/
+    python -m bench.quality.report --work FOLDER --merge                  the folder has a part of the units: adds their rows
     python -m bench.quality.report --work FOLDER --check                  prints the bars; exit status 1 if one is not cleared
 
-``RESULTS.md`` is ``WORDS.md``, written by hand, and behind it everything that is computed.
+``RESULTS.md`` is ``WORDS.md``, written by hand, and behind it everything that is computed. Most of that
+needs all predictions: ``--merge`` renews the hand-written part and the section on spans, and leaves the rest of it as it is.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..record import ROOT
+from . import spans
 from .check import MAIN, Bar, bars, base_rows, variance_reduction
 from .data import TASKS
 from .measures import Difference, compare, spread
 from .plots import compared, draw_all
-from .results import Results, Row, load
+from .results import FIELDS, ORDER, SETTING, Results, Row, load
 
 OUT = ROOT / "bench" / "quality"
 COLUMNS = (
@@ -34,8 +38,9 @@ COLUMNS = (
     ("auroc_ood", "AUROC OOD", 1, 3),
     ("aurc", "AURC", 1, 3),
 )
-DEPTHS = {"all": "all", "head": "head", 0.5: "1/2", 0.25: "1/4", 0.125: "1/8"}
-WORDS, ROWS = "WORDS.md", "rows.csv.gz"
+WORDS, ROWS, RESULTS = "WORDS.md", "rows.csv.gz", "RESULTS.md"
+PICTURES = "Pictures"
+Line = dict[str, str]  # of ``rows.csv.gz``
 
 
 def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -120,7 +125,10 @@ def document(results: Results, found: list[Bar], words: str, pictures: Sequence[
     if ratios:
         lines = [[TASKS[name].title, _with_spread(values, 2)] for name, values in ratios.items()]
         parts += ["## Monte-Carlo variance, independent over antithetic, N = 10", markdown(["set", "times"], lines)]
-    parts += ["## Pictures", "\n".join(f"![{Path(name).stem.replace('_', ' ')}](plots/{name})" for name in pictures)]
+    spanned = spans.section(results, markdown)
+    if spanned:
+        parts += [f"## {spans.TITLE}", spanned]
+    parts += [f"## {PICTURES}", "\n".join(f"![{Path(name).stem.replace('_', ' ')}](plots/{name})" for name in pictures)]
     parts += ["## Where this came from", _origin(results)]
     if results.unusable:
         parts += ["Left out, for they gave NaN: " + "; ".join(results.unusable) + "."]
@@ -139,20 +147,75 @@ def _origin(results: Results) -> str:
 def write(results: Results, out: Path) -> list[Bar]:
     """Write everything below ``out``; returns the bars."""
     found = bars(results)
-    write_rows(out / ROWS, results)
+    write_rows(out / ROWS, map(line_of, results.rows))
     pictures = [path.name for path in draw_all(results, out / "plots")]
-    words = out / WORDS
-    text = document(results, found, words.read_text() if words.is_file() else "", pictures)
-    (out / "RESULTS.md").write_text(text)
+    (out / RESULTS).write_text(document(results, found, _words(out), pictures))
     return found
 
 
-def write_rows(path: Path, results: Results) -> None:
+def _words(out: Path) -> str:
+    return (out / WORDS).read_text() if (out / WORDS).is_file() else ""
+
+
+def merge(results: Results, out: Path) -> str:
+    """Add rows to those below ``out``, and renew ``RESULTS.md`` as far as they suffice for; returns what was done.
+
+    A new row stands instead of an older one of the same setting. Ensembles are left out: they are of all seeds.
+    """
+    old = read_rows(out / ROWS)
+    new = [line_of(row) for row in results.rows if row.method != "ensemble"]
+    found = merged(old, new)
+    before, after = (
+        {_setting(line): line["nll"] for line in lines if line["method"] == "mean"} for lines in (old, new)
+    )
+    both = before.keys() & after.keys()
+    same = sum(before[key] == after[key] for key in both)
+    spanned = spans.section(results, markdown)
+    text = (out / RESULTS).read_text()
+    parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    if spanned:
+        parts = [part for part in parts if not part.startswith(f"## {spans.TITLE}\n")]
+        place = next(n for n, part in enumerate(parts) if part.startswith(f"## {PICTURES}\n"))
+        parts.insert(place, f"## {spans.TITLE}\n\n{spanned}\n\n")
+    if _words(out).strip():
+        parts[0] = _words(out).strip() + "\n\n"
+    write_rows(out / ROWS, found)
+    (out / RESULTS).write_text("".join(parts))
+    return (
+        f"{len(found) - len(old)} rows added, {len(new) - len(found) + len(old)} renewed; "
+        f"{same} of {len(both)} adapters have the NLL that they had"
+    )
+
+
+def line_of(row: Row) -> Line:
+    return {name: "" if value is None else str(value) for name, value in row.to_dict().items()}
+
+
+def read_rows(path: Path) -> list[Line]:
+    """The lines of a table that ``write_rows`` wrote; those of before there were spans are of all tokens."""
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        return [{"span": "all", **line} for line in csv.DictReader(file)]
+
+
+def merged(old: Iterable[Line], new: Iterable[Line]) -> list[Line]:
+    """All lines in the order of the table; of two lines of one setting the new one."""
+    lines = {_setting(line): line for line in (*old, *new)}.values()
+    return sorted(
+        lines, key=lambda line: (ORDER.get(line["dataset"], 9), line["adapter"], int(line["seed"] or 1 << 30))
+    )
+
+
+def _setting(line: Line) -> tuple[str, ...]:
+    return tuple(line[name] for name in SETTING)
+
+
+def write_rows(path: Path, rows: Iterable[Line]) -> None:
     """Every run of the study as a line of a compressed CSV file, the same bytes for the same rows."""
-    lines = [row.to_dict() for row in results.rows]
+    lines = list(rows)
+    columns = (*FIELDS, *sorted(lines[0].keys() - set(FIELDS)))
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
         text = io.TextIOWrapper(packed, encoding="utf-8", newline="")
-        table = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        table = csv.DictWriter(text, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(lines)
         text.flush()
@@ -162,10 +225,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="the folder that bench.quality.run worked in")
     parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
+    parser.add_argument("--merge", action="store_true", help="add the folder's rows to those that OUT has, which stay")
     parser.add_argument("--check", action="store_true", help="print the bars and write nothing")
     parser.add_argument("--json", action="store_true", help="print the bars as JSON")
     options = parser.parse_args(arguments)
     results = load(options.work)
+    if options.merge:
+        print(merge(results, options.out))
+        return 0
     found = bars(results) if options.check else write(results, options.out)
     if options.json:
         print(json.dumps([{"bar": bar.name, "passed": bar.passed, "detail": bar.detail} for bar in found], indent=1))

@@ -17,9 +17,22 @@ from .measures import SCORES, Predicted, finite, fit_temperature, measure
 from .methods import Kept
 
 FIELDS = (
-    "dataset", "adapter", "method", "recipe", "depth", "samples", "antithetic", "mode", "seed", "accuracy", "ece", "nll",
+    "dataset", "adapter", "method", "recipe", "depth", "span", "samples", "antithetic", "mode", "seed", "accuracy", "ece", "nll",
     "brier", "auroc_error", "auroc_ood", "aurc", "forwards", "seconds", "peak_gib",
 )  # fmt: skip
+SETTING = (
+    "dataset",
+    "adapter",
+    "seed",
+    "method",
+    "recipe",
+    "depth",
+    "span",
+    "samples",
+    "antithetic",
+    "mode",
+)  # no two rows have the same
+ORDER = {"headlines": 0, "r8": 1, "newsgroups": 2, "logiqa": 3}
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class Row:
         adapter: TARGETS-STOP-KIND, such as ``qv-overfitted-mle``.
         method: ``mean``, ``dropout``, ``ensemble``, ``laplace``, ``blob``, ``tfb``, or one of them with ``+temperature``.
         seed: the training seed; None for an ensemble.
+        span: which tokens of a prompt are random: ``all``, ``answer`` or ``question``.
         forwards: what the prediction costs, in forwards of the model: see ``forwards``.
         outside: (M, C) log probabilities of the out-of-distribution prompts, where they are known as a whole.
         seconds: of a prediction of a thousand items; None where it was no call of its own.
@@ -44,6 +58,7 @@ class Row:
     predicted: Predicted
     recipe: str | None = None
     depth: str | float | None = None
+    span: str = "all"
     antithetic: bool | None = None
     mode: str | None = None
     outside: Tensor | None = None
@@ -82,14 +97,19 @@ class Results:
         return list(dict.fromkeys(row.dataset for row in self.rows))
 
 
-def forwards(method: str, samples: int, classes: int, blocks: int, random_blocks: int | None) -> float:
+def forwards(
+    method: str, samples: int, classes: int, blocks: int, random_blocks: int | None, share: float | None = None
+) -> float:
     """Cost of a prediction in forwards of the model.
 
-    A sample costs its random blocks, what lies below them runs once: ``((L - k) + N k) / L``. Dropout and BLoB draw in every
+    A sample costs its random blocks, what lies below them runs once: ``((L - k) + N k) / L``. With a span a sample costs the
+    ``share`` of a test prompt's tokens that is random, beside the prompt: ``1 + N share``. Dropout and BLoB draw in every
     block. Laplace takes the gradients of every class's logit, a backward pass counted as two forwards.
     """
     if method == "laplace":
         return 1.0 + 2 * classes
+    if share is not None:
+        return 1 + samples * share
     if method == "tfb":
         assert random_blocks is not None
         return (blocks - random_blocks + samples * random_blocks) / blocks
@@ -99,10 +119,12 @@ def forwards(method: str, samples: int, classes: int, blocks: int, random_blocks
 def load(work: Path) -> Results:
     """Read every finished unit of a study's folder, and add what follows from them: ensembles and scaled temperatures.
 
+    What the units of the spans ran again (the adapter as it is, settings with all tokens) stands instead of the older runs.
+
     Raises:
         FileNotFoundError: no finished unit in the folder.
     """
-    files = sorted((work / "predictions").glob("*.json"))
+    files = sorted((work / "predictions").glob("*.json"), key=lambda file: (file.stem.endswith("-spans"), file))
     if not files:
         raise FileNotFoundError(
             f"no finished unit in {work / 'predictions'}; run python -m bench.quality.run --work {work}"
@@ -113,12 +135,12 @@ def load(work: Path) -> Results:
     for file, facts in zip(files, units, strict=True):
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
             rows += _unit_rows(facts, arrays, unusable)
+    rows = list({tuple(getattr(row, name) for name in SETTING): row for row in rows}.values())
     return Results(_sorted([*rows, *_ensembles(rows)]), units, unusable)
 
 
 def _sorted(rows: Iterable[Row]) -> list[Row]:
-    order = {"headlines": 0, "r8": 1, "newsgroups": 2, "logiqa": 3}
-    return sorted(rows, key=lambda row: (order.get(row.dataset, 9), row.adapter, row.seed is None, row.seed or 0))
+    return sorted(rows, key=lambda row: (ORDER.get(row.dataset, 9), row.adapter, row.seed is None, row.seed or 0))
 
 
 def _unit_rows(facts: dict[str, Any], arrays: Any, unusable: list[str]) -> list[Row]:
@@ -138,8 +160,14 @@ def _unit_rows(facts: dict[str, Any], arrays: Any, unusable: list[str]) -> list[
             "seed": unit["seed"],
             "samples": row["samples"],
             "forwards": forwards(
-                row["method"], row["samples"], len(facts["choices"]), facts["blocks"], row.get("random_blocks")
+                row["method"],
+                row["samples"],
+                len(facts["choices"]),
+                facts["blocks"],
+                row.get("random_blocks"),
+                row["span_tokens"] / facts["tokens"] if row.get("span_tokens") else None,
             ),
+            "span": row.get("span", "all"),
             **{name: row[name] for name in ("recipe", "depth", "antithetic", "mode", "sigma", "peak_gib")},
             "seconds": None if row["seconds"] is None else row["seconds"] * 1000 / facts["items"],
             "commit": facts["commit"],

@@ -1,6 +1,7 @@
 """Train the study's adapters and predict with them.
 
     python -m bench.quality.run --work FOLDER --workers 2 --seconds 540
+    python -m bench.quality.run --work FOLDER --units "*-spans"      the spans alone, and what they are compared with
 
 Pieces of work are banks (``FOLDER/adapters``: every adapter of one data set and set of layers, trained at once) and units
 (``FOLDER/predictions``: everything predicted with one adapter). A finished piece is a file that was renamed into its place, so
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -147,7 +149,7 @@ class Worker:
     def kind(self, piece: str, unit: Unit) -> str:
         if piece == unit.bank:
             return f"{unit.bank} bank"
-        return f"{unit.bank} {unit.stop} {unit.member.kind} {unit.laplace}"
+        return f"{unit.bank} {unit.stop} {unit.member.kind} {unit.part}"
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -170,7 +172,7 @@ class Worker:
             methods.set_weights(model, state)
             torch.manual_seed(unit.member.seed)
             unit_run = UnitRun(self.study, unit, model, parts, self.device)
-            if unit.laplace:
+            if unit.part == "laplace":
                 unit_run.laplace()
             else:
                 unit_run.plain(omega)
@@ -183,6 +185,7 @@ class Worker:
             "labels": {"test": parts.test.labels, "validation": parts.validation.labels},
             "choices": list(parts.task.choices),
             "items": len(Questions.of(parts).joined),
+            "tokens": fmean(map(len, parts.test.token_ids)),
             "rows": unit_run.rows,
             "searches": unit_run.searches,
             "spread": unit_run.spread,

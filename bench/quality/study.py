@@ -9,6 +9,8 @@ from .bank import KINDS, Member, Recipe, members
 from .data import Sizes
 
 Depth = str | float
+# The spans, and the samples each is searched and predicted with; "question" is the fixed last words of a data set's prompts.
+SPANS = (("answer", 10), ("answer", 40), ("question", 40))
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,17 @@ class Search:
 
     Attributes:
         recipe: of ``search_sigma``; ``minimum`` is its objective of that name with the recipe ``auto``.
-        depth, mode: of the posterior.
+        depth, mode, span: of the posterior; the span ``"question"`` is ``Parts.question`` tokens.
         draws: the predictions.
+        samples: posterior samples at each sigma; None: the study's ``search_samples``.
     """
 
     recipe: str
     depth: Depth
     mode: str
     draws: tuple[Draw, ...]
+    span: str = "all"
+    samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,9 @@ class Unit:
     Attributes:
         stop: ``overfitted`` (the end of its training) or ``early`` (its epoch of the lowest validation NLL).
         searches: the sigmas; empty for adapters that are only a baseline.
-        laplace: this unit is the Laplace approximation of the adapter and nothing else; it takes as long as many other methods
-            together, and a library that those do without.
+        part: of what is predicted with the adapter. ``laplace``: its Laplace approximation and nothing else, which takes as long as
+            many other methods together, and a library that those do without. ``spans``: samples that differ at the last tokens
+            alone, and what they are compared with. Empty: all the rest.
         spread: whether the Monte-Carlo error of antithetic and independent samples is measured on it.
     """
 
@@ -56,7 +62,7 @@ class Unit:
     stop: str
     member: Member
     searches: tuple[Search, ...]
-    laplace: bool
+    part: str
     spread: bool
 
     @property
@@ -65,7 +71,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        return f"{self.bank}-{self.stop}-{self.member.kind}-{self.member.seed}{'-laplace' if self.laplace else ''}"
+        return f"{self.bank}-{self.stop}-{self.member.kind}-{self.member.seed}{f'-{self.part}' if self.part else ''}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,8 @@ class Study:
             ``numbers``: those of the base setting itself. They hold what costs at most two forwards: 2 samples of all blocks, 5
             of a quarter, 8 of an eighth.
         search_samples: posterior samples at each sigma of a search.
+        spans, spanned: the spans with their samples, and the layers of the plain adapters that they are tried on, at the first
+            and the last of ``depths``' settings of ``samples`` samples beside them.
         spread: samples and test items of the measurement of the Monte-Carlo error.
         tiny: a random model of a few blocks instead of SmolLM2, to try the machinery.
     """
@@ -96,6 +104,8 @@ class Study:
     few: tuple[int, ...] = (2, 4, 5, 8, 10)
     numbers: tuple[int, ...] = (1, 2, 3, 4, 5, 8, 10, 30)
     search_samples: int = 10
+    spans: tuple[tuple[str, int], ...] = SPANS
+    spanned: tuple[str, ...] = ("qv", "all_linear")
     spread: tuple[int, int] = (100, 200)
     laplace: bool = True
     tiny: bool = False
@@ -112,6 +122,8 @@ class Study:
             *self._laplace(self.datasets, first, "overfitted"),
             *self._of(self.datasets, first, "early", self.kinds),
             *(unit for targets in others for unit in self._of(self.datasets, targets, "overfitted", ("mle",))),
+            *self._spans("overfitted"),
+            *self._spans("early"),
             *self._of(self.late, first, "overfitted", self.kinds),
             *self._laplace(self.late, first, "overfitted"),
             *(unit for targets in others for unit in self._of(self.datasets, targets, "early", ("mle",))),
@@ -129,7 +141,20 @@ class Study:
 
     def _laplace(self, datasets: tuple[str, ...], targets: str, stop: str) -> list[Unit]:
         plain = self._of(datasets, targets, stop, ("mle",)) if self.laplace else ()
-        return [replace(unit, searches=(), laplace=True, spread=False) for unit in plain]
+        return [replace(unit, searches=(), part="laplace", spread=False) for unit in plain]
+
+    def _spans(self, stop: str) -> list[Unit]:
+        """The spans, and what they are compared with, searched in the same run: all tokens, all blocks and the fewest."""
+        searches = [
+            Search("auto", depth, "weight", self._draws(self.samples)) for depth in (self.depths[0], self.depths[-1])
+        ]
+        for span, samples in self.spans:
+            searches.append(Search("auto", self.depths[0], "weight", self._draws(samples), span, samples))
+        plain = (u for targets in self.spanned for u in self._of(self.datasets, targets, stop, ("mle",)))
+        return [replace(unit, searches=tuple(searches), part="spans", spread=False) for unit in plain if self.spans]
+
+    def _draws(self, samples: int) -> tuple[Draw, ...]:
+        return (Draw(samples, True, (samples,)),)
 
     def _unit(self, dataset: str, targets: str, stop: str, member: Member) -> Unit:
         plain = member.kind == "mle"
@@ -140,7 +165,7 @@ class Study:
             stop=stop,
             member=member,
             searches=(),
-            laplace=False,
+            part="",
             spread=plain and main and stop == "overfitted",
         )
         if member.kind == "dropout":
@@ -156,7 +181,7 @@ class Study:
         return (*self.depths, "head") if "head" in targets else self.depths
 
     def _auto(self) -> list[Search]:
-        return [Search("auto", self.depths[0], "weight", (Draw(self.samples, True, (self.samples,)),))]
+        return [Search("auto", self.depths[0], "weight", self._draws(self.samples))]
 
     def _others(self, depth: Depth) -> list[Search]:
         """The published recipes as published: independent samples, the authors' code by flipout."""
@@ -183,7 +208,7 @@ class Study:
         return [
             Search("auto", depths[0], "weight", base),
             Search("auto", depths[0], "flipout", flipout),
-            *(Search("minimum", depth, "weight", (Draw(self.samples, True, (self.samples,)),)) for depth in depths[:3]),
+            *(Search("minimum", depth, "weight", self._draws(self.samples)) for depth in depths[:3]),
             *self._others(depths[0]),
             *self._depths(depths[1:], everything=True),
         ]
@@ -200,6 +225,8 @@ SMALL = Study(
     few=(2, 10),
     numbers=(1, 2, 10),
     search_samples=2,
+    spans=(("answer", 2), ("question", 4)),
+    spanned=("qv",),
     spread=(20, 8),
     tiny=True,
 )

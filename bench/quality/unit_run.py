@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tfb_ext
 from tfb_ext.adapters.adapter import BayesianAdapter
+from tfb_ext.adapters.depth import span_tokens
 
 from . import methods
 from .data import Parts
@@ -24,7 +25,7 @@ class UnitRun:
 
     Attributes:
         kept: row name -> prediction.
-        rows: what each row is: method, recipe, depth, samples, antithetic, mode, sigma, and its cost where it had a call of
+        rows: what each row is: method, recipe, depth, span, samples, antithetic, mode, sigma, and its cost where it had a call of
             its own (rows made of a larger call's first samples have none).
         searches: each search's own record.
         spread: see ``monte_carlo``.
@@ -44,7 +45,7 @@ class UnitRun:
         """A row out of per-sample probabilities; ``whole``: more will be made of it, see ``Kept``."""
         name = str(len(self.rows))
         self.kept[name] = self.questions.keep(samples, whole)
-        nothing = dict.fromkeys(("recipe", "depth", "antithetic", "mode", "sigma"))
+        nothing = dict.fromkeys(("recipe", "depth", "antithetic", "mode", "sigma")) | {"span": "all"}
         spent = asdict(cost) if cost is not None else dict.fromkeys(("seconds", "peak_gib"))
         self.rows.append({"name": name, "method": method, "samples": number, **nothing, **facts, **spent})
 
@@ -84,11 +85,14 @@ class UnitRun:
             search.mode,
             search.recipe in ("auto", "minimum"),
         )
-        samples = self.study.search_samples
+        adapter.span = self.parts.question if search.span == "question" else search.span
+        samples = search.samples or self.study.search_samples
         rule: dict[str, Any] = {"recipe": search.recipe}
         if search.recipe == "minimum":
             rule = {"recipe": "auto", "objective": "minimum"}
-        same = kept / f"{search.recipe in ('auto', 'minimum')}-{search.recipe == 'official'}-{search.mode}.json"
+        same = (
+            kept / f"{search.recipe in ('auto', 'minimum')}-{search.recipe == 'official'}-{search.mode}-{samples}.json"
+        )
         found = tfb_ext.search_sigma(
             adapter, self.parts.anchor, **rule, samples=samples, checkpoint=same, progress=False
         )
@@ -115,6 +119,8 @@ class UnitRun:
                 depth=search.depth,
                 antithetic=draw.antithetic,
                 mode=search.mode,
+                span=search.span,
+                span_tokens=span_tokens(adapter.span),
                 sigma=adapter.sigma,
                 random_blocks=len(adapter.anatomy.blocks) - adapter.first_random_block(search.depth),
             )
