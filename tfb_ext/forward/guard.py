@@ -36,6 +36,9 @@ SIGMAS = tuple(0.05 * 4.0**i for i in range(6))
 SPREAD = {True: 0.03, False: 0.5}
 SHARE = {True: 2e-3, False: 0.15}
 NOISE, LARGEST_SHARE = 8.0, 0.4
+# Four times the sigma should move the samples apart by this much more; where it does not, and they are well above rounding, they are as
+# far apart as they get.
+GROWTH, SATURATED = 1.25, 4.0
 FLOOR = -100.0  # a log probability below is none: some models give classes minus infinity
 ATTEMPTS = 3  # with other tokens: routing to experts may tip over by rounding
 
@@ -190,6 +193,8 @@ class Trial(TinyCalls):
             with self._alone():
                 separate = self._separate(calls[:1], sigma)
             spread = _rms(separate[0] - separate[0].mean(0))
+            if found[1] >= SATURATED * noise and spread < GROWTH * found[1]:
+                break  # it only makes the samples' numbers chaotic, whose rounding no bound holds
             if math.isfinite(spread):
                 found = (sigma, spread, separate)
             if found[1] and (spread != found[1] or sigma == SIGMAS[-1]):

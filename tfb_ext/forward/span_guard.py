@@ -157,7 +157,7 @@ class SpanTrial(Trial):
 
 
 class _Rows:
-    """Rows in one forward, the last of two padded on the right: all attended positions, or what is pooled of each."""
+    """Rows in one forward, the last of two padded on the right: their random tokens and the others, or what is pooled of each."""
 
     def __init__(self, trial: SpanTrial, given: dict[str, Any]) -> None:
         self.trial, self.given = trial, given
@@ -167,14 +167,21 @@ class _Rows:
             n: v.repeat(times, *[1] * (v.dim() - 1)) if isinstance(v, Tensor) else v for n, v in self.given.items()
         }
         logits = self.trial._logits(self.trial.model(**given))
-        return [logits if logits.dim() == 2 else logits[given["attention_mask"].bool()]]
+        if logits.dim() == 2:
+            return [logits]
+        rank = given["attention_mask"].cumsum(1)
+        attended, last = given["attention_mask"].bool(), rank > rank[:, -1:] - self.trial.span
+        return [logits[attended & last], logits[attended & ~last]]
 
     def separately(self, sample: int, sigma: float) -> list[Tensor]:
         rows = []
         for ids, mask in zip(self.given["input_ids"], self.given["attention_mask"].bool(), strict=True):
             found = self.trial.continued(ids[mask][None], sample, sigma, self.trial.span)
             rows.append(found if found.dim() == 2 else found[0])
-        return [torch.cat(rows)]
+        if rows[0].shape[0] == 1:
+            return [torch.cat(rows)]
+        span = self.trial.span
+        return [torch.cat([row[-span:] for row in rows]), torch.cat([row[:-span] for row in rows])]
 
 
 class _Steps:
