@@ -121,6 +121,7 @@ def make_search(**changes: Any) -> SigmaSearch:
         "seed": 0,
         "mode": "weight",
         "depth": "all",
+        "span": "all",
         "depths": (),
         "early_stop": None,
         "anchors": 200,
