@@ -260,10 +260,11 @@ def test_batches_and_memory_change_nothing(batch_size: int | None) -> None:
 @pytest.mark.slow
 def test_depths_share_a_trunk_that_runs_once() -> None:
     adapter = zoo.compared(bayesian(), 2, 1)
+    assert adapter.shares_prompts()
     anchors = labelled(adapter)
     below, above = (small_sets.rows_through(adapter.anatomy.blocks[i].input_layernorm) for i in (1, 3))
     found = look(adapter, anchors, depth=[2, 1], batch_size=6, recipe="paper")
-    assert [d.depth for d in found.depths] == [2, 1] and below == [6 * 4] * 2
+    assert [d.depth for d in found.depths] == [2, 1] and below == [6] * 2
     assert sum(above) > sum(below) * SAMPLES
     alone = look(adapter, anchors, depth=found.depth, batch_size=6, recipe="paper")
     assert [e.nll for e in alone.evaluations] == pytest.approx([e.nll for e in found.evaluations], abs=1e-6)
@@ -355,7 +356,7 @@ def test_adaptive_trunk_runs_once_an_item_even_in_parts(most: float) -> None:
     for i, k in enumerate(drawn.tolist()):
         assert torch.allclose(found.sample_probabilities[:k, i], fixed.sample_probabilities[:k, i], atol=1e-5)
     if most == math.inf:
-        assert below == [2 * 4] * 8 and sum(above) == 4 * int(drawn.sum())
+        assert below == [2] * 8 and sum(above) == int(drawn.sum())
     else:
         # What fails at first runs its lower blocks again; nothing does once the kept trunk is in parts that fit.
         assert sum(below) < 2 * 16 * 4

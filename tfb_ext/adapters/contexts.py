@@ -96,7 +96,9 @@ class SamplingContexts(ABC):
         if view.span is None:
             layout = self._guard.layout(first, view.batch, self.guard)
         if view.span is not None or view.branches is not None:
-            beside = self._guard.beside(first, view.batch, view.span or 1, self.guard)
+            # Choices are behind whole prompts; how these are laid out does not depend on the depth.
+            lowest = self.first if view.span is None else first
+            beside = self._guard.beside(lowest, view.batch, view.span or 1, self.guard)
         with contexts.fanned(self.attached, first, view, layout, beside):
             self.open_context = (first, view)
             try:

@@ -232,7 +232,9 @@ class SampledUpdate:
         y = shared.updates.pop(self.name)
         if not shared.updates:
             state.shared = None
-        accumulate_(y, shared.rows, self.module._modules["base_layer"])
+        items = state.items
+        lead = items.lead if items is not None and items.items == 1 else 0
+        accumulate_(y, shared.rows, self.module._modules["base_layer"], lead)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _share(self, x: Tensor, version: int) -> SharedInput:

@@ -22,6 +22,7 @@ from .tail import TailCall
 NAME = "tfb_tail"
 # What transformers' attention functions may be asked for beside plain attention; none of it is done here.
 _OTHER = ("softcap", "position_bias", "s_aux")
+_SDPA = AttentionInterface()["sdpa"]
 _now = threading.local()
 
 
@@ -60,10 +61,16 @@ def tail_attention(
         raise SamplingError(f"{type(module).__name__} has {what}, expected plain causal attention")
     lead, parts, times = call.lead, [], query.shape[0] // call.order.shape[0]
     if lead:
-        prompt = AttentionInterface()["sdpa"]
         mask = call.prompt_mask(sliding_window, times)
         own = query[:, :, :lead], key[:, :, :lead], value[:, :, :lead]
-        parts.append(prompt(module, *own, mask, dropout=0.0, scaling=scaling, is_causal=mask is None)[0])
+        if mask is None:
+            shares = key.shape[1] != query.shape[1]
+            alone = torch.nn.functional.scaled_dot_product_attention(
+                *own, is_causal=lead > 1, scale=scaling, enable_gqa=shares
+            )
+            parts.append(alone.transpose(1, 2))
+        else:
+            parts.append(_SDPA(module, *own, mask, dropout=0.0, scaling=scaling, is_causal=False)[0])
     queries = query[:, :, lead:]
     rows, heads, tokens, width = queries.shape
     shared = key.shape[1]

@@ -21,7 +21,9 @@ from .memory import BATCH_CPU, BATCH_CUDA, ROWS_CPU, room_for_tokens
 from .rows import last_positions
 from .tail import Branches
 
-SHUFFLED_BATCHES = 16  # at least: who wants them in random order looks at the results after each
+# At least: who wants them in random order looks at the results after each. With a span a batch costs little more than its launch, so
+# a quarter of that.
+SHUFFLED_BATCHES = 16
 
 Data = Encoded | Iterable[Mapping[str, Tensor]]
 
@@ -36,6 +38,7 @@ class Batches:
         batch_size: items of a batch before the fan; by default what a CPU's caches like, or what a GPU's memory has room for.
         samples: sample groups that calls will have, of which a batch should take about that many.
         span: of a row so many last tokens are random, all without it.
+        share: whether the choices of a prompt may share its forward.
         shuffle: batches in a random order (always the same), instead of the longest first.
         shard: (rank, world size): every ``world size``-th batch only, from ``rank`` on.
         may_be_empty: whether no batch at all is no error.
@@ -53,6 +56,7 @@ class Batches:
         batch_size: int | None = None,
         samples: int = 10,
         span: int | None = None,
+        share: bool = True,
         shuffle: bool = False,
         shard: tuple[int, int] = (0, 1),
         may_be_empty: bool = False,
@@ -90,7 +94,7 @@ class Batches:
                 self._rows = replace(self._rows, pad_id=0)
         self._labels = encoded.labels_tensor() if encoded is not None and encoded.labelled else None
         # Choices of one prompt share its forward where the model can hold them side by side.
-        self._shared = self.sequences is not None and adapter.shares_prompts()
+        self._shared = share and self.sequences is not None and adapter.shares_prompts()
         self.rows_per_item = 1 if self._shared else self._choices
         self.most_rows = batch_size * self.rows_per_item if batch_size else BATCH_CUDA
         random = longest if span is None or longest is None else min(span, longest)
@@ -98,7 +102,8 @@ class Batches:
         rows = min(BATCH_CUDA, room // per_row) if room and longest else BATCH_CPU
         self.batch_size = batch_size or max(1, rows // self.rows_per_item)
         if batch_size is None and shuffle and encoded is not None:
-            self.batch_size = max(1, min(self.batch_size, len(encoded) // SHUFFLED_BATCHES))
+            least = SHUFFLED_BATCHES if span is None else SHUFFLED_BATCHES // 4
+            self.batch_size = max(1, min(self.batch_size, len(encoded) // least))
         self._accepts = set(inspect.signature(self.model.forward).parameters)
         self.batches = list(self._prepare(data, shuffle, shard))
         if not self.batches and not may_be_empty:

@@ -252,6 +252,12 @@ class SideBySide:
         """Whether the slots are the last columns of every row, all of them random."""
         return self.now.tail.columns is None and not self.now.tail.uneven
 
+    def asks_for_prompt(self, keep: int) -> bool:
+        """Whether logits of the prompt are asked for, where the head is asked for the last ``keep`` positions (0 for all)."""
+        if self.view.branches is not None:
+            return False
+        return not (self.is_even and 0 < keep <= self.each)
+
     def parts(self, state: Tensor, before: Tensor | None, positions: int) -> tuple[Tensor | None, Tensor]:
         """Of what the blocks gave (B, lead + Q, n): the prompt's part of the last positions, if any is asked for, and the samples'
         (S, B, T, n).

@@ -20,6 +20,7 @@ from ..adapters.layer import head_columns
 from ..adapters.samples import MEAN
 from ..adapters.state import Items
 from ..errors import SamplingError
+from .anatomy import last_block_parts
 from .attention import NAME, attending
 from .caches import CacheWatch, rows_of_cache
 from .fan import Fan
@@ -47,12 +48,14 @@ class SpanFan(Fan):
             self.trunk = TrunkPass([], 0, None)  # no hidden states are kept, but the prompt's keys and values
         self.beside = SideBySide(self.anatomy, layout, view)
         self.in_stack = ExitStack()
+        self.apart = False  # whether the head runs on the prompt now
         self._begin(0)
 
     def _begin(self, keep: int) -> None:
         """Args: keep: of the last positions, how many the head is asked for; 0 for all."""
         self.keep = keep
         self.prompt: Tensor | None = None  # its hidden states whose logits are asked for
+        self.cuts = False  # whether the last block's parts run for the random tokens alone
         self.beside.begin()
 
     def cache_watch(self) -> CacheWatch:
@@ -71,6 +74,10 @@ class SpanFan(Fan):
         yield head.register_forward_hook(self.after_head)
         if self.view.span is None:
             yield from self.block_hooks()
+            return
+        for part in last_block_parts(self.anatomy):
+            yield part.register_forward_pre_hook(self.before_last_part)
+            yield part.register_forward_hook(self.after_last_part)
 
     # The model's own call -------------------------------------------------------------------------------------------
 
@@ -118,6 +125,8 @@ class SpanFan(Fan):
             state.tokens = self.repeater.tokens = call.lead + call.own.shape[0]
         else:
             state.items, state.fanned = Items(self.rows, call.lead, beside.each), True
+            asked = asks_for(self.anatomy.model, kwargs, "output_hidden_states")
+            self.cuts = call.lead > 0 and not asked and not beside.asks_for_prompt(self.keep)
             if not beside.starts and self.batch.mode == "token":
                 self.batch = state.batch = self.view.batch.after(call.columns.tokens)
         config = beside.stack.config
@@ -126,6 +135,21 @@ class SpanFan(Fan):
         elif "flash" in config._attn_implementation:  # which takes no such mask
             self.in_stack.enter_context(attending(config, "sdpa"))
         return (), new
+
+    def before_last_part(self, part: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not self.cuts:
+            return args
+        lead, each = self.beside.now.lead, self.beside.each
+        self.state.items = Items(self.rows, 0, each)
+        return (args[0][:, lead:].contiguous(), *args[1:])
+
+    def after_last_part(self, part: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Nothing reads what the prompt's tokens would get here."""
+        if not self.cuts:
+            return output
+        lead, each = self.beside.now.lead, self.beside.each
+        self.state.items = Items(self.rows, lead, each)
+        return nn.functional.pad(output, (0, 0, lead, 0))
 
     def _run_prompt(self, given: dict[str, Any]) -> Any:
         state, first = self.state, self.state.first
@@ -175,6 +199,11 @@ class SpanFan(Fan):
 
     # The head -------------------------------------------------------------------------------------------------------
 
+    def before_head(
+        self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (args, kwargs) if self.apart else super().before_head(head, args, kwargs)
+
     def shape_of_targets(self, hidden: Tensor) -> tuple[int, ...]:
         if self.prompt is None:
             return super().shape_of_targets(hidden)
@@ -193,6 +222,8 @@ class SpanFan(Fan):
         return self.beside.now.tail.of(padded)
 
     def after_head(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if self.apart:
+            return output
         if self.prompt is None:
             return super().after_head(head, args, output)
         mean, average = self._prompt_logs(head)
@@ -215,11 +246,15 @@ class SpanFan(Fan):
         """Of the prompt's positions (1, B, K, V) what is averaged, and (B, K, V) the average of that alone."""
         assert self.prompt is not None
         hidden, columns = self.prompt.contiguous(), self.view.columns
-        self.state.batch = MEAN
+        self.state.batch, self.apart = MEAN, True
         try:
-            logits = head.forward(hidden) if columns is None else head_columns(head, hidden, columns)
+            if columns is not None and not self.hooked:
+                logits = head_columns(head, hidden, columns)
+            else:
+                logits = head(hidden) if self.hooked else head.forward(hidden)  # the caller's hooks see it too
+                logits = logits if columns is None else logits.index_select(-1, columns.to(logits.device))
         finally:
-            self.state.batch = self.batch
+            self.state.batch, self.apart = self.batch, False
         folding = Folding(self.kind, True)
         folding.add(self.capped(logits), self.rows, 1)
         return folding.samples[0], folding.result()

@@ -69,6 +69,7 @@ class Anchors:
             batch_size=batch_size,
             samples=len(numbers),
             keep_trunk=places,
+            share=mode == "weight",  # other modes number their noise by the tokens of a call
             shuffle=shuffle,
             shard=(0, 1) if sharded else (ranks.rank, ranks.size),
             may_be_empty=ranks.size > 1,
