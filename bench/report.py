@@ -68,7 +68,7 @@ GENERATIONS = (
 # Samples that differ on the answer alone: label, case.
 SPANS = (
     ("**ten samples**, 8 prompts of 128 tokens", "span_128"),
-    ("the same with a row for each sample, random as a whole", "span_128_peft"),
+    ("the same with a row for each sample, random as a whole", "span_128_rows"),
     ("**ten samples**, 8 prompts of 512 tokens", "span_512"),
     ("64 samples, 8 prompts of 512 tokens", "span_512_s64"),
     ("ten samples, one prompt of 2,048 tokens", "span_2048"),

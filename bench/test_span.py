@@ -69,7 +69,7 @@ class TestSpan:
 
     def test_128_with_a_row_for_each_sample(self, setting: Setting, versus: Versus) -> None:
         """The same prompts and samples, which differ at every token: what the span saves."""
-        forward(setting, versus, "span_128_peft", span="all", rounds=5, warmup=2)
+        forward(setting, versus, "span_128_rows", span="all", rounds=5, warmup=2)
 
     def test_512(self, setting: Setting, versus: Versus) -> None:
         forward(setting, versus, "span_512", tokens=MEDIUM)

@@ -43,8 +43,8 @@ def test_the_cases_run_and_reach_the_page(tmp_path: Path) -> None:
     searches = {"search_span", "search_span_early"}
     named = {case for _, case in report.SPANS} - searches
     assert named <= set(rows) and {"sweep_span_1", "sweep_span_8"} <= set(rows)
-    assert set(summary.summarise([file])) == named - {"span_128_peft"}
-    assert {row.get("span", "answer") for case, row in rows.items() if case != "span_128_peft"} == {"answer"}
+    assert set(summary.summarise([file])) == named - {"span_128_rows"}
+    assert {row.get("span", "answer") for case, row in rows.items() if case != "span_128_rows"} == {"answer"}
     lines = report.span_table(rows)
     assert sum(line.startswith("| ") for line in lines) == 1 + len(named)
     draw_spans(rows, tmp_path / "span.svg")
