@@ -168,7 +168,7 @@ class TestSearchTrace:
 
     @pytest.mark.slow
     def test_depths_get_a_panel_of_their_own(self, tmp_path: Path) -> None:
-        found = DepthResult("all", 0.02, True, (0.01, 0.04), "", 0.7, 0.8, 0.1, 0.5, 0.7, (0.0, 0.0), 10.0)
+        found = DepthResult("all", "all", 0.02, True, (0.01, 0.04), "", 0.7, 0.8, 0.1, 0.5, 0.7, (0.0, 0.0), 10.0)
         other = replace(found, depth=4, sigma=0.1, score=0.75, behind=(0.05, 0.02), forwards=2.1)
         search_trace(make_search(depths=(found, other), interval=(0.015, 0.03)), tmp_path / "two.png")
         search_trace(make_search(), tmp_path / "one.png")

@@ -736,7 +736,7 @@ def test_confidence_and_interval_come_from_resampled_anchors() -> None:
     edge = min(tried.evaluations, key=lambda e: abs(e.sigma - 0.01))
     assert edge.confidence == pytest.approx(0.5, abs=0.06)
     assert edge.standard_error == pytest.approx(0.03 / math.sqrt(1000), rel=0.1)
-    low, high = tried.verdicts.interval(0, tried.evaluations)
+    low, high = tried.verdicts.interval(Place(0), tried.evaluations)
     # The mean's relative standard error is 10 / sqrt(1000) = 0.32: it crosses at 0.01 / (1 +- 1.64 * 0.32).
     assert 0.0055 < low < 0.0075 and high == pytest.approx(0.02, rel=0.15)
 
