@@ -73,6 +73,8 @@ def tail_attention(
             parts.append(_SDPA(module, *own, mask, dropout=0.0, scaling=scaling, is_causal=False)[0])
     queries = query[:, :, lead:]
     rows, heads, tokens, width = queries.shape
+    if not tokens:  # choices of one token each, which nothing follows
+        return parts[0], None
     shared = key.shape[1]
     groups = heads // shared
     out = torch.nn.functional.scaled_dot_product_attention(

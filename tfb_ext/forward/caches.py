@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..adapters.samples import SampleBatch
     from ..adapters.state import SamplingState
 
+_PATCHED = ("reorder_cache", "batch_select_indices", "prefetch", "crop", "batch_repeat_interleave")
 _ROWS = "tfb_rows"  # the attribute that says which samples a cache's rows are of
 
 
@@ -86,7 +87,9 @@ class CacheWatch:
                 continue
             cache.reorder_cache = _Reorder(cache, self)
             if self.side_by_side:
-                cache.crop = _Crop(cache, self)
+                cache.crop, cache.batch_repeat_interleave = _Crop(cache, self), _Repeat(cache, self)
+                if isinstance(cache.__dict__.get("update"), _Closed):
+                    del cache.__dict__["update"]
             if hasattr(cache, "batch_select_indices"):
                 cache.batch_select_indices = _Select(cache, self)
             if getattr(cache, "offloading", False):
@@ -98,9 +101,11 @@ class CacheWatch:
         self.is_open = False
         for reference in self._seen:
             cache = reference()
-            for name in () if cache is None else ("reorder_cache", "batch_select_indices", "prefetch", "crop"):
+            for name in () if cache is None else _PATCHED:
                 if isinstance(cache.__dict__.get(name), _Patch) and cache.__dict__[name].watch is self:
                     del cache.__dict__[name]
+            if cache is not None and self.side_by_side and is_filled(cache):
+                cache.update = _Closed(cache, self)
         self._seen.clear()
 
 
@@ -169,6 +174,35 @@ class _Crop(_Patch):
             "cache.crop() cuts columns off, and with a span the samples' columns lie beside each other, expected a cache that only grows. "
             "Fix: generate without an assistant model or prompt lookup, or span='all'"
         )
+
+
+class _Repeat(_Patch):
+    """Whose the columns are is known of each row."""
+
+    name = "batch_repeat_interleave"
+
+    def run(self, cache: Any, plain: Any, repeats: int) -> Any:
+        columns = columns_of(cache)
+        if columns is not None:
+            rows = torch.arange(columns.order.shape[0], device=columns.order.device)
+            columns.select(rows.repeat_interleave(repeats))
+        return plain(repeats)
+
+
+class _Closed(_Patch):
+    """A cache whose context has ended: outside, its columns are no text."""
+
+    name = "update"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = self.cache()
+        if is_filled(cache):
+            raise SamplingError(
+                "the key-value cache holds the tokens of several samples side by side, and the context that filled it has ended, expected a "
+                "cache of this call's own. Fix: go on inside the context, or cache.reset()"
+            )
+        del cache.__dict__[self.name]
+        return getattr(cache, self.name)(*args, **kwargs)
 
 
 class _Prefetch(_Patch):

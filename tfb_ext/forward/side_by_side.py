@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import SamplingError
 from .anatomy import Anatomy, blocks_parent
 from .caches import cache_argument, filled_cache, is_filled, room_of, windows_opened
 from .fold import Predictive
@@ -29,10 +30,12 @@ class SpanLayout(Layout):
     Attributes:
         route: how its blocks are run.
         by_mask: whether the model counts positions by its mask where it is given none; else by columns.
+        windows: whether its layers have the windows that they or their configuration name.
     """
 
     route: Route = "split"
     by_mask: bool = False
+    windows: bool = True
 
 
 class SideBySide:
@@ -143,6 +146,7 @@ class SideBySide:
 
         view, tokens = self.view, self.tokens
         attended = attended_of(given.get("attention_mask"), self.rows, tokens, self.device)
+        self._check_mask(given.get("attention_mask"), attended)
         tail = tail_of(attended, self._counts())
         if view.span is None:
             tail = tail._replace(seen=attended)
@@ -170,8 +174,27 @@ class SideBySide:
             room_of(cache),
         )
         columns = columns if cache is None else note_columns(cache, columns)
-        self.call = TailCall(lead, tail, own, order, valid, columns)
+        self.call = TailCall(lead, tail, own, order, valid, columns, self.layout.windows)
         return cache
+
+    def _check_mask(self, mask: Any, attended: Tensor) -> None:
+        """Refuse a prepared mask that says more than which tokens are padding."""
+        masks = mask.values() if isinstance(mask, dict) else (mask,)
+        place = torch.arange(self.tokens, device=self.device)
+        behind = place[:, None] - place
+        window = getattr(self.stack.config, "sliding_window", None) or self.tokens
+        for one in masks:
+            if not isinstance(one, Tensor) or one.dim() != 4:
+                continue
+            sees = one[:, 0, :, : self.tokens]
+            sees = sees if sees.dtype == torch.bool else sees == 0
+            causal = (behind >= 0) & attended[:, None]
+            same = [(sees == (causal & (behind < w))) | ~attended[:, :, None] for w in (self.tokens, window)]
+            if not any(bool(each.all()) for each in same):
+                raise SamplingError(
+                    f"attention_mask has shape {tuple(one.shape)} and is not causal, expected (with span {self.view.span}) what a causal model "
+                    "makes of padding. Fix: pass the padding (rows, tokens), or span='all'"
+                )
 
     def _go_on(self, given: dict[str, Any], cache: Any, known: Columns) -> None:
         """A call that goes on from a cache: all its tokens are random."""
@@ -185,7 +208,7 @@ class SideBySide:
         known.advance(valid)
         if tokens > 1 or not known.fixed:  # a static cache's columns are made for single tokens
             known.append(own, order, seen, int(cache.get_seq_length()))
-        self.call = TailCall(0, tail, own, order, seen, known)
+        self.call = TailCall(0, tail, own, order, seen, known, self.layout.windows)
 
     def _counts(self) -> Tensor:
         """(B,) random tokens of each row: the span, and what of an answer follows the position that it is read from."""
@@ -258,6 +281,10 @@ class SideBySide:
             return False
         return not (self.is_even and 0 < keep <= self.each)
 
+    def positions(self, keep: int) -> int:
+        """How many of the last positions a model would give that is asked to keep so many."""
+        return keep if keep > 0 else self.tokens + keep
+
     def parts(self, state: Tensor, before: Tensor | None, positions: int) -> tuple[Tensor | None, Tensor]:
         """Of what the blocks gave (B, lead + Q, n): the prompt's part of the last positions, if any is asked for, and the samples'
         (S, B, T, n).
@@ -270,8 +297,9 @@ class SideBySide:
         samples = state[:, call.lead :].unflatten(1, (self.size, self.each)).transpose(0, 1)
         branches = self.view.branches if self.starts else None
         if branches is not None:
-            roots = (self.view.span or 1) - 1  # those before the last token of a prompt have no choice behind them
-            return None, samples.unflatten(2, (branches.count, -1))[:, :, :, roots:].flatten(2, 3)
+            roots = self.now.tail.slots - 1  # those before the last token of a prompt have no choice behind them
+            apart = samples.unflatten(2, (branches.count, self.each // branches.count))
+            return None, apart[:, :, :, roots:].flatten(2, 3)
         prompt = state[:, : call.lead] if call.lead else before
         if prompt is None or self.is_even:
             from_prompt, first = max(positions - self.each, 0), self.tokens - positions

@@ -172,7 +172,7 @@ class SpanFan(Fan):
             if beside.starts and not (beside.now.lead or self.keep or view.branches) and before is None:
                 # Of a kept prompt nothing is looked at but the random tokens; a classifier picks the last of them by its place.
                 before = output[0].new_zeros(1, 1, 1).expand(self.rows, beside.tokens, output[0].shape[-1])
-            self.prompt, samples = beside.parts(output[0], before, self.keep or beside.tokens)
+            self.prompt, samples = beside.parts(output[0], before, beside.positions(self.keep))
             hidden = samples.flatten(0, 1)
         if isinstance(output, tuple):
             return (hidden, *output[1:])
@@ -189,7 +189,8 @@ class SpanFan(Fan):
         assert branches is not None
         lead = self.beside.now.lead
         roots = hidden[:, lead - 1 : lead, None].transpose(1, 2).expand(-1, branches.count, -1, -1)
-        return torch.cat([roots, hidden[:, lead:].unflatten(1, (branches.count, -1))], 2).flatten(1, 2)
+        behind = hidden[:, lead:].unflatten(1, (branches.count, branches.ids.shape[2]))
+        return torch.cat([roots, behind], 2).flatten(1, 2)
 
     def _averaged_states(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         beside = self.beside

@@ -8,8 +8,8 @@ and a cache of keys and values.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from .side_by_side import Route, SpanLayout
 from .tiny import ROWS, Outputs, undisturbed
 
 _WHOLE = "span='all'"
+_WINDOWS, _SHORT = ("sliding_window", "local_attention", "window_size", "attention_window"), 3  # tokens
 
 
 def learn_span(attached: Attached, first: int, batch: SampleBatch, span: int, enabled: bool) -> SpanLayout:
@@ -55,12 +56,17 @@ def learn_span(attached: Attached, first: int, batch: SampleBatch, span: int, en
         warnings.warn(
             f"{name}: random tokens of a span attend by sdpa, under a mask that {attention} does not take", stacklevel=6
         )
+    if any(b.dim() == 4 and b.shape[-1] == b.shape[-2] > 1 and not b.is_floating_point() for b in stack.buffers()):
+        raise GuardError(
+            f"{name} keeps a causal mask of its own by columns, expected one that is made of positions. Fix: {_WHOLE}"
+        )
     routes: tuple[Route, ...] = ("masked",) if attention == "eager" else ("split", "masked")
     problem = ""
-    with undisturbed(attached):
+    with undisturbed(attached), _short_windows(model, config) as windowed:
         by_mask = _counts_by_mask(attached, first, batch)
-        for route in routes if enabled else routes[:1]:
-            layout = SpanLayout({}, {}, route, by_mask)
+        ways = [(route, windows) for route in routes for windows in ((True, False) if windowed else (True,))]
+        for route, windows in ways if enabled else ways[:1]:
+            layout = SpanLayout({}, {}, route, by_mask, windows)
             if not enabled:
                 return layout
             trial = SpanTrial(attached, first, batch, min(span, 2), layout)
@@ -74,6 +80,25 @@ def learn_span(attached: Attached, first: int, batch: SampleBatch, span: int, en
         f"{name}, first random block {first}: several samples along the sequence {problem}, expected what separate passes give. "
         f"Fix: {_WHOLE}"
     )
+
+
+@contextmanager
+def _short_windows(model: Any, config: Any) -> Iterator[bool]:
+    """Inside, windows are shorter than the tiny text, so that they count; gives whether there are any. Modules are put back by
+    :func:`~tfb_ext.forward.tiny.undisturbed`."""
+    settings = [vars(c) for c in {id(c): c for c in (model.config, config)}.values()]
+    before = [(s, n, s[n]) for s in settings for n in _WINDOWS if isinstance(s.get(n), int) and s[n] > _SHORT]
+    for owner, name, value in before:
+        owner[name] = _SHORT
+        for part in model.modules():
+            for own in _WINDOWS:
+                if vars(part).get(own) == value:
+                    setattr(part, own, _SHORT)
+    try:
+        yield any(s.get(n) for s in settings for n in _WINDOWS)
+    finally:
+        for owner, name, value in before:
+            owner[name] = value
 
 
 def _counts_by_mask(attached: Attached, first: int, batch: SampleBatch) -> bool:

@@ -195,6 +195,7 @@ class TailCall:
         own: (Q,) int64, whose the tokens behind the prompt are; ``order`` and ``valid`` (B, Q), where they are and whether they
             are tokens at all.
         columns: of all keys, the call's own included.
+        windows: whether windows count.
     """
 
     lead: int
@@ -203,11 +204,13 @@ class TailCall:
     order: Tensor
     valid: Tensor
     columns: Columns
+    windows: bool = True
     _sees: dict[int | None, Tensor] = field(default_factory=dict)
     _masks: dict[Any, Tensor] = field(default_factory=dict)
 
     def sees(self, window: int | None) -> Tensor:
         """(B, Q, C) bool: which columns each of the tokens sees, by a window of so many places if there is one."""
+        window = window if self.windows else None
         if window not in self._sees:
             c = self.columns
             ahead = self.order[:, :, None] - c.order[:, None, :]
@@ -234,6 +237,7 @@ class TailCall:
 
     def prompt_mask(self, window: int | None, times: int = 1) -> Tensor | None:
         """(times·B, 1, lead, lead) bool of the prompt's own tokens; ``None`` where they are all attended and see all before them."""
+        window = window if self.windows else None
         if not self.tail.padded and (window is None or self.lead <= window):
             return None
         key = ("prompt", window, times)

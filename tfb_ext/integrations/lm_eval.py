@@ -8,6 +8,7 @@ made here, of all samples in one fused forward, from which each sample's log pro
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from tqdm.auto import tqdm
 from ..adapters.adapter import BayesianAdapter, Depth, Span
 from ..adapters.attach import bayesianize, load
 from ..checks import check_sigma
+from ..data import Encoded
 from ..errors import UnsupportedModelError
+from ..forward.batches import Batches
 from ..forward.engine import Request, run
 from ..forward.rows import last_positions
 from ..posterior.config import CONFIG_NAME, TFBConfig
@@ -150,15 +153,17 @@ class TFBLM(HFLM):
         Both on the CPU. ``lengths``: of the rows of ``inps``, which are padded on the right.
         """
         keep, targets = last_positions(self.adapter.anatomy.model, targets, inps.shape[1])
-        kind = self.mixed_precision_dtype
         inputs = {"input_ids": inps, **keep}
         if self.adapter.span != "all":  # else the padding behind an answer would be random too, once for each sample
             mask = torch.arange(inps.shape[1]) < torch.tensor(lengths)[:, None]
             inputs["attention_mask"] = mask.long().to(inps.device)
-        request = Request(inputs, self.adapter.batch(self.n_samples), targets=targets)
+        return self._run(Request(inputs, targets=targets))
+
+    def _run(self, request: Request) -> tuple[Tensor, Tensor]:
+        kind = self.mixed_precision_dtype
         self.adapter.attached.check_ready()
         with torch.autocast(self.device.type, dtype=kind, enabled=kind is not None):
-            result = run(self.adapter, request)
+            result = run(self.adapter, replace(request, samples=self.adapter.batch(self.n_samples)))
         assert result.targets is not None
         return result.targets.cpu(), result.average.argmax(dim=-1).cpu()
 
@@ -181,12 +186,59 @@ class TFBLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
+        """Scores of the requests; those of one context share its forward, where the model can hold them side by side."""
+        if self.n_samples == 0:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        found: dict[int, tuple[float, bool]] = {}
+        if self.logits_cache:  # the harness's switch for requests that share a forward
+            found = self._shared_scores(requests, override_bs)
+        left = [number for number in range(len(requests)) if number not in found]
+        rows = self._scores_by_row([requests[number] for number in left], disable_tqdm, override_bs) if left else []
+        found |= zip(left, rows, strict=True)
+        return [found[number] for number in range(len(requests))]
+
+    def _shared_scores(self, requests: list[Any], override_bs: int | None) -> dict[int, tuple[Any, bool]]:
+        """(score, is greedy) by number of the requests whose context others have too."""
+        by_context: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, context, _) in enumerate(requests):
+            by_context.setdefault(tuple(context), []).append(number)
+        by_count: dict[int, list[list[int]]] = {}
+        for context, numbers in by_context.items():
+            longest = max(len(requests[number][2]) for number in numbers)
+            if context and len(numbers) > 1 and len(context) + longest - 1 <= self.max_length:
+                by_count.setdefault(len(numbers), []).append(numbers)
+        if not by_count or not self.adapter.shares_prompts():
+            return {}
+        size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else self._detect_batch_size())
+        found: dict[int, tuple[Any, bool]] = {}
+        for count, groups in by_count.items():
+            continuations = [tuple(tuple(requests[number][2]) for number in group) for group in groups]
+            prompts = [list(requests[group[0]][1]) for group in groups]
+            names = tuple(map(str, range(count)))
+            data = Encoded(
+                prompts, [None] * len(groups), None, names, 0, continuations[0], item_choice_tokens=continuations
+            )
+            for batch in Batches(self.adapter, data, batch_size=size, samples=self.n_samples).batches:
+                logs, best = self._run(Request(batch.inputs, targets=batch.targets, branches=batch.branches))
+                assert batch.targets is not None
+                width = batch.targets.shape[1] // count
+                for row, item in enumerate(batch.items.tolist()):
+                    for place, number in enumerate(groups[item]):
+                        tokens = requests[number][2]
+                        own = slice(place * width, place * width + len(tokens))
+                        score = self._averaged(logs[:, row, own])
+                        found[number] = score, best[row, own].tolist() == list(tokens)
+                        if requests[number][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+        return found
+
+    def _scores_by_row(
+        self, requests: list[Any], disable_tqdm: bool, override_bs: int | None
+    ) -> list[tuple[float, bool]]:
         """The harness's loop with its order, its batches and its grouping of continuations that differ in their last token.
 
         With a span continuations of a row are of one length, as their first token is where the random ones begin.
         """
-        if self.n_samples == 0:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         whole = self.adapter.span == "all"
 
         def lead(context: list[int], continuation: list[int]) -> list[int]:
