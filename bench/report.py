@@ -1,4 +1,4 @@
-"""The tables of the README and of docs/performance.md and the plots, out of ``bench/results/*.json``.
+"""The tables of the README, docs/performance.md and docs/span.md and the plots, out of ``bench/results/*.json``.
 
 python -m bench.report            writes all of them (needs matplotlib)
 python -m bench.report --check    says whether the tables are those of the results; writes nothing
@@ -18,6 +18,7 @@ from .rows import Rows, by_case, load, load_if_there, milliseconds, ratio, table
 from .test_kernels import IN_FEATURES, OUT_FEATURES, RANKS, TOKENS
 
 PERFORMANCE = "docs/performance.md"
+SPAN = "docs/span.md"
 
 # What a row is called and what it is measured against; a case whose ratio is baseline / value is "faster".
 FORWARDS = (
@@ -80,6 +81,10 @@ SPANS = (
     ("the whole search for sigma, six evaluations of ten samples (times faster)", "search_span"),
     ("the same, stopping early (times faster)", "search_span_early"),
 )
+# Those of them that docs/span.md shows.
+SPANS_IN_SHORT = (
+    "span_128 span_128_rows span_512 span_512_s64 span_2048 generate_span generate_span_one search_span search_span_early"
+).split()
 SEARCHES = (
     ("all blocks random, the same six evaluations", "search_all"),
     ("upper quarter of the blocks random, the same six evaluations", "search_quarter"),
@@ -165,7 +170,31 @@ def span_table(rows: Rows) -> list[str]:
             "",
             "![cost against samples that differ on the answer alone](../bench/results/span.svg)",
         ]
-    return [*lines, "", "All of them are in [`span.json`](../bench/results/span.json)."]
+    return [*lines, "", span_source([row for _, row in cases])]
+
+
+def span_source(rows: list[dict[str, Any]]) -> str:
+    """Which code the rows are of: they need not be of one run."""
+    commits, versions = ({row[key]: None for row in rows} for key in ("commit", "transformers"))
+    return (
+        f"Measured at {' and '.join(commit[:7] for commit in commits)} with transformers {' and '.join(versions)} "
+        "([`span.json`](../bench/results/span.json) names each row's commit; [the notes](../bench/NOTES.md) have a second run, and what "
+        "limits each)."
+    )
+
+
+def span_page(rows: Rows) -> str:
+    """The short table of docs/span.md."""
+    cases = [(label, rows[case]) for label, case in SPANS if case in SPANS_IN_SHORT and case in rows]
+    if not cases:
+        return ""
+    devices = ", ".join(dict.fromkeys(row["device"] for _, row in cases))
+    what = f"Llama-3.1-8B shape, bfloat16, r = 8 on seven linear layers, {devices}"
+    lines = table_head(what, "of", "ratio")
+    for label, row in cases:
+        of, digits = row["of"].replace(" 1 rows", " 1 row"), 1 if row.get("unit") == "s" else 2
+        lines.append(f"| {label} | {of} | {ratio(row, digits)} |")
+    return "\n".join([*lines, "", span_source([row for _, row in cases])])
 
 
 def section(
@@ -291,7 +320,7 @@ def replace_section(page: str, name: str, text: str) -> str:
 
 
 def pages(results: Path) -> dict[Path, str]:
-    """The README and docs/performance.md with the tables of these results."""
+    """The README, docs/performance.md and docs/span.md with the tables of these results."""
     models = by_case(load(results / "models.json"))
     summary = json.loads((results / "summary.json").read_text())
     search = by_case(load_if_there(results / "search.json"))
@@ -304,6 +333,7 @@ def pages(results: Path) -> dict[Path, str]:
     return {
         ROOT / "README.md": readme,
         ROOT / PERFORMANCE: replace_section((ROOT / PERFORMANCE).read_text(), "speed", tables),
+        ROOT / SPAN: replace_section((ROOT / SPAN).read_text(), "span", span_page(spans)),
     }
 
 

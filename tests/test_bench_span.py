@@ -34,9 +34,11 @@ def test_the_cases_run_and_reach_the_page(tmp_path: Path) -> None:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
+    # pytest-benchmark times nothing in what it takes for a worker of pytest-xdist.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [*command, "bench/test_span.py", "bench/test_generate.py"],
-        cwd=ROOT, env=os.environ | settings, capture_output=True, text=True,
+        cwd=ROOT, env=inherited | settings, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     rows = by_case(load(file))
@@ -47,6 +49,8 @@ def test_the_cases_run_and_reach_the_page(tmp_path: Path) -> None:
     assert {row.get("span", "answer") for case, row in rows.items() if case != "span_128_rows"} == {"answer"}
     lines = report.span_table(rows)
     assert sum(line.startswith("| ") for line in lines) == 1 + len(named)
+    page = report.span_page(rows).splitlines()
+    assert sum(line.startswith("| ") for line in page) == 1 + len(set(report.SPANS_IN_SHORT) - searches)
     draw_spans(rows, tmp_path / "span.svg")
     assert (tmp_path / "span.svg").read_text().count("<path") > 20
 
