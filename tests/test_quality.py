@@ -738,8 +738,11 @@ class TestSpans:
             found.rows.append(
                 replace(base, dataset=dataset, span="answer", samples=40, forwards=1.6, predicted=changed)
             )
+            found.rows.append(replace(base, dataset=dataset, depth=0.125, forwards=2.2, predicted=changed))
         text = spans.section(found, report.markdown)
         assert text is not None
+        assert "| set, adapter | upper eighth, N = 10: NLL |" in text
+        assert "* **upper eighth, N = 10**: NLL is level with that of all tokens, N = 10 or lower in 2 of 3" in text
         assert (
             "* **answer, N = 40**: NLL is level with that of all tokens, N = 10 or lower in 2 of 3 (higher: Sarcastic headlines, "
             "qv-overfitted); ECE is"

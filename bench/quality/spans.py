@@ -14,6 +14,7 @@ from .results import Results, Row
 
 TITLE = "Spans"
 ALL = "all tokens, N = 10"
+UPPER = "upper eighth, N = 10"
 MEASURES = (
     ("accuracy", "accuracy %", 100, 1),
     ("ece", "ECE %", 100, 1),
@@ -61,7 +62,7 @@ def groups(results: Results) -> Iterator[Group]:
             "the adapter as it is": pick(method="mean"),
             "temperature scaling": pick(method="mean+temperature"),
             ALL: pick(**tfb),
-            "upper eighth, N = 10": pick(**{**tfb, "depth": 0.125}),
+            UPPER: pick(**{**tfb, "depth": 0.125}),
             **{name_of(s, n): pick(**{**tfb, "span": s, "samples": n}) for s, n in settings},
         }
         yield Group(dataset, adapter, {name: rows for name, rows in found.items() if rows})
@@ -77,14 +78,15 @@ def section(results: Results, table: Table) -> str | None:
     if not found:
         return None
     rows = [row for row in results.rows if row.span != "all"]
-    names = [name_of(*key) for key in sorted({(row.span, row.samples) for row in rows})]
+    names = [UPPER] if any(UPPER in group.settings for group in found) else []
+    names += [name_of(*key) for key in sorted({(row.span, row.samples) for row in rows})]
     lines = [[group.title, name, *_cells(rows)] for group in found for name, rows in group.settings.items()]
     titles = [title for _, title, _, _ in MEASURES]
     parts = [
         "Samples of the span `answer` differ at the last token of a prompt, those of `question` at its fixed last words; the tokens before "
         "are the mean adapter's. Sigma is searched for each with the samples it is used with. Mean over the seeds ± its standard error.",
         table(["set, adapter", "setting", *titles, "sigma", "seeds", "forwards", "s per 1000"], lines),
-        f"Each span minus {ALL}, ± the standard error (paired bootstrap of the test items):",
+        f"Each minus {ALL}, ± the standard error (paired bootstrap of the test items):",
         table(
             ["set, adapter", *(f"{name}: {measure.upper()}" for name in names for measure in JUDGED)],
             _differences(found, names),
@@ -135,7 +137,7 @@ def _difference(difference: Difference, measure: str) -> str:
 
 
 def verdict(found: list[Group], name: str) -> str:
-    """Where a span is level with ten samples of all tokens or better, within a standard error."""
+    """Where a setting is level with ten samples of all tokens or better, within a standard error."""
     compared = {group.title: group.against_all(name) for group in found}
     known = {title: differences for title, differences in compared.items() if differences is not None}
     parts = []
