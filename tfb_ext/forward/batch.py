@@ -81,3 +81,15 @@ def item_labels(batch: Batch) -> Tensor:
 def mask_of(batch: Batch) -> Tensor:
     mask = batch.inputs.get("attention_mask")
     return mask if mask is not None else torch.ones_like(batch.inputs["input_ids"])
+
+
+def labelled_lengths(batch: Batch) -> Tensor | None:
+    """(B,) attended tokens of each row from the first on whose logits a label is compared with; ``None`` without labels of tokens."""
+    if not batch.token_labelled or batch.columns is not None:
+        return None
+    assert batch.labels is not None
+    counted = batch.labels != IGNORED
+    if batch.shifted:  # a position's logits are about the next token
+        counted = torch.nn.functional.pad(counted[:, 1:], (0, 1))
+    behind = (counted.cumsum(1) > 0) & mask_of(batch).bool()
+    return behind.sum(1).clamp(min=1)

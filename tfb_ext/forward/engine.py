@@ -15,7 +15,7 @@ from ..adapters.adapter import BayesianAdapter, Place
 from ..adapters.samples import MEAN, SampleBatch
 from ..errors import UnsupportedModelError
 from .anatomy import CLASSIFIER_HEADS, last_position_only
-from .batch import Batch, mask_of
+from .batch import Batch, labelled_lengths, mask_of
 from .batches import Batches, Data, choice_logs
 from .fold import Predictive, log_means, log_values
 from .memory import Memory, room_for_trunk
@@ -37,6 +37,7 @@ class Request:
         place: what is random; ``None`` is the adapter's own. With a span an answer is read from the first position that has a
             target, or from the last token of each row.
         keep: give every sample's outputs too.
+        answers: (B,), as in :class:`~tfb_ext.forward.fold.Predictive`, where targets do not say.
         columns, targets, observe, trunk, key, branches: as in :class:`~tfb_ext.forward.fold.Predictive`.
     """
 
@@ -50,6 +51,7 @@ class Request:
     trunk: Trunk | None = None
     key: Hashable | None = None
     branches: Branches | None = None
+    answers: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,7 @@ class Scorer(Batches):
             batch.targets,
             key=batch.key,
             branches=batch.branches,
+            answers=labelled_lengths(batch),
         )
         if samples is None:
             yield self.memory.once(lambda: run(self.adapter, request))
@@ -261,7 +264,7 @@ class Scorer(Batches):
         span = place.span or 1
         if batch.branches is not None:
             return int(batch.branches.valid.sum()) + span * len(batch) * batch.branches.count
-        lengths = answer_lengths(Request(batch.inputs, targets=batch.targets))
+        lengths = answer_lengths(Request(batch.inputs, targets=batch.targets, answers=labelled_lengths(batch)))
         return (len(batch) if lengths is None else int(lengths.sum())) + (span - 1) * len(batch)
 
     def _trunk_for(self, batch: Batch, place: Place, several_passes: bool) -> Trunk | None:
@@ -299,7 +302,7 @@ def answer_lengths(request: Request) -> Tensor | None:
     is read from the last token."""
     inputs, targets = request.inputs, request.targets
     if targets is None or request.branches is not None:
-        return None
+        return request.answers
     asked = (targets >= 0).flatten(2).any(2) if targets.dim() > 2 else targets >= 0
     behind = asked.cumsum(1) > 0
     mask = inputs.get("attention_mask")

@@ -152,7 +152,7 @@ class SideBySide:
             tail = tail._replace(seen=attended)
         wanted = given.get("use_cache")
         self.returns_cache = bool(getattr(self.stack.config, "use_cache", False) if wanted is None else wanted)
-        kept = None if view.trunk is None else view.trunk.kept(PROMPT, view.key, self.device)
+        kept = None if view.trunk is None or view.span is None else view.trunk.kept(PROMPT, view.key, self.device)
         lead = tokens if kept is None and self.layout.route == "split" else 0
         if kept is not None:
             cache = filled_cache(kept)
@@ -202,6 +202,19 @@ class SideBySide:
         valid = torch.ones(self.rows, tokens, dtype=torch.bool, device=self.device)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             valid = mask[:, -tokens:].bool()
+            before = mask[:, :-tokens].sum(1)
+            if mask.shape[1] > tokens and not torch.equal(before, known.length.to(before)):
+                raise SamplingError(
+                    f"attention_mask has {before.tolist()} tokens before this step's, expected the {known.length.tolist()} that the cache was "
+                    "filled with. Fix: leave those as they were, or span='all'"
+                )
+        if known.fixed and not _capturing():
+            filled, room = int(cache.get_seq_length()), known.own.shape[0]
+            if filled + self.size * tokens > room:
+                raise SamplingError(
+                    f"the cache has {room} columns, expected {filled + self.size * tokens}: {filled} are filled, and {self.size} samples "
+                    "need one for each token. Fix: leave the cache to tfb_ext.generate, or make it larger"
+                )
         tail = Tail(None, valid, valid, valid, False, False)
         own, order, seen = self._side_by_side(tail)
         order = order + known.tokens
@@ -255,7 +268,7 @@ class SideBySide:
     @property
     def keeps_prompt(self) -> bool:
         trunk, key = self.view.trunk, self.view.key
-        return trunk is not None and key is not None and trunk.wants(PROMPT, key)
+        return trunk is not None and key is not None and self.view.span is not None and trunk.wants(PROMPT, key)
 
     def keep_prompt(self, cache: Any) -> None:
         """Keep the prompt's keys and values, if they are asked for and this call made them."""

@@ -107,6 +107,20 @@ class SpanFan(Fan):
                 "span='all'"
             )
 
+    def after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        logits: Any = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
+        made, call = self.view.folded, self.beside.call
+        pooled = made is not None and made.dim() == 3 and isinstance(logits, Tensor) and logits.dim() == 2
+        if pooled and call is not None and made is not None and made.shape[1] == call.tail.attended.shape[1]:
+            random = call.tail.attended & ~call.tail.seen
+            here = (made == logits[:, None].to(made.dtype)).all(-1)
+            if not bool((here & random.to(here.device)).any(1).all()):
+                raise SamplingError(
+                    f"{type(model).__name__} pools a token that is not the last of its row by attention_mask, where the samples differ, expected "
+                    "that one. Fix: pad with pad_token_id where attention_mask is 0, and nowhere else; or span='all'"
+                )
+        return super().after_model(model, args, output)
+
     def end_turn(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.in_stack.close()
         self.state.items = None

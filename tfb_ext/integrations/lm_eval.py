@@ -177,7 +177,6 @@ class TFBLM(HFLM):
         return logs.sum(dim=1) if self._joining else self._mixed(logs.sum(dim=1))
 
     def _mixed(self, logs: Tensor) -> float:
-        """``log mean_s exp`` of (S,)."""
         return float(torch.logsumexp(logs, dim=0)) - math.log(self.n_samples)
 
     def _loglikelihood_tokens(
@@ -198,14 +197,15 @@ class TFBLM(HFLM):
         return [found[number] for number in range(len(requests))]
 
     def _shared_scores(self, requests: list[Any], override_bs: int | None) -> dict[int, tuple[Any, bool]]:
-        """(score, is greedy) by number of the requests whose context others have too."""
+        """By number, of the requests whose context others have too."""
         by_context: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, _) in enumerate(requests):
             by_context.setdefault(tuple(context), []).append(number)
         by_count: dict[int, list[list[int]]] = {}
         for context, numbers in by_context.items():
-            longest = max(len(requests[number][2]) for number in numbers)
-            if context and len(numbers) > 1 and len(context) + longest - 1 <= self.max_length:
+            own = {tuple(requests[number][2]) for number in numbers}
+            fits = context and all(own) and len(context) + max(map(len, own)) - 1 <= self.max_length
+            if fits and len(own) == len(numbers) > 1:
                 by_count.setdefault(len(numbers), []).append(numbers)
         if not by_count or not self.adapter.shares_prompts():
             return {}
@@ -214,10 +214,8 @@ class TFBLM(HFLM):
         for count, groups in by_count.items():
             continuations = [tuple(tuple(requests[number][2]) for number in group) for group in groups]
             prompts = [list(requests[group[0]][1]) for group in groups]
-            names = tuple(map(str, range(count)))
-            data = Encoded(
-                prompts, [None] * len(groups), None, names, 0, continuations[0], item_choice_tokens=continuations
-            )
+            blank = Encoded(prompts, [None] * len(groups), None, ("",) * count, 0, continuations[0])
+            data = replace(blank, item_choice_tokens=continuations)
             for batch in Batches(self.adapter, data, batch_size=size, samples=self.n_samples).batches:
                 logs, best = self._run(Request(batch.inputs, targets=batch.targets, branches=batch.branches))
                 assert batch.targets is not None
@@ -226,8 +224,8 @@ class TFBLM(HFLM):
                     for place, number in enumerate(groups[item]):
                         tokens = requests[number][2]
                         own = slice(place * width, place * width + len(tokens))
-                        score = self._averaged(logs[:, row, own])
-                        found[number] = score, best[row, own].tolist() == list(tokens)
+                        greedy = best[row, own].tolist() == list(tokens)
+                        found[number] = self._averaged(logs[:, row, own]), greedy
                         if requests[number][0] is not None:
                             self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
         return found
