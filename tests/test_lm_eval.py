@@ -156,13 +156,17 @@ def test_log_likelihoods_with_a_span(name: str, span: Any, cache: bool, batch_si
     assert alone == pytest.approx(wanted, abs=1e-4)
 
 
-def test_continuations_of_one_length_share_a_row_of_a_span() -> None:
+@pytest.mark.parametrize(("shared", "expected"), [(True, 1), (False, 2)])
+def test_continuations_of_one_context_share_its_forward(shared: bool, expected: int) -> None:
     lm = direct(batch_size=64)
     lm.adapter.span = "answer"
+    assert lm.adapter.shares_prompts()
+    if not shared:  # then those of one length share a row
+        lm.adapter.shares_prompts = lambda: False
     lm.loglikelihood(asked("loglikelihood", PAIRS[:1]))
     rows = small_sets.rows_through(lm.adapter.anatomy.blocks[0].input_layernorm)
     lm.loglikelihood(asked("loglikelihood", PAIRS[:4]))  # three of one token, and one of two
-    assert rows and set(rows) == {2}
+    assert rows and set(rows) == {expected}
 
 
 def test_padding_is_not_random() -> None:

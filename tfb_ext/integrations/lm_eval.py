@@ -203,9 +203,9 @@ class TFBLM(HFLM):
             by_context.setdefault(tuple(context), []).append(number)
         by_count: dict[int, list[list[int]]] = {}
         for context, numbers in by_context.items():
-            own = {tuple(requests[number][2]) for number in numbers}
-            fits = context and all(own) and len(context) + max(map(len, own)) - 1 <= self.max_length
-            if fits and len(own) == len(numbers) > 1:
+            given = {tuple(requests[number][2]) for number in numbers}
+            fits = context and all(given) and len(context) + max(map(len, given)) - 1 <= self.max_length
+            if fits and len(given) == len(numbers) > 1:
                 by_count.setdefault(len(numbers), []).append(numbers)
         if not by_count or not self.adapter.shares_prompts():
             return {}
