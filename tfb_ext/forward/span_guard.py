@@ -46,7 +46,7 @@ def learn_span(attached: Attached, first: int, batch: SampleBatch, span: int, en
     other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if stack is model or other:
         reason = (
-            f"layers of the kinds {other}, which keep no keys and values of single tokens"
+            f"layers of the kinds {other}, other than full and sliding attention"
             if other
             else "no module around its blocks"
         )
@@ -175,7 +175,7 @@ class SpanTrial(Trial):
                 cache = cache_of(out)
                 if cache is None:
                     raise GuardError(
-                        f"{type(self.model).__name__} gives no key-value cache, expected a decoder that has one. Fix: {_WHOLE}"
+                        f"{type(self.model).__name__} gives no key-value cache with its outputs, expected a decoder that does. Fix: {_WHOLE}"
                     )
                 parts.append(self.values(out.logits.detach()))
         return parts[-1] if parts[-1].dim() == 2 else torch.cat(parts, 1)
