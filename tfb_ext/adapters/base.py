@@ -14,10 +14,6 @@ from torch import Tensor, nn
 SUPPORTED: tuple[type[LoraLayer], ...] = (LoraLinear,)
 
 
-PRODUCT_TILE = 128  # rows
-LONG_PROMPT = 1024  # from here on the product is bound by its operations
-
-
 def float_type(layer: Any) -> torch.dtype:
     """Type of a LoRA layer's base weight; torch's dynamically quantised layers have none, and compute in float32."""
     dtype: torch.dtype = getattr(layer.get_base_layer().weight, "dtype", torch.float32)
@@ -41,21 +37,11 @@ def accumulates(base: nn.Module, x: Tensor) -> bool:
     )
 
 
-def accumulate_(y: Tensor, rows: Tensor, base: nn.Module, lead: int = 0) -> Tensor:
-    """``y += rows @ weight.T`` of a base layer that :func:`accumulates`; its bias is in ``y`` already.
-
-    ``lead``: the first rows are one prompt of that length, the others few.
-    """
+def accumulate_(y: Tensor, rows: Tensor, base: nn.Module) -> Tensor:
+    """``y += rows @ weight.T`` of a base layer that :func:`accumulates`; its bias is in ``y`` already."""
     weight = base._parameters["weight"]
     assert weight is not None
-    transposed = weight.t()
-    # A long prompt keeps the multiprocessors busy in whole waves of tiles; a few rows more would take a wave for themselves, which
-    # costs more than the second look at the weight.
-    if lead >= LONG_PROMPT and y.is_cuda and -(-y.shape[0] // PRODUCT_TILE) > -(-lead // PRODUCT_TILE):
-        y[:lead].addmm_(rows[:lead], transposed)
-        y[lead:].addmm_(rows[lead:], transposed)
-        return y
-    return y.addmm_(rows, transposed)
+    return y.addmm_(rows, weight.t())
 
 
 def linear_columns(linear: Any, x: Tensor, columns: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class SampledLayer(nn.Module):
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         update: SampledUpdate | None = self.__dict__.get("tfb_open")  # others may keep this method beyond the posterior
         if update is not None and not args and not kwargs and update.is_shared(x):
-            return update.written_first(x)
+            return update.taken(x)
         if update is None or not update.is_active():
             return plain_class(self).forward(self, x, *args, **kwargs)
         if not args and not kwargs and update.writes_first(x):
@@ -223,18 +223,19 @@ class SampledUpdate:
 
     def written_first(self, x: Tensor) -> Tensor:
         """The layer's output (..., m) of ``x`` (..., n), by the update, onto which the base product accumulates."""
-        state, version = self.state, _version(x)
-        shared = state.shared
+        self.state.shared = self._share(x, _version(x))
+        return self.taken(x)
+
+    def taken(self, x: Tensor) -> Tensor:
+        """The same where ``x`` was read for this layer too."""
+        state, shared = self.state, self.state.shared
+        assert shared is not None
         if state.seen is not None:
             state.asked.add(self.name)
-        if shared is None or shared.x is not x or shared.version != version or self.name not in shared.updates:
-            shared = state.shared = self._share(x, version)
         y = shared.updates.pop(self.name)
         if not shared.updates:
             state.shared = None
-        items = state.items
-        lead = items.lead if items is not None and items.items == 1 else 0
-        accumulate_(y, shared.rows, self.module._modules["base_layer"], lead)
+        accumulate_(y, shared.rows, self.module._modules["base_layer"])
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _share(self, x: Tensor, version: int) -> SharedInput:
