@@ -29,15 +29,7 @@ from .plots import compared, draw_all
 from .results import FIELDS, ORDER, SETTING, Results, Row, load
 
 OUT = ROOT / "bench" / "quality"
-COLUMNS = (
-    ("accuracy", "accuracy %", 100, 1),
-    ("ece", "ECE %", 100, 1),
-    ("nll", "NLL", 1, 3),
-    ("brier", "Brier", 1, 3),
-    ("auroc_error", "AUROC error", 1, 3),
-    ("auroc_ood", "AUROC OOD", 1, 3),
-    ("aurc", "AURC", 1, 3),
-)
+COLUMNS = (*spans.MEASURES, ("aurc", "AURC", 1, 3))
 WORDS, ROWS, RESULTS = "WORDS.md", "rows.csv.gz", "RESULTS.md"
 PICTURES = "Pictures"
 Line = dict[str, str]  # of ``rows.csv.gz``

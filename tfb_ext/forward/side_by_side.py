@@ -179,13 +179,15 @@ class SideBySide:
 
     def _check_mask(self, mask: Any, attended: Tensor) -> None:
         """Refuse a prepared mask that says more than which tokens are padding."""
-        masks = mask.values() if isinstance(mask, dict) else (mask,)
+        masks = [
+            m for m in (mask.values() if isinstance(mask, dict) else (mask,)) if isinstance(m, Tensor) and m.dim() == 4
+        ]
+        if not masks:
+            return
         place = torch.arange(self.tokens, device=self.device)
         behind = place[:, None] - place
         window = getattr(self.stack.config, "sliding_window", None) or self.tokens
         for one in masks:
-            if not isinstance(one, Tensor) or one.dim() != 4:
-                continue
             sees = one[:, 0, :, : self.tokens]
             sees = sees if sees.dtype == torch.bool else sees == 0
             causal = (behind >= 0) & attended[:, None]
@@ -208,19 +210,20 @@ class SideBySide:
                     f"attention_mask has {before.tolist()} tokens before this step's, expected the {known.length.tolist()} that the cache was "
                     "filled with. Fix: leave those as they were, or span='all'"
                 )
-        if known.fixed and not _capturing():
-            filled, room = int(cache.get_seq_length()), known.own.shape[0]
-            if filled + self.size * tokens > room:
-                raise SamplingError(
-                    f"the cache has {room} columns, expected {filled + self.size * tokens}: {filled} are filled, and {self.size} samples "
-                    "need one for each token. Fix: leave the cache to tfb_ext.generate, or make it larger"
-                )
+        # A static cache's columns are made for single tokens, of which a graph's step may not ask how many are filled.
+        asks = known.fixed and (tokens > 1 or not _capturing())
+        filled, room = int(cache.get_seq_length()) if asks else 0, known.own.shape[0]
+        if asks and filled + self.size * tokens > room:
+            raise SamplingError(
+                f"the cache has {room} columns, expected {filled + self.size * tokens}: {filled} are filled, and {self.size} samples "
+                "need one for each token. Fix: leave the cache to tfb_ext.generate, or make it larger"
+            )
         tail = Tail(None, valid, valid, valid, False, False)
         own, order, seen = self._side_by_side(tail)
         order = order + known.tokens
         known.advance(valid)
-        if tokens > 1 or not known.fixed:  # a static cache's columns are made for single tokens
-            known.append(own, order, seen, int(cache.get_seq_length()))
+        if tokens > 1 or not known.fixed:
+            known.append(own, order, seen, filled)
         self.call = TailCall(0, tail, own, order, seen, known, self.layout.windows)
 
     def _counts(self) -> Tensor:
@@ -273,12 +276,8 @@ class SideBySide:
     def keep_prompt(self, cache: Any) -> None:
         """Keep the prompt's keys and values, if they are asked for and this call made them."""
         trunk = self.view.trunk
-        if (
-            trunk is None
-            or not self.keeps_prompt
-            or cache is None
-            or not (self.now.lead or self.prompt_run is not None)
-        ):
+        made = self.now.lead > 0 or self.prompt_run is not None
+        if trunk is None or cache is None or not (made and self.keeps_prompt):
             return
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
         trunk.keep(PROMPT, self.view.key, *(part[:, :, : self.tokens] for pair in pairs for part in pair))

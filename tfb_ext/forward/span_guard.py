@@ -23,9 +23,9 @@ from .anatomy import CLASSIFIER_HEADS, blocks_parent
 from .caches import cache_argument, cache_of
 from .contexts import fanned, laid_out
 from .fold import Predictive
-from .guard import SAMPLES, Arguments, Trial
+from .guard import ATTEMPTS, SAMPLES, Arguments, Trial
 from .side_by_side import Route, SpanLayout
-from .tiny import ROWS, Outputs, undisturbed
+from .tiny import ROWS, Outputs, repeated, undisturbed
 
 _WHOLE = "span='all'"
 _WINDOWS, _SHORT = ("sliding_window", "local_attention", "window_size", "attention_window"), 3  # tokens
@@ -70,7 +70,7 @@ def learn_span(attached: Attached, first: int, batch: SampleBatch, span: int, en
             if not enabled:
                 return layout
             trial = SpanTrial(attached, first, batch, min(span, 2), layout)
-            for attempt in range(3):
+            for attempt in range(ATTEMPTS):
                 _, problem = trial.compare({}, attempt)
                 if not problem:
                     return layout
@@ -188,9 +188,7 @@ class _Rows:
         self.trial, self.given = trial, given
 
     def __call__(self, times: int) -> Outputs:
-        given = {
-            n: v.repeat(times, *[1] * (v.dim() - 1)) if isinstance(v, Tensor) else v for n, v in self.given.items()
-        }
+        given = repeated(self.given, times)
         logits = self.trial._logits(self.trial.model(**given))
         if logits.dim() == 2:
             return [logits]
