@@ -20,6 +20,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "types.h"
 
@@ -212,10 +213,24 @@ inline void check_expand_new(const at::Tensor& z, const at::Tensor& basis, const
   if (bias) check_bias("expand", *bias, z, "z", basis.sym_size(0));
 }
 
+// x (..., n) as rows, which update_group takes in any number of dimensions, and its results (T, m) in x's.
+inline at::Tensor rows_of(const at::Tensor& x) {
+  return x.dim() <= 2 ? x : x.reshape_symint({-1, x.sym_size(x.dim() - 1)});
+}
+inline void shape_as(const at::Tensor& x, std::vector<at::Tensor>& out) {
+  if (x.dim() <= 2) return;
+  std::vector<int64_t> sizes = x.sizes().vec();
+  for (const at::Tensor& y : out) {
+    sizes.back() = y.size(1);
+    y.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  }
+}
+
 inline Mode check_update(const at::Tensor& x, at::TensorList means, at::TensorList bases,
                          const c10::List<std::optional<at::Tensor>>& biases, size_t scalings, const at::Tensor& sigma,
                          const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
-                         std::string_view mode, const c10::SymInt& lead, const c10::SymInt& each) {
+                         std::string_view mode, const c10::SymInt& lead, const c10::SymInt& each,
+                         at::TensorList weights) {
   const char* op = "update_group";
   const Mode parsed = check_group(op, x, means, sigma, samples, seed, layers, mode, lead, each);
   const auto count = static_cast<int64_t>(means.size());
@@ -230,6 +245,18 @@ inline Mode check_update(const at::Tensor& x, at::TensorList means, at::TensorLi
                    " and ", bases[l].scalar_type(), ", expected one type for all");
     const std::optional<at::Tensor> bias = biases.get(l);
     if (bias) check_bias(op, *bias, x, "x", bases[l].sym_size(0));
+  }
+  if (weights.empty()) return parsed;
+  check_length(op, "weights", static_cast<int64_t>(weights.size()), count);
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const at::Tensor& weight = weights[l];
+    check_device(op, "weight", weight, x, "x");
+    TFB_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op, ": weight has type ", weight.scalar_type(),
+                   ", expected x's type ", x.scalar_type());
+    TFB_CHECK_VALUE(weight.dim() == 2 && holds(weight.sym_size(0).sym_eq(bases[l].sym_size(0))) &&
+                        holds(weight.sym_size(1).sym_eq(x.sym_size(1))),
+                    op, ": weight has shape ", weight.sym_sizes(), ", expected [", bases[l].sym_size(0), ", ",
+                    x.sym_size(1), "] (rows of its basis, columns of x)");
   }
   return parsed;
 }

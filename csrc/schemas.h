@@ -16,7 +16,7 @@ inline void define_operators(torch::Library& m) {
   m.def(
       "update_group(Tensor x, Tensor[] means, Tensor[] bases, Tensor?[] biases, float[] scalings, Tensor sigma, "
       "Tensor samples, Tensor seed, int[] layers, str mode=\"weight\", bool antithetic=False, SymInt lead=0, "
-      "SymInt each=0) -> Tensor[]");
+      "SymInt each=0, *, Tensor[] weights) -> Tensor[]");
 }
 
 }  // namespace tfb

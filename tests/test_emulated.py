@@ -344,8 +344,12 @@ def test_update_group(alike: Any, groups: int, rows: int, mode: str) -> None:
         widths = (264, 7, 130)
         bases = [torch.randn(m, len(mean), generator=generator) for m, mean in zip(widths, case.means, strict=True)]
         biases = [None, torch.randn(7, generator=generator).to(dtype), torch.randn(130, generator=generator).to(dtype)]
+        weights = [torch.randn(m, 1100, generator=generator).to(dtype) for m in widths]
         means, *draws = case.draws(mode)
-        found = alike.update_group(case.x, means, bases, biases, [1.5, 2.0, 0.5], *draws)
+        given = case.x, means, bases, biases, [1.5, 2.0, 0.5], *draws
+        found = alike.update_group(*given, weights=[])
+        for y, output, weight in zip(found, alike.update_group(*given, weights=weights), weights, strict=True):
+            assert torch.equal(output, y.addmm(case.x, weight.T))
         z = ops.shrink_group(case.x.float(), *case.draws(mode))
         for y, low, basis, bias, scaling in zip(found, z, bases, biases, (1.5, 2.0, 0.5), strict=True):
             exact = (0 if bias is None else bias.double()) + scaling * low.double() @ basis.double().T
@@ -374,7 +378,7 @@ def test_decode_of_items_and_shared_noise(alike: Any, number: int, mode: str) ->
 
         def update(op: Any, x: Tensor, taken: slice, *rest: Any) -> list[Tensor]:
             draws = torch.tensor(sigma)[taken], torch.tensor(samples, dtype=torch.int32)[taken], case.seed, case.layers
-            return list(op.update_group(x, *given, *draws, mode, antithetic, *rest))  # noqa: B023
+            return list(op.update_group(x, *given, *draws, mode, antithetic, *rest, weights=[]))  # noqa: B023
 
         everything = slice(None)
         found = update(alike, case.x, everything, 0, each)
@@ -392,7 +396,7 @@ def test_update_of_items(alike: Any, lead: int) -> None:
     case.sigma, case.samples = torch.tensor([0.5, 1.0]), torch.tensor([4, 5], dtype=torch.int32)
     bases = [torch.randn(m, len(mean)) for m, mean in zip((130, 7), case.means, strict=True)]
     means, *draws = case.draws("weight")
-    found = alike.update_group(case.x, means, bases, [None, None], [1.5, 0.5], *draws, lead, 12)
+    found = alike.update_group(case.x, means, bases, [None, None], [1.5, 0.5], *draws, lead, 12, weights=[])
     z = alike.shrink_group(case.x, means, *draws, lead, 12)
     for y, part, basis, scaling in zip(found, z, bases, (1.5, 0.5), strict=True):
         assert torch.equal(y, alike.expand(part, basis, scaling))

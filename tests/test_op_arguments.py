@@ -45,7 +45,7 @@ def calls(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
         "expand": {"z": make(6, 4), "basis": bases[0], "scaling": 0.5, "bias": make(8)},
         "update_group": {
             "x": make(6, 16), "means": means, "bases": bases, "biases": [make(8), make(5)], "scalings": [1.0, 2.0],
-            **draws(device), "layers": [1, 2], "mode": "flipout",
+            **draws(device), "layers": [1, 2], "mode": "flipout", "weights": [make(8, 16), make(5, 16)],
         },
     }  # fmt: skip
 

@@ -413,6 +413,7 @@ class GroupCase(Case):
             for m, r in zip(self.widths, self.ranks, strict=True)
         ]  # fmt: skip
         self.biases = [torch.randn(m, generator=generator).to(device, dtype) if m > 7 else None for m in self.widths]
+        self.weights = [torch.randn(m, n, generator=generator).to(device, dtype) for m in self.widths]
 
     def draws(self, mode: str) -> tuple[object, ...]:
         return self.sigma, self.samples, self.seed, self.layers, mode, True
@@ -457,6 +458,18 @@ def test_update_group(device: torch.device, groups: int, rows: int, dtype: torch
         terms = scaling**2 * z64.square() @ basis.double().square().T + 4 * torch.as_tensor(start) ** 2
         noise = 1e-4 * scaling * float(case.x.double().abs().sum(1).max())
         assert_as_good_as(y, low, exact, rounding_slack(terms, dtype, basis.shape[1]) + noise)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "rows"), [(10, 1), (3, 20), (2, 0)])
+def test_base_products_are_added_onto_the_updates(
+    device: torch.device, groups: int, rows: int, dtype: torch.dtype
+) -> None:
+    case = GroupCase(device, dtype, groups=groups, rows=rows)
+    arguments = case.x, case.means, case.bases, case.biases, case.scalings, *case.draws("weight")
+    updates, outputs = ops.update_group(*arguments), ops.update_group(*arguments, weights=case.weights)
+    for update, output, weight in zip(updates, outputs, case.weights, strict=True):
+        assert torch.equal(output, update.addmm(case.x, weight.T))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -567,7 +580,7 @@ def test_opcheck_of_items(device: torch.device) -> None:
     draws = *case.draws("flipout"), *case.layout
     torch.library.opcheck(torch.ops.tfb_ext.shrink_group.default, (case.x, case.means, *draws))
     update_args = (case.x, case.means, case.bases, case.biases, case.scalings, *draws)
-    torch.library.opcheck(torch.ops.tfb_ext.update_group.default, update_args)
+    torch.library.opcheck(torch.ops.tfb_ext.update_group.default, update_args, {"weights": case.weights})
 
 
 @pytest.mark.slow
@@ -687,7 +700,7 @@ def test_opcheck(device: torch.device) -> None:
     draws = group.sigma, group.samples, group.seed, group.layers, "weight", True
     torch.library.opcheck(torch.ops.tfb_ext.shrink_group.default, (group.x, group.means, *draws))
     update_args = (group.x, group.means, group.bases, group.biases, group.scalings, *draws)
-    torch.library.opcheck(torch.ops.tfb_ext.update_group.default, update_args)
+    torch.library.opcheck(torch.ops.tfb_ext.update_group.default, update_args, {"weights": group.weights})
     z, basis, bias = case.shrink(), torch.randn(40, 8, device=device), torch.randn(40, device=device).bfloat16()
     for start in (None, bias):
         torch.library.opcheck(torch.ops.tfb_ext.expand.default, (z, basis, 0.5, start))
@@ -839,6 +852,24 @@ GROUP_ERRORS = [
     ("scalings", [1.0], ValueError, "update_group: scalings has 1 entries"),
     ("sigma", torch.ones(3), ValueError, r"update_group: sigma has shape \[3\], expected \[2\]"),
     ("mode", "row", ValueError, 'update_group: mode is "row", expected "weight", "flipout" or "token"'),
+    (
+        "weights",
+        [torch.randn(8, 16)],
+        ValueError,
+        "update_group: weights has 1 entries, expected one for each of the 2",
+    ),
+    (
+        "weights",
+        [torch.randn(8, 15), torch.randn(5, 16)],
+        ValueError,
+        r"update_group: weight has shape \[8, 15\], expected \[8, 16\]",
+    ),
+    (
+        "weights",
+        [torch.randn(8, 16), torch.randn(5, 16).half()],
+        TypeError,
+        "update_group: weight has type Half, expected x's type Float",
+    ),
 ]
 
 

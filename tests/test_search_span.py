@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ def row_of(tokens: tuple[int, ...] | list[int]) -> dict[str, Tensor]:
 
 def places(result: SigmaSearch) -> list[tuple[Any, Any]]:
     return [(d.depth, d.span) for d in result.depths]
+
+
+def near(value: Any) -> Any:
+    return pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float | tuple) else value
 
 
 class Calls:
@@ -228,7 +232,9 @@ def test_a_list_goes_on_where_it_was_interrupted(both: tuple[Any, Encoded, Sigma
     calls = Calls(adapter)
     again = search_sigma(adapter, anchors, **options)
     done = calls.count
-    assert again.depths == whole.depths and again.evaluations == whole.evaluations
+    for found, wanted in zip((*again.depths, *again.evaluations), (*whole.depths, *whole.evaluations), strict=True):
+        # Passes that keep the prompts and passes that do not differ in the last place.
+        assert asdict(found) == {n: near(v) for n, v in asdict(wanted).items()}
     # A part of the list: nothing is computed again.
     part = search_sigma(adapter, anchors, **options | {"depth": "all"})
     assert [(d.span, d.sigma) for d in part.depths] == [(d.span, d.sigma) for d in whole.depths if d.depth == "all"]

@@ -70,15 +70,20 @@ at::Tensor expand(const at::Tensor& z, const at::Tensor& basis, double scaling, 
   return write_update(z, basis, scaling, bias);
 }
 
-std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, at::TensorList bases,
+std::vector<at::Tensor> update_group(const at::Tensor& given, at::TensorList means, at::TensorList bases,
                                      const c10::List<std::optional<at::Tensor>>& biases, at::ArrayRef<double> scalings,
                                      const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
                                      at::IntArrayRef layers, std::string_view mode, bool antithetic, int64_t lead,
-                                     int64_t each) {
-  check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers, mode, lead, each);
+                                     int64_t each, at::TensorList weights) {
+  const at::Tensor x = rows_of(given);
+  check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers, mode, lead, each, weights);
   const std::vector<at::Tensor> z = shrink_group(x, means, sigma, samples, seed, layers, mode, antithetic, lead, each);
   std::vector<at::Tensor> out;
-  for (size_t l = 0; l < means.size(); ++l) out.push_back(write_update(z[l], bases[l], scalings[l], biases.get(l)));
+  for (size_t l = 0; l < means.size(); ++l) {
+    out.push_back(write_update(z[l], bases[l], scalings[l], biases.get(l)));
+    if (!weights.empty()) out[l].addmm_(x, weights[l].t());
+  }
+  shape_as(given, out);
   return out;
 }
 

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
       if constexpr (kMode == Mode::kToken) other += __ldcg(from + kTileRanks);
     }
     const Sample sample(p, group);
-    z[row_of(p.map, group, row) * ranks + rank] = sample.template finish<kMode>(
+    z[row_of(p.maps[0], group, row) * ranks + rank] = sample.template finish<kMode>(
         mean, other, tile.layer, static_cast<uint32_t>(row), static_cast<uint32_t>(tile.row + place));
   }
   __syncthreads();

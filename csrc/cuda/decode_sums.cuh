@@ -71,7 +71,7 @@ __device__ __forceinline__ void sum_columns(const ShrinkParams& p, const DecodeL
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = i + 8 * half;
-        const T* const from = x + row_of(p.map, group + u, row) * p.x_stride + column;
+        const T* const from = x + row_of(p.maps[0], group + u, row) * p.x_stride + column;
         rows[u][half] = load_eight(from, row < p.rows_per_group && (u == 0 || more) ? columns : 0, layout.x_aligned);
       }
     }

@@ -8,6 +8,7 @@
 #include <array>
 #include <optional>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -55,13 +56,19 @@ class Shrinker {
   Shrinker(const at::Tensor& x, const CallRows& rows, Mode mode) : Shrinker(x, mean_mode(mode, x.size(1))) {
     params_.groups = 1;
     params_.rows_per_group = rows.lead_rows;
-    params_.map = rows.lead;
+    params_.maps[0] = rows.lead;
   }
-  // For the rows of the samples.
-  Shrinker(const at::Tensor& x, const CallRows& rows, Mode mode, const Draws& draws) : Shrinker(x, mode) {
+  // For the rows of the samples, and for those of the mean where `leads`.
+  Shrinker(const at::Tensor& x, const CallRows& rows, Mode mode, const Draws& draws, bool leads = false)
+      : Shrinker(x, mode) {
+    if (leads) {
+      params_.lead_rows = rows.lead_rows;
+      params_.maps[1] = rows.lead;
+      params_.maps[1].first -= rows.groups * rows.lead.each;  // its number among the groups
+    }
     params_.groups = rows.groups;
     params_.rows_per_group = rows.group_rows;
-    params_.map = rows.samples;
+    params_.maps[0] = rows.samples;
     params_.sigma = draws.sigma.const_data_ptr<float>();
     params_.samples = draws.samples.const_data_ptr<int32_t>();
     params_.seed = draws.seed.const_data_ptr<int64_t>();
@@ -134,8 +141,9 @@ std::vector<at::Tensor> shrink_layers(const at::Tensor& x, at::TensorList means,
   for (const at::Tensor& mean : means) out.push_back(at::empty({x.size(0), mean.size(0)}, x.options()));
   if (x.size(0) == 0) return out;
   const c10::cuda::CUDAGuard guard(x.device());
-  Shrinker(x, rows, mode, draws).run(x, means, out, layers);
-  Shrinker(x, rows, mode).run(x, means, out, layers);
+  const bool leads = rows.sample_rows() > 0 && leads_along(mode, format_of(x));
+  Shrinker(x, rows, mode, draws, leads).run(x, means, out, layers);
+  if (!leads) Shrinker(x, rows, mode).run(x, means, out, layers);
   return out;
 }
 
@@ -181,19 +189,31 @@ at::Tensor expand(const at::Tensor& z, const at::Tensor& basis, double scaling, 
   return y;
 }
 
-std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, at::TensorList bases,
+// The updates (T, m) in the shape of what was given, with the base layers' products of x added onto them.
+std::vector<at::Tensor> finished(std::vector<at::Tensor> updates, const at::Tensor& x, at::TensorList weights,
+                                 const at::Tensor& given) {
+  for (size_t l = 0; l < weights.size(); ++l) updates[l].addmm_(x, weights[l].t());
+  shape_as(given, updates);
+  return updates;
+}
+
+std::vector<at::Tensor> update_group(const at::Tensor& given, at::TensorList means, at::TensorList bases,
                                      const c10::List<std::optional<at::Tensor>>& biases, at::ArrayRef<double> scalings,
                                      const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
                                      at::IntArrayRef layers, std::string_view mode_name, bool antithetic, int64_t lead,
-                                     int64_t each) {
-  const Mode mode =
-      check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers, mode_name, lead, each);
+                                     int64_t each, at::TensorList weights) {
+  const at::Tensor x = rows_of(given);
+  const Mode mode = check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers, mode_name, lead,
+                                 each, weights);
   const CallRows rows(x.size(0), samples.size(0), lead, each);
   const Draws draws{sigma, samples, seed, antithetic};
   std::vector<at::Tensor> out;
   out.reserve(means.size());
   for (const at::Tensor& basis : bases) out.push_back(at::empty({x.size(0), basis.size(0)}, x.options()));
-  if (x.size(0) == 0) return out;
+  if (x.size(0) == 0) {
+    shape_as(given, out);
+    return out;
+  }
   int64_t tiles = 0;
   for (const at::Tensor& mean : means) tiles += (mean.size(0) + kTileRanks - 1) / kTileRanks;
   if (tiles <= kMaxRankTiles && means.size() <= kMaxLayers && rows.lead_rows == 0 &&
@@ -219,14 +239,14 @@ std::vector<at::Tensor> update_group(const at::Tensor& x, at::TensorList means, 
     params.basis_format = format_of(bases[0]);
     params.partial = partial.mutable_data_ptr<float>();
     C10_CUDA_CHECK(launch_decode(params, c10::cuda::getCurrentCUDAStream()));
-    return out;
+    return finished(std::move(out), x, weights, given);
   }
   const std::vector<at::Tensor> z = shrink_layers(x, means, rows, mode, draws, layers);
   for (size_t l = 0; l < means.size(); ++l) {
     const std::optional<at::Tensor> bias = biases.get(l);
     expand_into(out[l], z[l], bases[l], bias ? &*bias : nullptr, scalings[l], false);
   }
-  return out;
+  return finished(std::move(out), x, weights, given);
 }
 
 void implement(torch::Library& m) {

@@ -14,7 +14,7 @@ struct Sample {
   float scale;  // sigma with the antithetic sign
 
   __device__ __forceinline__ Sample(const ShrinkParams& p, int64_t group) {
-    if (p.sigma == nullptr) {
+    if (p.sigma == nullptr || group >= p.groups) {  // the mean's rows
       key0 = key1 = index = 0;
       scale = 0.0f;
       return;

@@ -28,7 +28,8 @@ struct ShrinkParams {
   int64_t x_stride;  // elements between rows
   int64_t n;
   int64_t groups, rows_per_group;  // both at least 1
-  RowMap map;                      // of x and of z
+  int64_t lead_rows;               // of the mean: one more group behind these, where leads_along() says so; else 0
+  RowMap maps[2];                  // of the groups in x and in z, and of that last one
   const float* sigma;              // null: no noise, and samples and seed are not read
   const int32_t* samples;
   const int64_t* seed;
@@ -55,6 +56,9 @@ inline cudaError_t launch_shrink(const ShrinkParams& params, cudaStream_t stream
   if (params.format == Format::kBFloat16) return launch_shrink_bfloat16(params, stream);
   return launch_shrink_float16(params, stream);
 }
+
+// Whether a launch serves the mean's rows beside the samples'.
+inline bool leads_along(Mode mode, Format format) { return mode == Mode::kWeight && format != Format::kFloat32; }
 
 // By whether the rows of x start and end on 16 bytes.
 Feed feed_of(const ShrinkParams& params);

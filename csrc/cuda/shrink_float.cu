@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t rows = p.rows_per_group - tile_row;
   const RankTile& tile = p.tiles[blockIdx.y];
   const Sample sample(p, group);
-  const int64_t first_item = item_of(p.map, tile_row);
-  const int64_t place = tile_row - first_item * p.map.each;  // of the tile's first row among its item's of the group
-  const float* x = static_cast<const float*>(p.x) + row_of(p.map, group, tile_row) * p.x_stride;
+  const int64_t first_item = item_of(p.maps[0], tile_row);
+  const int64_t place = tile_row - first_item * p.maps[0].each;  // of the tile's first row among its item's of the group
+  const float* x = static_cast<const float*>(p.x) + row_of(p.maps[0], group, tile_row) * p.x_stride;
   const float* mean = static_cast<const float*>(tile.mean);
 
   float sum[kSums] = {};
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int t = 0; t < kTokens; ++t, row += p.x_stride) {
       load_floats<4>(row, t < rows ? columns : 0, x_aligned, rows_of_x[t]);
-      if (++next == p.map.each) next = 0, row += p.map.skip * p.x_stride;
+      if (++next == p.maps[0].each) next = 0, row += p.maps[0].skip * p.x_stride;
     }
     uint32_t signs[kTokens];
     if constexpr (kMode == Mode::kFlipout) {
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
       if constexpr (kMode == Mode::kToken) other += partial_squares[w][row];
     }
     if (row < rows && rank < tile.rows) {
-      static_cast<float*>(tile.z)[row_of(p.map, group, tile_row + row) * tile.z_stride + rank] =
+      static_cast<float*>(tile.z)[row_of(p.maps[0], group, tile_row + row) * tile.z_stride + rank] =
           sample.template finish<kMode>(total, other, tile.layer, static_cast<uint32_t>(tile_row + row),
                                         static_cast<uint32_t>(tile.row + rank));
     }

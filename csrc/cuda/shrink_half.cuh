@@ -12,15 +12,18 @@ template <class Traits>
 cudaError_t launch_tiles(const ShrinkParams& p, const ShrinkPlan& plan, cudaStream_t stream) {
   ShrinkLayout layout{};
   const int64_t group_tiles = (p.rows_per_group + kTileRows - 1) / kTileRows;
-  if (group_tiles * p.groups > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const int64_t lead_tiles = (p.lead_rows + kTileRows - 1) / kTileRows;
+  if (group_tiles * p.groups + lead_tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
   layout.panels = static_cast<int32_t>(plan.panels);
   layout.clustered = plan.clustered;
   layout.panel_columns = static_cast<int32_t>(plan.panel_columns);
   layout.group_tiles = static_cast<int32_t>(group_tiles);
+  layout.groups = static_cast<int32_t>(p.groups);
   layout.tiles = static_cast<int32_t>(group_tiles * p.groups);
+  layout.lead_tiles = static_cast<int32_t>(lead_tiles);
   layout.mean_aligned = means_aligned(p, p.mean_format == Format::kFloat32 ? 16 : 8);
   layout.z_aligned = results_aligned(p, 4);
-  layout.item_step = p.map.skip * p.x_stride;
+  for (int k = 0; k < 2; ++k) layout.item_step[k] = p.maps[k].skip * p.x_stride;
   layout.round_tiles = plan.round_tiles;
   LaunchShape shape{dim3(1), Traits::kThreads};
   shape.shared = static_cast<size_t>(plan.shared);
@@ -29,14 +32,16 @@ cudaError_t launch_tiles(const ShrinkParams& p, const ShrinkPlan& plan, cudaStre
   cudaError_t status = resident_clusters(shrink_kernel<Traits>, shape, resident);
   if (status != cudaSuccess) return status;
   if (resident == 0) return cudaErrorLaunchOutOfResources;
-  const Ranges ranges = split_ranges(layout.clustered ? resident : (resident + layout.panels - 1) / layout.panels,
-                                     layout.tiles, p.groups);
+  const int32_t room = layout.clustered ? resident : (resident + layout.panels - 1) / layout.panels;
+  layout.lead_ranges = ranges_of_lead(room, layout.tiles, p.groups, layout.lead_tiles);
+  const int32_t left = room > layout.lead_ranges ? room - layout.lead_ranges : 1;
+  const Ranges ranges = split_ranges(left, layout.tiles, p.groups);
   layout.ranges = ranges.all;
   layout.group_ranges = ranges.of_group;
-  shape.grid = dim3(static_cast<unsigned>(layout.ranges * layout.panels));
+  shape.grid = dim3(static_cast<unsigned>((layout.ranges + layout.lead_ranges) * layout.panels));
   status = launch(shrink_kernel<Traits>, shape, stream, p, layout);
   if (status != cudaSuccess || layout.clustered) return status;
-  const int64_t pairs = p.groups * p.rows_per_group * (Traits::kRanks / 2);
+  const int64_t pairs = rows_in_all(p) * (Traits::kRanks / 2);
   const int64_t blocks = (pairs + Traits::kThreads - 1) / Traits::kThreads;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   return launch(reduce_kernel<Traits>, {dim3(static_cast<unsigned>(blocks)), Traits::kThreads}, stream, p, layout);

@@ -88,7 +88,7 @@ __device__ __forceinline__ void store_pair(const ShrinkParams& p, const ShrinkLa
   const auto out_rank = static_cast<uint32_t>(out.row + place);
   mean.x = sample.template finish<Traits::kMode>(mean.x, other.x, out.layer, counter, out_rank);
   mean.y = sample.template finish<Traits::kMode>(mean.y, other.y, out.layer, counter, out_rank + 1);
-  T* const z = static_cast<T*>(out.z) + row_of(p.map, group, token) * out.z_stride + place;
+  T* const z = static_cast<T*>(out.z) + row_of(map_of<Traits>(p, group), group, token) * out.z_stride + place;
   if (layout.z_aligned && place + 1 < out.rows) {
     *reinterpret_cast<uint32_t*>(z) = Pack<T>::pack(mean.x, mean.y);
   } else {
@@ -227,11 +227,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         }
       }
       float* to = sums + index * kTileRows * kPitch;
-      if (!layout.clustered) to = p.partial + (panel * p.groups * p.rows_per_group + token0 + tile_row) * kPitch;
+      if (!layout.clustered) to = p.partial + (panel * rows_in_all(p) + token0 + tile_row) * kPitch;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = i + 8 * half;
-        if (tile_row + row >= p.rows_per_group) continue;
+        if (tile_row + row >= rows_of<Traits>(p, group)) continue;
 #pragma unroll
         for (int plane = 0; plane < Traits::kPlanes; ++plane) {
 #pragma unroll
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     cluster_wait();
     constexpr int kPairs = Traits::kRanks / 2;
     const int64_t row0 = now.row(layout, 0);
-    const int64_t left = p.rows_per_group - row0;
+    const int64_t left = rows_of<Traits>(p, group) - row0;
     const int rows = left < now.count * kTileRows ? static_cast<int>(left) : now.count * kTileRows;
     for (int e = panel * Traits::kThreads + threadIdx.x; e < rows * kPairs; e += layout.panels * Traits::kThreads) {
       const int row = e / kPairs;
@@ -265,11 +265,11 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
     reduce_kernel(const __grid_constant__ ShrinkParams p, const ShrinkLayout layout) {
   constexpr int kPairs = Traits::kRanks / 2;
-  const int64_t rows = p.groups * p.rows_per_group;
+  const int64_t rows = rows_in_all(p);
   const int64_t e = static_cast<int64_t>(blockIdx.x) * Traits::kThreads + threadIdx.x;
   const int64_t row = e / kPairs;
   if (row >= rows) return;
-  const int64_t group = row / p.rows_per_group;
+  const int64_t group = row < p.groups * p.rows_per_group ? row / p.rows_per_group : p.groups;
   const Sample sample(p, group);
   const float* const own = p.partial + row * Traits::kSumPitch;
   store_pair<Traits>(p, layout, sample, group, row - group * p.rows_per_group, static_cast<int>(2 * (e % kPairs)),

@@ -31,13 +31,33 @@ struct ShrinkTraits {
   static_assert(kStageColumns == kSignsPerCounter, "one counter's signs cover a stage");
 };
 
+// The rows of a group, and where they lie in x. Behind the samples' groups comes that of the mean's rows.
+template <class Traits>
+__device__ __forceinline__ bool is_lead(const ShrinkParams& p, int64_t group) {
+  return Traits::kMode == Mode::kWeight && group >= p.groups;
+}
+template <class Traits>
+__device__ __forceinline__ int64_t rows_of(const ShrinkParams& p, int64_t group) {
+  return is_lead<Traits>(p, group) ? p.lead_rows : p.rows_per_group;
+}
+template <class Traits>
+__device__ __forceinline__ const RowMap& map_of(const ShrinkParams& p, int64_t group) {
+  return p.maps[is_lead<Traits>(p, group)];
+}
+
+__host__ __device__ __forceinline__ int64_t rows_in_all(const ShrinkParams& p) {
+  return p.groups * p.rows_per_group + p.lead_rows;
+}
+
 struct ShrinkLayout {
   int32_t panel_columns;  // a multiple of a stage
   int32_t panels;
-  int32_t ranges;
+  int32_t ranges;              // of the groups' tiles
   int32_t group_ranges;        // of each group, or 0 where ranges cross groups
+  int32_t groups;              // and the mean's rows behind them
   int32_t group_tiles, tiles;  // of 16 rows: in a group, in all groups
-  int64_t item_step;           // elements of x between a group's rows in one item and in the next
+  int32_t lead_ranges, lead_tiles;    // of the mean's rows
+  int64_t item_step[2];               // elements of x between a group's rows in one item and in the next
   int32_t round_tiles;         // between two meetings of the cluster: as many as the sums have room for
   bool clustered;              // the panels of a range are a cluster
   bool mean_aligned, z_aligned;
@@ -45,6 +65,11 @@ struct ShrinkLayout {
 
 // First tile of a range; the end of the last range, too.
 __device__ __forceinline__ int32_t range_start(const ShrinkLayout& layout, int32_t range) {
+  if (range >= layout.ranges) {
+    if (layout.lead_ranges == 0) return layout.tiles;
+    const int64_t part = range - layout.ranges;
+    return layout.tiles + static_cast<int32_t>(part * layout.lead_tiles / layout.lead_ranges);
+  }
   if (layout.group_ranges == 0) {
     return static_cast<int32_t>(static_cast<int64_t>(range) * layout.tiles / layout.ranges);
   }
@@ -60,17 +85,17 @@ struct Round {
 
   __device__ __forceinline__ Round(const ShrinkLayout& layout, int32_t first, int32_t end) {
     tile = first;
-    group = first / layout.group_tiles;
+    group = first < layout.tiles ? first / layout.group_tiles : layout.groups;
     count_tiles(layout, end);
   }
   __device__ __forceinline__ void count_tiles(const ShrinkLayout& layout, int32_t end) {
     int32_t left = (group + 1) * layout.group_tiles - tile;
-    if (end - tile < left) left = end - tile;
+    if (end - tile < left || group == layout.groups) left = end - tile;
     count = left < layout.round_tiles ? left : layout.round_tiles;
   }
   __device__ __forceinline__ void advance(const ShrinkLayout& layout, int32_t end) {
     tile += count;
-    if (tile == (group + 1) * layout.group_tiles) ++group;
+    if (tile == (group + 1) * layout.group_tiles && group < layout.groups) ++group;
     count_tiles(layout, end);
   }
   // First row of the round's tile `index`, within the group.
@@ -113,10 +138,11 @@ struct Feeder {
   __device__ __forceinline__ void aim() {
     const int lane = threadIdx.x % kWarpLanes;
     const int64_t row = round.row(layout, index);
-    const int64_t left = p.rows_per_group - row;
+    const int64_t left = rows_of<Traits>(p, round.group) - row;
     rows = index < round.count ? static_cast<int>(left < kTileRows ? left : kTileRows) : 0;
-    if (item_of(p.map, row) != item_of(p.map, row + kTileRows - 1)) rows |= kApart;
-    source = static_cast<const T*>(p.x) + row_of(p.map, round.group, row + lane / kRowChunks) * p.x_stride + column0 +
+    const RowMap& map = map_of<Traits>(p, round.group);
+    if (item_of(map, row) != item_of(map, row + kTileRows - 1)) rows |= kApart;
+    source = static_cast<const T*>(p.x) + row_of(map, round.group, row + lane / kRowChunks) * p.x_stride + column0 +
              8 * (lane % kRowChunks);
   }
 
@@ -134,7 +160,9 @@ struct Feeder {
       const int count = left - 8 * (lane % kRowChunks);
       const int64_t first = round.row(layout, index) + lane / kRowChunks;
       for (int pair = 0; 2 * pair + lane / kRowChunks < (rows & (kApart - 1)) && count > 0; ++pair, from += step) {
-        const T* row = from + (item_of(p.map, first + 2 * pair) - item_of(p.map, first)) * layout.item_step;
+        const RowMap& map = map_of<Traits>(p, round.group);
+        const T* row = from + (item_of(map, first + 2 * pair) - item_of(map, first)) *
+                                  layout.item_step[is_lead<Traits>(p, round.group)];
         if constexpr (Traits::kFeed == Feed::kAsync) copy_async(to + pair * kPairChunks, row);
         else to[pair * kPairChunks] = load_eight(row, count, false);
       }

@@ -190,7 +190,8 @@ class Attached:
                 )
 
     def check_switches(self) -> None:
-        """Raise unless every layer would use this adapter in a call now (or none would, with adapters switched off)."""
+        """Raise unless every layer would use this adapter in a call now (or none would, with adapters switched off); they look at
+        the rest of what a call does not change."""
         wanted, off = [self.name], 0
         for update, module, beside, own in self._places:
             state = module.__dict__  # at every call: nn.Module's attribute access would cost several times as much
@@ -200,7 +201,9 @@ class Attached:
             active = state["_active_adapter"]
             disabled = state["_disable_adapters"]
             if active == wanted and not disabled and not state["merged_adapters"]:
+                update.look()
                 continue
+            update.is_alone = False
             off += disabled
             if state["merged_adapters"]:
                 raise SamplingError(
@@ -218,6 +221,7 @@ class Attached:
                 f"adapter {self.name!r} is switched off in some of its layers, expected all or none. Fix: call "
                 "model.enable_adapter_layers()"
             )
+        self.state.looked = True
 
     def check_modes(self) -> None:
         """Raise where no call would sample whatever its layers: what a replayed graph needs."""

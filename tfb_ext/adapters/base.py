@@ -20,28 +20,30 @@ def float_type(layer: Any) -> torch.dtype:
     return dtype
 
 
-def accumulates(base: nn.Module, x: Tensor) -> bool:
-    """Whether ``base(x)`` is one product with a plain weight, so that it can be added onto an update written before it."""
+def is_plain(base: nn.Module) -> bool:
+    """Whether ``base(x)`` is one product with a plain weight, so that it can be added onto an update written before it.
+
+    Besides, ``x`` must be of the weight's type, and not under autocast: :func:`accumulates`.
+    """
     # Straight from the dictionaries: nn.Module's attribute access would be a third of a layer's cost.
-    weight = base._parameters.get("weight")
     return (
         type(base) is nn.Linear
-        and type(weight) is nn.Parameter
-        and x.dtype == weight.dtype
-        and x.device == weight.device
         # Hooks see the base layer's own output; an own forward is accelerate's, which brings the weights in.
         and not base._forward_hooks
         and not base._forward_pre_hooks
         and "forward" not in base.__dict__
-        and not torch.is_autocast_enabled(x.device.type)
     )
 
 
-def accumulate_(y: Tensor, rows: Tensor, base: nn.Module) -> Tensor:
-    """``y += rows @ weight.T`` of a base layer that :func:`accumulates`; its bias is in ``y`` already."""
-    weight = base._parameters["weight"]
-    assert weight is not None
-    return y.addmm_(rows, weight.t())
+def accumulates(base: nn.Module, x: Tensor) -> bool:
+    """Whether a base layer that :func:`is_plain` can multiply ``x`` as it is."""
+    weight = base._parameters.get("weight")
+    return (
+        type(weight) is nn.Parameter
+        and x.dtype == weight.dtype
+        and x.device == weight.device
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def linear_columns(linear: Any, x: Tensor, columns: Tensor) -> Tensor:

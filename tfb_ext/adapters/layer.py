@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import SamplingError
 from ..posterior.canonical import LayerPosterior
-from .base import SUPPORTED, accumulate_, accumulates, float_type, linear_columns
+from .base import SUPPORTED, accumulates, float_type, is_plain
 from .samples import MEAN
 from .state import SamplingState, SharedInput
 
@@ -40,12 +40,13 @@ class SampledLayer(nn.Module):
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         update: SampledUpdate | None = self.__dict__.get("tfb_open")  # others may keep this method beyond the posterior
-        if update is not None and not args and not kwargs and update.is_shared(x):
-            return update.taken(x)
+        if update is not None and not args and not kwargs:
+            if update.is_shared(x):
+                return update.taken(x)
+            if update.writes_first(x):
+                return update.written_first(x)
         if update is None or not update.is_active():
             return plain_class(self).forward(self, x, *args, **kwargs)
-        if not args and not kwargs and update.writes_first(x):
-            return update.written_first(x)
         if not update.is_random():
             return super().forward(x, *args, **kwargs)
         others = [name for name in self.active_adapters if name != update.adapter and name in self.lora_A]
@@ -113,6 +114,7 @@ class SampledUpdate:
         block: index of the transformer block that holds the layer.
         group: the updates that were seen to read one input one after the other (q, k and v; gate and up).
         owner: gives the Bayesian adapter, or ``None`` once that is gone.
+        is_alone: whether the call in progress adds this update alone to a plain base product, by :meth:`look`.
     """
 
     def __init__(self, module: Any, adapter: str, block: int, state: SamplingState, posterior: LayerPosterior) -> None:
@@ -123,6 +125,7 @@ class SampledUpdate:
         self.group: list[SampledUpdate] = [self]
         self.values: tuple[Tensor, ...] = ()  # the buffers as they were written
         self.owner: Callable[[], Any] = _nobody
+        self.is_alone = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy keeps the buffers, which the copied layer does not have."""
@@ -186,6 +189,12 @@ class SampledUpdate:
 
     # In a context -------------------------------------------------------------------------------------------------------
 
+    def look(self) -> None:
+        """At a call's beginning, once it is known that this adapter alone is on: look at what the call does not change."""
+        modules = self.module._modules
+        bias = modules["lora_B"]._modules[self.adapter]._parameters.get("bias")
+        self.is_alone = bias is None and is_plain(modules["base_layer"])
+
     def is_active(self) -> bool:
         module = self.module
         active = module._active_adapter
@@ -208,17 +217,21 @@ class SampledUpdate:
     def is_shared(self, x: Tensor) -> bool:
         """Whether the layer before read ``x`` for this one too, which was asked then whether it can follow."""
         shared = self.state.shared
-        return shared is not None and shared.x is x and self.name in shared.updates and shared.version == _version(x)
+        return shared is not None and shared.x is x and self.name in shared.outputs and shared.version == _version(x)
+
+    def multiplies_plainly(self, x: Tensor) -> bool:
+        """Whether the base layer's output of ``x`` is one product with a plain weight, whatever a call's beginning found."""
+        base = self.module._modules["base_layer"]
+        return is_plain(base) and accumulates(base, x)
 
     def writes_first(self, x: Tensor) -> bool:
         """Whether the update is written before the base product: the adapter alone is on, and the base accumulates."""
-        state, module = self.state, self.module
-        active = module._active_adapter
+        state = self.state
         return (
-            (self.block < state.first or (state.fanned and not self.full_rank))
-            and (active == self.adapter or active == [self.adapter])
-            and module._modules["lora_B"]._modules[self.adapter]._parameters.get("bias") is None
-            and accumulates(module._modules["base_layer"], x)
+            self.is_alone
+            and state.looked
+            and (self.block < state.first or (state.fanned and not self.full_rank))
+            and accumulates(self.module._modules["base_layer"], x)
         )
 
     def written_first(self, x: Tensor) -> Tensor:
@@ -232,30 +245,30 @@ class SampledUpdate:
         assert shared is not None
         if state.seen is not None:
             state.asked.add(self.name)
-        y = shared.updates.pop(self.name)
-        if not shared.updates:
+        y = shared.outputs.pop(self.name)
+        if not shared.outputs:
             state.shared = None
-        accumulate_(y, shared.rows, self.module._modules["base_layer"])
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     def _share(self, x: Tensor, version: int) -> SharedInput:
         """Read ``x`` once for this layer and those of its group that can follow."""
         state = self.state
-        self._join(x, version)
-        together = [self, *(u for u in self.group if u is not self and u.is_active() and u.writes_first(x))]
+        if len(self.group) == 1:
+            self._join(x, version)
+        together = [self, *(u for u in self.group if u is not self and u.writes_first(x))]
         batch, items = MEAN, None
         if self.block >= state.first:
             assert state.batch is not None
             batch, items = state.batch, state.items
-            for update in together:
+            for update in together if state.seen is not None else (self,):
                 state.check_rows(update.name, x)
-        rows = _matrix(x)
         sigma, samples, seed = batch.tensors(x.device)
-        updates = ops.update_group(
-            rows,
+        bases = [u.module._modules["base_layer"]._parameters for u in together]
+        outputs = ops.update_group(
+            x if x.stride(-1) == 1 else x.contiguous(),
             [u.module._buffers[u.buffers[1]] for u in together],
             [u.module._buffers[u.buffers[0]] for u in together],
-            [u.module._modules["base_layer"]._parameters["bias"] for u in together],
+            [base["bias"] for base in bases],
             [u.module.scaling[u.adapter] for u in together],
             sigma,
             samples,
@@ -263,9 +276,10 @@ class SampledUpdate:
             [u.layer for u in together],
             batch.mode,
             batch.antithetic,
-            *(items[1:] if items is not None else ()),
+            *(items[1:] if items is not None else (0, 0)),
+            [base["weight"] for base in bases],
         )
-        return SharedInput(x, version, rows, dict(zip((u.name for u in together), updates, strict=True)))
+        return SharedInput(x, version, dict(zip((u.name for u in together), outputs, strict=True)))
 
     def _join(self, x: Tensor, version: int) -> None:
         """Learn that this layer reads what the layer before it read, so that the next forward reads it once for both."""
@@ -326,21 +340,3 @@ def _matrix(x: Tensor) -> Tensor:
 def _version(x: Tensor) -> int:
     """Changes when ``x`` is written to. Tensors of inference mode and of a trace do not count."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
-def head_columns(head: Any, hidden: Tensor, columns: Tensor) -> Tensor:
-    """Rows ``columns`` of the output head applied to ``hidden`` (..., n) -> (..., len(columns)).
-
-    Only those rows of the weight are multiplied where the head is a plain linear layer, alone or under this adapter.
-    """
-    columns = columns.to(hidden.device)
-    if "forward" not in head.__dict__:  # accelerate's offloading brings the weights in for the length of a forward only
-        if type(head) is nn.Linear:
-            return linear_columns(head, hidden, columns)
-        update = head.tfb_open if isinstance(head, SampledLayer) else None
-        if update is not None and accumulates(head.base_layer, hidden) and head.active_adapters == [update.adapter]:
-            if head.disable_adapters or (update.is_active() and update.is_random()):
-                base = linear_columns(head.base_layer, hidden, columns)
-                return base if head.disable_adapters else update.added(hidden, base, columns)
-    result: Tensor = head.forward(hidden).index_select(-1, columns)
-    return result

@@ -54,14 +54,12 @@ class SharedInput:
 
     Attributes:
         x: their input, and the version of it that was read.
-        rows: ``x`` as a matrix.
-        updates: by layer name, what its base product is still to be added to.
+        outputs: by layer name, what is not taken yet.
     """
 
     x: Tensor
     version: int
-    rows: Tensor
-    updates: dict[str, Tensor]
+    outputs: dict[str, Tensor]
 
 
 class Items(NamedTuple):
@@ -83,6 +81,7 @@ class SamplingState:
         batch: the row groups that the next layers see; ``None`` outside sampling contexts (the mean adapter).
         first: index of the first random block; layers of lower blocks use the mean.
         fanned: whether the rows are already laid out sample by sample at this point of the forward.
+        looked: whether the layers have looked at what the call in progress does not change.
         each: rows of one sample in the call in progress; 0 between calls.
         tokens: positions of a row in it.
         items: where rows lie item by item; ``None`` where they lie sample by sample.
@@ -100,7 +99,7 @@ class SamplingState:
     def __init__(self) -> None:
         self.batch: SampleBatch | None = None
         self.first = 0
-        self.fanned = False
+        self.fanned = self.looked = False
         self.each = 0
         self.tokens = 0
         self.items: Items | None = None
@@ -134,7 +133,7 @@ class SamplingState:
             yield
         finally:
             self.context = self.batch = self.layout = self.shared = self.last = self.items = None
-            self.fanned, self.each = False, 0
+            self.fanned, self.looked, self.each = False, False, 0
             self.missed.clear()
 
     def begin_call(self, context: SampleBatch) -> None:

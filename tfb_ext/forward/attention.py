@@ -1,7 +1,9 @@
 """Attention of a call that holds prompts and the random tokens behind them: the prompt's tokens apart from the random ones.
 
-One masked product over both would take the prompt's fused kernel away. So the prompt attends as it would alone, and the random
-tokens, few of them, attend to all columns under their mask, the heads that share keys side by side, so that no key is copied.
+One masked product over both would take the prompt's fused kernel away. So all tokens attend as a causal model's do, and what the
+random tokens, few of them, got by that is replaced: they attend to all columns under their mask, the heads that share keys side by
+side, so that no key is copied. Prompts that need a mask themselves (padding, windows), or that are shorter than what follows them,
+share one masked product with it.
 transformers calls it where ``config._attn_implementation`` is ``NAME``, and makes no mask of its own then.
 """
 
@@ -23,6 +25,7 @@ NAME = "tfb_tail"
 # What transformers' attention functions may be asked for beside plain attention; none of it is done here.
 _OTHER = ("softcap", "position_bias", "s_aux")
 _SDPA = AttentionInterface()["sdpa"]
+_sdpa = torch.nn.functional.scaled_dot_product_attention
 _now = threading.local()
 
 
@@ -59,33 +62,32 @@ def tail_attention(
             f"attention with {asked[0]}" if asked else "attention that is not causal" if call is not None else "no call"
         )
         raise SamplingError(f"{type(module).__name__} has {what}, expected plain causal attention")
-    lead, parts, times = call.lead, [], query.shape[0] // call.order.shape[0]
-    if lead:
-        mask = call.prompt_mask(sliding_window, times)
-        own = query[:, :, :lead], key[:, :, :lead], value[:, :, :lead]
-        if mask is None:
-            shares = key.shape[1] != query.shape[1]
-            alone = torch.nn.functional.scaled_dot_product_attention(
-                *own, is_causal=lead > 1, scale=scaling, enable_gqa=shares
-            )
-            parts.append(alone.transpose(1, 2))
-        else:
-            parts.append(_SDPA(module, *own, mask, dropout=0.0, scaling=scaling, is_causal=False)[0])
-    queries = query[:, :, lead:]
-    rows, heads, tokens, width = queries.shape
-    if not tokens:  # choices of one token each, which nothing follows
-        return parts[0], None
-    shared = key.shape[1]
+    lead, times = call.lead, query.shape[0] // call.order.shape[0]
+    rows, heads, width = query.shape[0], query.shape[1], query.shape[3]
+    tokens, shared = query.shape[2] - lead, key.shape[1]
+    if lead and (tokens > lead or not call.is_causal(sliding_window)):
+        columns = lead + tokens  # of a cache with room for more
+        mask = call.mask(sliding_window, times)
+        out = _SDPA(module, query, key[:, :, :columns], value[:, :, :columns], mask, 0.0, scaling, is_causal=False)
+        return out[0], None
     groups = heads // shared
-    out = torch.nn.functional.scaled_dot_product_attention(
-        queries.reshape(rows, shared, groups * tokens, width),
-        key,
-        value,
-        attn_mask=call.tail_mask(sliding_window, groups, query.dtype, times),
-        scale=scaling,
-    )
-    parts.append(out.reshape(rows, heads, tokens, -1).transpose(1, 2))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
+    if tokens:
+        apart = _sdpa(
+            query[:, :, lead:].reshape(rows, shared, groups * tokens, width),
+            key,
+            value,
+            attn_mask=call.tail_mask(sliding_window, groups, query.dtype, times),
+            scale=scaling,
+        )
+        apart = apart.reshape(rows, heads, tokens, -1).transpose(1, 2)
+    if not lead:
+        return apart, None
+    if key.shape[2] > lead + tokens:
+        key, value = key[:, :, : lead + tokens], value[:, :, : lead + tokens]
+    out = _sdpa(query, key, value, is_causal=lead > 1, scale=scaling, enable_gqa=groups > 1).transpose(1, 2)
+    if tokens:
+        out[:, lead:] = apart
+    return out, None
 
 
 AttentionInterface.register(NAME, tail_attention)

@@ -95,6 +95,7 @@ def _before_laid_out(
 def _after_laid_out(
     attached: Attached, caches: CacheWatch, module: nn.Module, args: tuple[Any, ...], output: Any
 ) -> None:
+    attached.state.looked = False
     if not torch.compiler.is_compiling():
         caches.adopt(output)
         attached.state.turn.end()

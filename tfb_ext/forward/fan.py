@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.attached import Attached
-from ..adapters.layer import head_columns
+from ..adapters.base import linear_columns
+from ..adapters.layer import SampledLayer
 from ..adapters.state import ONE_SAMPLE
 from ..errors import SamplingError, TFBError
 from . import fold
@@ -136,7 +137,7 @@ class Fan:
 
     def end_turn(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After every call, one that raised too."""
-        self.broken = self.state.fanned
+        self.broken, self.state.looked = self.state.fanned, False
         if not torch.compiler.is_compiling():
             self.state.turn.end()
 
@@ -289,3 +290,21 @@ class Fan:
         if self.soft_cap is None:
             return logits
         return torch.tanh(logits / self.soft_cap) * self.soft_cap
+
+
+def head_columns(head: Any, hidden: Tensor, columns: Tensor) -> Tensor:
+    """Rows ``columns`` of the output head applied to ``hidden`` (..., n) -> (..., len(columns)).
+
+    Only those rows of the weight are multiplied where the head is a plain linear layer, alone or under this adapter.
+    """
+    columns = columns.to(hidden.device)
+    if "forward" not in head.__dict__:  # accelerate's offloading brings the weights in for the length of a forward only
+        if type(head) is nn.Linear:
+            return linear_columns(head, hidden, columns)
+        update = head.tfb_open if isinstance(head, SampledLayer) else None
+        if update is not None and update.multiplies_plainly(hidden) and head.active_adapters == [update.adapter]:
+            if head.disable_adapters or (update.is_active() and update.is_random()):
+                base = linear_columns(head.base_layer, hidden, columns)
+                return base if head.disable_adapters else update.added(hidden, base, columns)
+    result: Tensor = head.forward(hidden).index_select(-1, columns)
+    return result

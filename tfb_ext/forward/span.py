@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.attached import Attached
-from ..adapters.layer import head_columns
 from ..adapters.samples import MEAN
 from ..adapters.state import Items
 from ..errors import SamplingError
 from .anatomy import last_block_parts
 from .attention import NAME, attending
 from .caches import CacheWatch, rows_of_cache
-from .fan import Fan
+from .fan import Fan, head_columns
 from .fold import Folding, Predictive
 from .rows import Layout, asks_for, at_targets
 from .side_by_side import SideBySide, SpanLayout

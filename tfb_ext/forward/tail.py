@@ -235,15 +235,22 @@ class TailCall:
             self._masks[key] = room[:, None, :, :width]
         return self._masks[key]
 
-    def prompt_mask(self, window: int | None, times: int = 1) -> Tensor | None:
-        """(times·B, 1, lead, lead) bool of the prompt's own tokens; ``None`` where they are all attended and see all before them."""
+    def is_causal(self, window: int | None) -> bool:
+        """Whether each of the prompt's tokens sees all before it: none is padding, and the window is no narrower."""
+        return not self.tail.padded and (window is None or not self.windows or self.lead <= window)
+
+    def mask(self, window: int | None, times: int = 1) -> Tensor:
+        """(times·B, 1, lead + Q, lead + Q) bool of the prompt's tokens and those behind it."""
         window = window if self.windows else None
-        if not self.tail.padded and (window is None or self.lead <= window):
-            return None
-        key = ("prompt", window, times)
+        key = ("all", window, times)
         if key not in self._masks:
             place = torch.arange(self.lead, device=self.own.device)
             behind = place[:, None] - place
             sees = (behind >= 0) & (behind < (self.lead if window is None else window))
-            self._masks[key] = ((sees & self.tail.attended[:, None]) | (behind == 0))[:, None].repeat(times, 1, 1, 1)
+            sees = (sees & self.tail.attended[:, None]) | (behind == 0)
+            tail = self.sees(window)
+            sees = torch.cat(
+                [torch.nn.functional.pad(sees, (0, tail.shape[1])), tail[..., : self.lead + tail.shape[1]]], 1
+            )
+            self._masks[key] = sees[:, None].repeat(times, 1, 1, 1)
         return self._masks[key]

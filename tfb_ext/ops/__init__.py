@@ -196,21 +196,26 @@ def update_group(
     antithetic: bool = False,
     lead: int = 0,
     each: int = 0,
+    weights: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """:func:`shrink_group` and :func:`expand` of every layer: ``bias + scaling * z @ basis.T``, (T, m) of x's type each.
+    """:func:`shrink_group` and :func:`expand` of every layer: ``bias + scaling * z @ basis.T``, (..., m) of x's type each.
+
+    With ``weights`` a layer's product ``x @ weight.T`` is added onto it, which makes the output of a linear layer with its adapter.
 
     On CUDA up to 128 rows of half precision, up to 16 of each sample and none of the mean, as in decoding, take one launch.
     It keeps z in float32, so its results may differ from the two operators' in the last place; a row's bits depend on no other
     row or sample.
 
     Args:
-        x, means, sigma, samples, seed, layers, mode, antithetic, lead, each: as in :func:`shrink_group`.
+        x: (..., n), whose T rows are as in :func:`shrink_group`.
+        means, sigma, samples, seed, layers, mode, antithetic, lead, each: as there.
         bases: one (m, r) for each layer, all float32 or all x's type, contiguous.
         biases: one (m,) of x's type or ``None`` for each layer.
         scalings: one for each layer.
+        weights: one (m, n) of x's type for each layer, or none.
     """
     return torch.ops.tfb_ext.update_group.default(
-        x, means, bases, biases, scalings, sigma, samples, seed, layers, mode, antithetic, lead, each
+        x, means, bases, biases, scalings, sigma, samples, seed, layers, mode, antithetic, lead, each, weights=weights
     )
 
 
@@ -241,6 +246,8 @@ def _(z: Tensor, basis: Tensor, scaling: float, bias: Tensor | None = None) -> T
 
 
 @torch.library.register_fake("tfb_ext::update_group")
-def _(x: Tensor, means: Sequence[Tensor], bases: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    _C.check_update_group(x, means, bases, *rest)
-    return [x.new_empty((x.shape[0], basis.shape[0])) for basis in bases]
+def _(
+    x: Tensor, means: Sequence[Tensor], bases: Sequence[Tensor], *rest: Any, weights: Sequence[Tensor]
+) -> list[Tensor]:
+    _C.check_update_group(x, means, bases, *rest, weights=weights)
+    return [x.new_empty((*x.shape[:-1], basis.shape[0])) for basis in bases]

@@ -192,8 +192,11 @@ def update_group(
     biases: Sequence[Tensor | None],
     scalings: Sequence[float],
     *draws: Any,
+    weights: Sequence[Tensor] = (),
     **options: Any,
 ) -> list[Tensor]:
     """See :func:`tfb_ext.ops.update_group`; ``z`` is rounded to x's type on its way."""
-    z = shrink_group(x, means, *draws, **options)
-    return [expand(*part) for part in zip(z, bases, scalings, biases, strict=True)]
+    z = shrink_group(x.flatten(0, -2), means, *draws, **options)
+    out = [expand(*part) for part in zip(z, bases, scalings, biases, strict=True)]
+    out = [y.view(*x.shape[:-1], -1) for y in out]
+    return [y + x @ weight.T for y, weight in zip(out, weights, strict=True)] if weights else out
