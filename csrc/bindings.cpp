@@ -116,13 +116,12 @@ std::vector<at::Tensor> update_with_history(c10::DispatchKeySet keys, const at::
                                             const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
                                             at::IntArrayRef layers, std::string_view mode, bool antithetic,
                                             c10::SymInt lead, c10::SymInt each, at::TensorList weights) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("tfb_ext::update_group", "")
-          .typed<std::vector<at::Tensor>(const at::Tensor&, at::TensorList, at::TensorList, const Biases&,
-                                         at::ArrayRef<double>, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                         at::IntArrayRef, std::string_view, bool, c10::SymInt, c10::SymInt,
-                                         at::TensorList)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("tfb_ext::update_group", "")
+                             .typed<std::vector<at::Tensor>(
+                                 const at::Tensor&, at::TensorList, at::TensorList, const Biases&, at::ArrayRef<double>,
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
+                                 std::string_view, bool, c10::SymInt, c10::SymInt, at::TensorList)>();
   std::vector<at::Tensor> asking;
   const auto ask = [&asking](const at::Tensor& tensor) {
     if (asks("update_group", tensor)) asking.push_back(tensor);
@@ -177,7 +176,8 @@ void check_update_call(const at::Tensor& x, const Tensors& means, const Tensors&
                        const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode, bool,
                        const c10::SymInt& lead, const c10::SymInt& each, const Tensors& weights) {
   const c10::List<std::optional<at::Tensor>> list{c10::ArrayRef<std::optional<at::Tensor>>(biases)};
-  check_update(rows_of(x), means, bases, list, scalings.size(), sigma, samples, seed, layers, mode, lead, each, weights);
+  check_update(rows_of(x), means, bases, list, scalings.size(), sigma, samples, seed, layers, mode, lead, each,
+               weights);
 }
 
 using Words4 = std::array<uint32_t, 4>;
@@ -222,7 +222,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_expand", torch::wrap_pybind_function(tfb::check_expand_new));
   m.def("check_update_group", torch::wrap_pybind_function(tfb::check_update_call), arg("x"), arg("means"), arg("bases"),
         arg("biases"), arg("scalings"), arg("sigma"), arg("samples"), arg("seed"), arg("layers"),
-        arg("mode") = "weight", arg("antithetic") = false, arg("lead") = 0, arg("each") = 0, arg("weights") = tfb::Tensors());
+        arg("mode") = "weight", arg("antithetic") = false, arg("lead") = 0, arg("each") = 0,
+        arg("weights") = tfb::Tensors());
   m.def("philox", &tfb::philox_words, arg("counter"), arg("key"),
         "Philox4x32-10 on the host: four counter words and two key words to four output words.");
 #ifdef TFB_EXT_WITH_CUDA

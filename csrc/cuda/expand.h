@@ -22,15 +22,15 @@ struct ExpandParams {
   Format format;
 };
 
-// One file each.
-cudaError_t launch_expand_bfloat16(const ExpandParams& params, cudaStream_t stream);
-cudaError_t launch_expand_float16(const ExpandParams& params, cudaStream_t stream);
-cudaError_t launch_expand_float(const ExpandParams& params, cudaStream_t stream);
+// One file each. `count` calls of one format, at least one; those that one kernel serves are one launch.
+cudaError_t launch_expand_bfloat16(const ExpandParams* params, int count, cudaStream_t stream);
+cudaError_t launch_expand_float16(const ExpandParams* params, int count, cudaStream_t stream);
+cudaError_t launch_expand_float(const ExpandParams* params, int count, cudaStream_t stream);
 
-inline cudaError_t launch_expand(const ExpandParams& params, cudaStream_t stream) {
-  if (params.format == Format::kFloat32) return launch_expand_float(params, stream);
-  if (params.format == Format::kBFloat16) return launch_expand_bfloat16(params, stream);
-  return launch_expand_float16(params, stream);
+inline cudaError_t launch_expand(const ExpandParams* params, int count, cudaStream_t stream) {
+  if (params->format == Format::kFloat32) return launch_expand_float(params, count, stream);
+  if (params->format == Format::kBFloat16) return launch_expand_bfloat16(params, count, stream);
+  return launch_expand_float16(params, count, stream);
 }
 
 }  // namespace tfb::cuda

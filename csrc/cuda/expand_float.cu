@@ -76,15 +76,21 @@ __global__ void __launch_bounds__(kExpandFloatThreads)
   }
 }
 
-}  // namespace
-
-cudaError_t launch_expand_float(const ExpandParams& p, cudaStream_t stream) {
+cudaError_t launch_one(const ExpandParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.tokens + kBlockTokens - 1) / kBlockTokens;
   const int64_t columns = (p.m + kBlockColumns - 1) / kBlockColumns;
   if (blocks > INT32_MAX || columns > kMaxGridY) return cudaErrorInvalidConfiguration;
   const bool y_aligned = is_aligned(p.y, 16) && p.y_stride % 4 == 0;
   const LaunchShape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(columns)), kExpandFloatThreads};
   return launch(expand_float_kernel, shape, stream, p, y_aligned);
+}
+
+}  // namespace
+
+cudaError_t launch_expand_float(const ExpandParams* params, int count, cudaStream_t stream) {
+  cudaError_t status = cudaSuccess;
+  for (int k = 0; k < count && status == cudaSuccess; ++k) status = launch_one(params[k], stream);
+  return status;
 }
 
 }  // namespace tfb::cuda

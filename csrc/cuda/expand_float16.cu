@@ -2,8 +2,8 @@
 
 namespace tfb::cuda {
 
-cudaError_t launch_expand_float16(const ExpandParams& params, cudaStream_t stream) {
-  return launch_expand_half<__half>(params, stream);
+cudaError_t launch_expand_float16(const ExpandParams* params, int count, cudaStream_t stream) {
+  return launch_expand_half<__half>(params, count, stream);
 }
 
 }  // namespace tfb::cuda

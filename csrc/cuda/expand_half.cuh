@@ -57,23 +57,41 @@ inline bool fits_pieces(const ExpandParams& p) {
          is_aligned(p.bias, 16);
 }
 
+// How many of a device's `resident` blocks a call gets that has so many of all `units`: its share, at least one.
+inline int64_t expand_blocks(int64_t units, int64_t all, int64_t resident) {
+  const int64_t wanted = (units + kExpandWarps - 1) / kExpandWarps;
+  const int64_t share = resident * units / all;
+  return share < 1 ? 1 : wanted < share ? wanted : share;
+}
+
 template <class Traits>
-cudaError_t launch_expand_tiles(const ExpandParams& p, cudaStream_t stream) {
+cudaError_t launch_expand_tiles(const ExpandParams* params, int count, cudaStream_t stream) {
   LaunchShape shape{dim3(1), kExpandThreads};
   shape.shared = Traits::kSharedBytes;
   int resident = 0;
   const cudaError_t status = resident_clusters(expand_kernel<Traits>, shape, resident);
   if (status != cudaSuccess) return status;
   if (resident == 0) return cudaErrorLaunchOutOfResources;
-  ExpandLayout layout{};
-  layout.column_groups = (p.m + Traits::kColumns - 1) / Traits::kColumns;
-  const int64_t units = layout.column_groups * ((p.tokens + kTileRows - 1) / kTileRows);
-  const int64_t wanted = (units + kExpandWarps - 1) / kExpandWarps;
-  const int64_t blocks = wanted < resident ? wanted : resident;
-  const int64_t stripes = blocks * kExpandWarps / layout.column_groups;
-  layout.stripes = stripes < 1 ? 1 : stripes;
-  shape.grid = dim3(static_cast<unsigned>(blocks));
-  return launch(expand_kernel<Traits>, shape, stream, p, layout);
+  ExpandGroup group{};
+  int64_t units[kMaxLayers];
+  int64_t all = 0, most = 0;
+  for (int k = 0; k < count; ++k) {
+    const ExpandParams& p = group.calls[k] = params[k];
+    const int64_t column_groups = (p.m + Traits::kColumns - 1) / Traits::kColumns;
+    if (column_groups > INT32_MAX) return cudaErrorInvalidConfiguration;
+    group.layouts[k].column_groups = static_cast<int32_t>(column_groups);
+    all += units[k] = column_groups * ((p.tokens + kTileRows - 1) / kTileRows);
+  }
+  for (int k = 0; k < count; ++k) {
+    ExpandLayout& layout = group.layouts[k];
+    const int64_t blocks = expand_blocks(units[k], all, resident);
+    const int64_t stripes = blocks * kExpandWarps / layout.column_groups;
+    layout.stripes = static_cast<int32_t>(stripes < 1 ? 1 : stripes);
+    layout.blocks = static_cast<int32_t>(blocks);
+    most = blocks > most ? blocks : most;
+  }
+  shape.grid = dim3(static_cast<unsigned>(most), static_cast<unsigned>(count));
+  return launch(expand_kernel<Traits>, shape, stream, group);
 }
 
 template <class T>
@@ -85,20 +103,44 @@ cudaError_t launch_expand_any(const ExpandParams& p, cudaStream_t stream) {
   return launch(expand_any_kernel<T>, {dim3(static_cast<unsigned>(blocks)), kExpandThreads}, stream, p);
 }
 
+// What chooses the kernel of a call; 0 steps: any alignment and rank.
+struct ExpandKind {
+  int steps;
+  Start start;
+
+  explicit ExpandKind(const ExpandParams& p)
+      : steps(fits_pieces(p) ? expand_steps(p.r) : 0),
+        start(p.add               ? Start::kOutput
+              : p.bias != nullptr ? Start::kBias
+                                  : Start::kNothing) {}
+  bool operator==(const ExpandKind& other) const { return steps == other.steps && start == other.start; }
+};
+
 template <class T, Start kStart>
-cudaError_t launch_expand_ranks(const ExpandParams& p, cudaStream_t stream) {
-  const int steps = expand_steps(p.r);
-  if (steps == 1) return launch_expand_tiles<ExpandTraits<T, 1, kStart>>(p, stream);
-  if (steps == 2) return launch_expand_tiles<ExpandTraits<T, 2, kStart>>(p, stream);
-  return launch_expand_tiles<ExpandTraits<T, 4, kStart>>(p, stream);
+cudaError_t launch_expand_ranks(const ExpandParams* params, int count, int steps, cudaStream_t stream) {
+  if (steps == 1) return launch_expand_tiles<ExpandTraits<T, 1, kStart>>(params, count, stream);
+  if (steps == 2) return launch_expand_tiles<ExpandTraits<T, 2, kStart>>(params, count, stream);
+  return launch_expand_tiles<ExpandTraits<T, 4, kStart>>(params, count, stream);
 }
 
 template <class T>
-cudaError_t launch_expand_half(const ExpandParams& p, cudaStream_t stream) {
-  if (!fits_pieces(p)) return launch_expand_any<T>(p, stream);
-  if (p.add) return launch_expand_ranks<T, Start::kOutput>(p, stream);
-  if (p.bias != nullptr) return launch_expand_ranks<T, Start::kBias>(p, stream);
-  return launch_expand_ranks<T, Start::kNothing>(p, stream);
+cudaError_t launch_expand_half(const ExpandParams* params, int count, cudaStream_t stream) {
+  cudaError_t status = cudaSuccess;
+  for (int first = 0, next = 1; first < count && status == cudaSuccess; first = next, ++next) {
+    const ExpandKind kind(params[first]);
+    if (kind.steps == 0) {
+      status = launch_expand_any<T>(params[first], stream);
+      continue;
+    }
+    const int most = kind.start == Start::kOutput ? 1 : kMaxLayers;
+    while (next < count && next - first < most && ExpandKind(params[next]) == kind) ++next;
+    const ExpandParams* const own = params + first;
+    const int alike = next - first;
+    if (kind.start == Start::kOutput) status = launch_expand_ranks<T, Start::kOutput>(own, alike, kind.steps, stream);
+    else if (kind.start == Start::kBias) status = launch_expand_ranks<T, Start::kBias>(own, alike, kind.steps, stream);
+    else status = launch_expand_ranks<T, Start::kNothing>(own, alike, kind.steps, stream);
+  }
+  return status;
 }
 
 }  // namespace tfb::cuda

@@ -70,8 +70,15 @@ __device__ __forceinline__ int wide_place(int row, int chunk, int row_chunks) {
 }
 
 struct ExpandLayout {
-  int64_t column_groups;  // of a warp's columns
-  int64_t stripes;        // warps that share a column group, each every stripes-th tile of rows
+  int32_t column_groups;  // of a warp's columns
+  int32_t stripes;        // warps that share a column group, each every stripes-th tile of rows
+  int32_t blocks;
+};
+
+// Calls side by side, one for each row of the grid.
+struct ExpandGroup {
+  ExpandParams calls[kMaxLayers];
+  ExpandLayout layouts[kMaxLayers];
 };
 
 // A chunk of z in the queue. Rows that are read together change places, each by its own number.
@@ -83,7 +90,14 @@ __device__ __forceinline__ int queue_place(int row, int chunk) {
 // For what can be accessed in whole pieces: see fits_pieces().
 template <class Traits>
 __global__ void __launch_bounds__(kExpandThreads, Traits::kMinBlocks)
-    expand_kernel(const __grid_constant__ ExpandParams p, const ExpandLayout layout) {
+    expand_kernel(const __grid_constant__ ExpandGroup group) {
+  // Calls that add to y come alone, and have no registers to spare.
+  constexpr bool kAlone = Traits::kStart == Start::kOutput;
+  const ExpandParams& p = group.calls[kAlone ? 0 : blockIdx.y];
+  const ExpandLayout& layout = group.layouts[kAlone ? 0 : blockIdx.y];
+  const int32_t blocks = kAlone ? static_cast<int32_t>(gridDim.x) : layout.blocks;
+  const auto block = static_cast<int32_t>(blockIdx.x);
+  if (block >= blocks) return;
   using T = typename Traits::Element;
   constexpr int kSteps = Traits::kSteps;
   constexpr int kRowChunks = Traits::kRowChunks;
@@ -94,17 +108,17 @@ __global__ void __launch_bounds__(kExpandThreads, Traits::kMinBlocks)
   uint4* const tile_chunks =
       reinterpret_cast<uint4*>(dynamic_shared()) + warp * (Traits::kTileChunks + Traits::kQueueChunks);
   uint4* const queue = tile_chunks + Traits::kTileChunks;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * kExpandWarps;
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kExpandWarps + warp;
-  const int64_t stripe = unit / layout.column_groups;
+  const int32_t warps = blocks * kExpandWarps;
+  const int32_t unit = block * kExpandWarps + warp;
+  const int32_t stripe = unit / layout.column_groups;
   if (stripe >= layout.stripes) return;
   const auto r = static_cast<int>(p.r);
   // Where the lane accesses y: chunk `own_chunk` of row kChunkRows * pass + own_row.
   const int own_chunk = lane % kRowChunks;
   const int own_row = lane / kRowChunks;
 
-  for (int64_t column_group = unit % layout.column_groups; column_group < layout.column_groups; column_group += warps) {
-    const int64_t column0 = column_group * Traits::kColumns;
+  for (int32_t column_group = unit % layout.column_groups; column_group < layout.column_groups; column_group += warps) {
+    const int64_t column0 = static_cast<int64_t>(column_group) * Traits::kColumns;
     const int64_t column = column0 + 8 * own_chunk;
     const bool in_row = column < p.m;
     uint32_t b[Traits::kGroups][kSteps][4][2];

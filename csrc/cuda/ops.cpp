@@ -77,17 +77,17 @@ class Shrinker {
 
   const ShrinkParams& params() const { return params_; }
 
-  // `z` may be null where the caller does not launch.
-  void add(const at::Tensor& mean, const at::Tensor* z, int64_t layer, cudaStream_t stream) {
+  // `z` (T, r) may be null where the caller does not launch.
+  void add(const at::Tensor& mean, char* z, int64_t layer, cudaStream_t stream) {
     const int64_t r = mean.size(0);
     params_.mean_format = format_of(mean);
     const auto* rows = static_cast<const char*>(mean.const_data_ptr());
-    auto* columns = z == nullptr ? nullptr : static_cast<char*>(z->mutable_data_ptr());
+    const int64_t bytes = params_.format == Format::kFloat32 ? 4 : 2;
     for (int64_t row = 0; row < r; row += kTileRanks) {
       if (params_.tile_count == kMaxRankTiles) launch(stream);
       RankTile& tile = params_.tiles[params_.tile_count++];
       tile.mean = rows + row * params_.n * mean.element_size();
-      tile.z = columns == nullptr ? nullptr : columns + row * static_cast<int64_t>(z->element_size());
+      tile.z = z == nullptr ? nullptr : z + row * bytes;
       tile.z_stride = r;
       tile.layer = static_cast<uint32_t>(layer);
       tile.row = static_cast<int32_t>(row);
@@ -97,11 +97,11 @@ class Shrinker {
     if (params_.mode == Mode::kFlipout && z != nullptr) launch(stream);
   }
 
-  void run(const at::Tensor& x, at::TensorList means, const std::vector<at::Tensor>& z, at::IntArrayRef layers) {
+  void run(const at::Tensor& x, at::TensorList means, const std::vector<char*>& z, at::IntArrayRef layers) {
     if (params_.groups * params_.rows_per_group == 0) return;
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     make_room(x.options().dtype(at::kFloat));
-    for (size_t l = 0; l < means.size(); ++l) add(means[l], &z[l], layers[l], stream);
+    for (size_t l = 0; l < means.size(); ++l) add(means[l], z[l], layers[l], stream);
     launch(stream);
   }
 
@@ -134,25 +134,46 @@ class Shrinker {
   at::Tensor partial_;
 };
 
-std::vector<at::Tensor> shrink_layers(const at::Tensor& x, at::TensorList means, const CallRows& rows, Mode mode,
-                                      const Draws& draws, at::IntArrayRef layers) {
-  std::vector<at::Tensor> out;
-  out.reserve(means.size());
-  for (const at::Tensor& mean : means) out.push_back(at::empty({x.size(0), mean.size(0)}, x.options()));
-  if (x.size(0) == 0) return out;
-  const c10::cuda::CUDAGuard guard(x.device());
+// Writes the z (T, r) of all layers.
+void shrink_layers(const at::Tensor& x, at::TensorList means, const std::vector<char*>& z, const CallRows& rows,
+                   Mode mode, const Draws& draws, at::IntArrayRef layers) {
   const bool leads = rows.sample_rows() > 0 && leads_along(mode, format_of(x));
-  Shrinker(x, rows, mode, draws, leads).run(x, means, out, layers);
-  if (!leads) Shrinker(x, rows, mode).run(x, means, out, layers);
-  return out;
+  Shrinker(x, rows, mode, draws, leads).run(x, means, z, layers);
+  if (!leads) Shrinker(x, rows, mode).run(x, means, z, layers);
 }
 
 std::vector<at::Tensor> shrink_group(const at::Tensor& x, at::TensorList means, const at::Tensor& sigma,
                                      const at::Tensor& samples, const at::Tensor& seed, at::IntArrayRef layers,
                                      std::string_view mode, bool antithetic, int64_t lead, int64_t each) {
   const Mode parsed = check_group("shrink_group", x, means, sigma, samples, seed, layers, mode, lead, each);
+  std::vector<at::Tensor> out;
+  std::vector<char*> z;
+  for (const at::Tensor& mean : means) {
+    out.push_back(at::empty({x.size(0), mean.size(0)}, x.options()));
+    z.push_back(static_cast<char*>(out.back().mutable_data_ptr()));
+  }
+  if (x.size(0) == 0) return out;
+  const c10::cuda::CUDAGuard guard(x.device());
   const CallRows rows(x.size(0), samples.size(0), lead, each);
-  return shrink_layers(x, means, rows, parsed, {sigma, samples, seed, antithetic}, layers);
+  shrink_layers(x, means, z, rows, parsed, {sigma, samples, seed, antithetic}, layers);
+  return out;
+}
+
+ExpandParams expand_call(at::Tensor& y, const void* z, int64_t z_stride, const at::Tensor& basis,
+                         const at::Tensor* bias, double scaling) {
+  ExpandParams call{};
+  call.y = y.mutable_data_ptr();
+  call.y_stride = y.stride(0);
+  call.z = z;
+  call.z_stride = z_stride;
+  call.basis = basis.const_data_ptr();
+  call.bias = bias == nullptr ? nullptr : bias->const_data_ptr();
+  call.tokens = y.size(0);
+  call.m = y.size(1);
+  call.r = basis.size(1);
+  call.scaling = static_cast<float>(scaling);
+  call.format = format_of(y);
+  return call;
 }
 
 // The products take the basis in y's type, to which they would round it anyway.
@@ -161,20 +182,9 @@ void expand_into(at::Tensor& y, const at::Tensor& z, const at::Tensor& given_bas
   if (y.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(y.device());
   const at::Tensor basis = given_basis.to(y.scalar_type());
-  ExpandParams params{};
-  params.y = y.mutable_data_ptr();
-  params.y_stride = y.stride(0);
-  params.z = z.const_data_ptr();
-  params.z_stride = z.stride(0);
-  params.basis = basis.const_data_ptr();
-  params.bias = bias == nullptr ? nullptr : bias->const_data_ptr();
-  params.add = add;
-  params.tokens = y.size(0);
-  params.m = y.size(1);
-  params.r = z.size(1);
-  params.scaling = static_cast<float>(scaling);
-  params.format = format_of(y);
-  C10_CUDA_CHECK(launch_expand(params, c10::cuda::getCurrentCUDAStream()));
+  ExpandParams call = expand_call(y, z.const_data_ptr(), z.stride(0), basis, bias, scaling);
+  call.add = add;
+  C10_CUDA_CHECK(launch_expand(&call, 1, c10::cuda::getCurrentCUDAStream()));
 }
 
 void expand_(at::Tensor& y, const at::Tensor& z, const at::Tensor& basis, double scaling) {
@@ -203,8 +213,8 @@ std::vector<at::Tensor> update_group(const at::Tensor& given, at::TensorList mea
                                      at::IntArrayRef layers, std::string_view mode_name, bool antithetic, int64_t lead,
                                      int64_t each, at::TensorList weights) {
   const at::Tensor x = rows_of(given);
-  const Mode mode = check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers, mode_name, lead,
-                                 each, weights);
+  const Mode mode = check_update(x, means, bases, biases, scalings.size(), sigma, samples, seed, layers, mode_name,
+                                 lead, each, weights);
   const CallRows rows(x.size(0), samples.size(0), lead, each);
   const Draws draws{sigma, samples, seed, antithetic};
   std::vector<at::Tensor> out;
@@ -241,11 +251,27 @@ std::vector<at::Tensor> update_group(const at::Tensor& given, at::TensorList mea
     C10_CUDA_CHECK(launch_decode(params, c10::cuda::getCurrentCUDAStream()));
     return finished(std::move(out), x, weights, given);
   }
-  const std::vector<at::Tensor> z = shrink_layers(x, means, rows, mode, draws, layers);
-  for (size_t l = 0; l < means.size(); ++l) {
-    const std::optional<at::Tensor> bias = biases.get(l);
-    expand_into(out[l], z[l], bases[l], bias ? &*bias : nullptr, scalings[l], false);
+  // z of all layers lies in one piece of memory, each from a multiple of 16 bytes on.
+  const auto bytes = static_cast<int64_t>(x.element_size());
+  std::vector<int64_t> places{0};
+  for (const at::Tensor& mean : means) {
+    places.push_back(places.back() + (x.size(0) * mean.size(0) * bytes + 15) / 16 * 16);
   }
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor room = at::empty({places.back()}, x.options().dtype(at::kByte));
+  std::vector<char*> z;
+  std::vector<at::Tensor> rounded;  // bases, which live until the launch
+  std::vector<ExpandParams> calls;
+  for (size_t l = 0; l < means.size(); ++l) {
+    z.push_back(static_cast<char*>(room.mutable_data_ptr()) + places[l]);
+    rounded.push_back(bases[l].to(x.scalar_type()));
+    if (out[l].numel() == 0) continue;
+    const std::optional<at::Tensor> bias = biases.get(l);
+    calls.push_back(expand_call(out[l], z[l], means[l].size(0), rounded[l], bias ? &*bias : nullptr, scalings[l]));
+  }
+  shrink_layers(x, means, z, rows, mode, draws, layers);
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  if (!calls.empty()) C10_CUDA_CHECK(launch_expand(calls.data(), static_cast<int>(calls.size()), stream));
   return finished(std::move(out), x, weights, given);
 }
 

@@ -44,7 +44,8 @@ cudaError_t shrink_partial_floats(const ShrinkParams& p, int64_t& floats, bool& 
   const ShrinkPlan plan = plan_shrink(p.mode, p.n, kMaxRankTiles, feed_of(p), machine);
   fits = plan.kernel >= 0;
   if (!fits || plan.clustered) return status;
-  floats = plan.panels * (p.groups * p.rows_per_group + p.lead_rows) * sum_pitch(p.mode, kShrinkKernels[plan.kernel].tiles);
+  floats =
+      plan.panels * (p.groups * p.rows_per_group + p.lead_rows) * sum_pitch(p.mode, kShrinkKernels[plan.kernel].tiles);
   return status;
 }
 

@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kThreads)
   const RankTile& tile = p.tiles[blockIdx.y];
   const Sample sample(p, group);
   const int64_t first_item = item_of(p.maps[0], tile_row);
-  const int64_t place = tile_row - first_item * p.maps[0].each;  // of the tile's first row among its item's of the group
+  const int64_t place =
+      tile_row - first_item * p.maps[0].each;  // of the tile's first row among its item's of the group
   const float* x = static_cast<const float*>(p.x) + row_of(p.maps[0], group, tile_row) * p.x_stride;
   const float* mean = static_cast<const float*>(tile.mean);
 

@@ -52,14 +52,14 @@ __host__ __device__ __forceinline__ int64_t rows_in_all(const ShrinkParams& p) {
 struct ShrinkLayout {
   int32_t panel_columns;  // a multiple of a stage
   int32_t panels;
-  int32_t ranges;              // of the groups' tiles
-  int32_t group_ranges;        // of each group, or 0 where ranges cross groups
-  int32_t groups;              // and the mean's rows behind them
-  int32_t group_tiles, tiles;  // of 16 rows: in a group, in all groups
-  int32_t lead_ranges, lead_tiles;    // of the mean's rows
-  int64_t item_step[2];               // elements of x between a group's rows in one item and in the next
-  int32_t round_tiles;         // between two meetings of the cluster: as many as the sums have room for
-  bool clustered;              // the panels of a range are a cluster
+  int32_t ranges;                   // of the groups' tiles
+  int32_t group_ranges;             // of each group, or 0 where ranges cross groups
+  int32_t groups;                   // and the mean's rows behind them
+  int32_t group_tiles, tiles;       // of 16 rows: in a group, in all groups
+  int32_t lead_ranges, lead_tiles;  // of the mean's rows
+  int64_t item_step[2];             // elements of x between a group's rows in one item and in the next
+  int32_t round_tiles;              // between two meetings of the cluster: as many as the sums have room for
+  bool clustered;                   // the panels of a range are a cluster
   bool mean_aligned, z_aligned;
 };
 

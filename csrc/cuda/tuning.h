@@ -185,14 +185,23 @@ constexpr ShrinkPlan plan_shrink(Mode mode, int64_t n, int64_t tiles, Feed feed,
   return plan;
 }
 
-// Of `room` ranges those of the mean's tiles, where they stand beside the tiles of `groups` of samples: their share of the
-// work, a group's weights counted as two tiles; at least one.
+// Of `room` ranges those of the mean's tiles, where they stand beside the tiles of `groups` of samples: what these
+// leave. They take their share of the work, a group's weights counted as eight tiles (a launch for ten groups of one
+// tile took as long as one for 128 tiles of the mean on an H200), in whole groups.
 constexpr int32_t ranges_of_lead(int32_t room, int32_t tiles, int64_t groups, int32_t lead_tiles) {
   if (lead_tiles == 0) return 0;
-  const int64_t share = room * static_cast<int64_t>(lead_tiles) / (tiles + 2 * groups + lead_tiles);
-  const int64_t most = room > 1 ? room - 1 : 1;
-  const auto some = static_cast<int32_t>(share < 1 ? 1 : share > most ? most : share);
-  return some < lead_tiles ? some : lead_tiles;
+  const int64_t work = tiles + 8 * groups;
+  int64_t own = room * work / (work + lead_tiles);
+  own = own > tiles ? tiles : own >= room ? room - 1 : own;
+  if (own < 1) own = 1;
+  if (own >= groups) {
+    own -= own % groups;
+  } else {
+    const int64_t together = (groups + own - 1) / own;
+    own = (groups + together - 1) / together;
+  }
+  const auto left = static_cast<int32_t>(room > own ? room - own : 1);
+  return left < lead_tiles ? left : lead_tiles;
 }
 
 // Ranges of rows, a cluster (or panels in global memory) each, for `resident` of them and `tiles` of 16 rows. Ranges
