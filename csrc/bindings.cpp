@@ -22,6 +22,7 @@
 #include <string_view>
 #include <vector>
 
+#include "attend.h"
 #include "check.h"
 #include "cpu/kernels.h"
 #include "noise.h"
@@ -156,11 +157,44 @@ void expand_and_count(c10::DispatchKeySet keys, at::Tensor& y, const at::Tensor&
   y.unsafeGetTensorImpl()->bump_version();
 }
 
+void next_attend(c10::DispatchKeySet keys, at::Tensor& out, const at::Tensor& query, const at::Tensor& key,
+                 const at::Tensor& value, const at::Tensor& mask, double scale) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("tfb_ext::attend_", "")
+                             .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                         const at::Tensor&, double)>();
+  op.redispatch(keys, out, query, key, value, mask, scale);
+}
+
+void attend_without_history(c10::DispatchKeySet keys, at::Tensor& out, const at::Tensor& query, const at::Tensor& key,
+                            const at::Tensor& value, const at::Tensor& mask, double scale) {
+  bool asked = false;
+  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&out), &query, &key, &value, &mask}) {
+    asked |= asks("attend_", *tensor);
+  }
+  TORCH_CHECK(!asked || !at::GradMode::is_enabled(), "derivative for tfb_ext::attend_ is not implemented");
+  const at::AutoDispatchBelowAutograd guard;
+  next_attend(keys & c10::after_autograd_keyset, out, query, key, value, mask, scale);
+}
+
+void attend_and_count(c10::DispatchKeySet keys, at::Tensor& out, const at::Tensor& query, const at::Tensor& key,
+                      const at::Tensor& value, const at::Tensor& mask, double scale) {
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    next_attend(keys & c10::after_ADInplaceOrView_keyset, out, query, key, value, mask, scale);
+  }
+  if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();
+}
+
 TORCH_LIBRARY_IMPL(tfb_ext, Autograd, m) {
+  m.impl("attend_", TORCH_FN(attend_without_history));
   m.impl("expand_", TORCH_FN(expand_with_history));
   m.impl("update_group", TORCH_FN(update_with_history));
 }
-TORCH_LIBRARY_IMPL(tfb_ext, ADInplaceOrView, m) { m.impl("expand_", TORCH_FN(expand_and_count)); }
+TORCH_LIBRARY_IMPL(tfb_ext, ADInplaceOrView, m) {
+  m.impl("attend_", TORCH_FN(attend_and_count));
+  m.impl("expand_", TORCH_FN(expand_and_count));
+}
 
 // The checks of the kernels with the operators' own arguments, for the fakes in tfb_ext/ops.
 using Tensors = std::vector<at::Tensor>;
@@ -214,6 +248,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   using pybind11::arg;
   m.doc() = "Loads torch.ops.tfb_ext.*; their checks, known-answer access to Philox and facts about this build.";
+  m.def("check_attend_", torch::wrap_pybind_function(tfb::check_attend));
   m.def("check_noise", torch::wrap_pybind_function(tfb::check_noise));
   m.def("check_shrink_group", torch::wrap_pybind_function(tfb::check_group_call), arg("x"), arg("means"), arg("sigma"),
         arg("samples"), arg("seed"), arg("layers"), arg("mode") = "weight", arg("antithetic") = false, arg("lead") = 0,

@@ -13,6 +13,7 @@ inline void define_operators(torch::Library& m) {
   // No result: an alias of a mutated argument cannot be traced by torch.compile before torch 2.12.
   m.def("expand_(Tensor(a!) y, Tensor z, Tensor basis, float scaling) -> ()");
   m.def("expand(Tensor z, Tensor basis, float scaling, Tensor? bias=None) -> Tensor");
+  m.def("attend_(Tensor(a!) out, Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> ()");
   m.def(
       "update_group(Tensor x, Tensor[] means, Tensor[] bases, Tensor?[] biases, float[] scalings, Tensor sigma, "
       "Tensor samples, Tensor seed, int[] layers, str mode=\"weight\", bool antithetic=False, SymInt lead=0, "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tfb_ext import ops
+from tfb_ext.ops import reference
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 import build
@@ -407,3 +408,27 @@ def test_no_rows(emulated: Any) -> None:
     for layout in ((0, 0), (3, 2)):
         assert [z.shape for z in emulated.shrink_group(case.x, *case.draws("weight"), *layout)] == [(0, 8), (0, 3)]
     assert emulated.expand(torch.empty(0, 8), torch.ones(16, 8), 1.0).shape == (0, 16)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    ("batch", "key_heads", "groups", "tokens", "columns"),
+    [(1, 1, 1, 1, 1), (2, 2, 4, 10, 150), (1, 2, 3, 7, 700), (3, 1, 2, 64, 70), (1, 1, 1, 17, 64)],
+)
+def test_attention(alike: Any, batch: int, key_heads: int, groups: int, tokens: int, columns: int, width: int) -> None:
+    """Of strided tensors, into a part of a larger one, some columns hidden from all rows and some from a few."""
+    for dtype in HALVES:
+        generator = torch.Generator().manual_seed(columns)
+        query = torch.randn(batch, tokens, key_heads * groups, width, generator=generator).to(dtype).transpose(1, 2)
+        key, value = torch.randn(2, batch, key_heads, columns + 3, width, generator=generator).to(dtype)
+        key, value = key[:, :, :columns], value[:, :, :columns]
+        hidden = torch.rand(batch, 1, groups * tokens, columns, generator=generator) < 0.4
+        hidden[..., 0] = False
+        mask = torch.zeros(batch, 1, groups * tokens, columns + 8, dtype=dtype)[..., :columns]
+        mask.masked_fill_(hidden, torch.finfo(dtype).min)
+        room = torch.full((batch, tokens + 2, key_heads * groups, width), 7.0, dtype=dtype)
+        exact = reference.attend_(torch.empty(batch, tokens, key_heads * groups, width), query, key, value, mask, 0.2)
+        alike.attend_(room[:, 1:-1], query, key, value, mask, 0.2)
+        assert bool((room[:, [0, -1]] == 7).all())
+        unit = torch.finfo(dtype).eps
+        assert float((room[:, 1:-1] - exact).abs().max()) < 4 * unit * float(value.abs().max())

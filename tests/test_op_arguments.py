@@ -41,6 +41,10 @@ def calls(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     return {
         "noise": {"r": 3, "n": 5, "seed": 1, "layer": LAYER, "sample": 2, "device": device},
         "shrink_group": {"x": make(6, 16), "means": means, **draws(device), "layers": [1, 2], "mode": "token"},
+        "attend_": {
+            "out": make(2, 3, 4, 8), "query": make(2, 4, 3, 8), "key": make(2, 2, 5, 8), "value": make(2, 2, 5, 8),
+            "mask": make(2, 1, 6, 5), "scale": 0.5,
+        },
         "expand_": {"y": make(6, 8), "z": make(6, 4), "basis": bases[0], "scaling": 0.5},
         "expand": {"z": make(6, 4), "basis": bases[0], "scaling": 0.5, "bias": make(8)},
         "update_group": {
@@ -279,7 +283,11 @@ def test_a_change_of_what_autograd_saved_is_noticed(device: torch.device, contex
 
 @pytest.mark.parametrize(
     ("name", "slot"),
-    [(n, s) for n, s in ALL_SLOTS if s[0] not in ("samples", "seed") and (n, s[0]) != ("expand_", "y")],
+    [
+        (n, s)
+        for n, s in ALL_SLOTS
+        if n != "attend_" and s[0] not in ("samples", "seed") and (n, s[0]) != ("expand_", "y")
+    ],
 )
 def test_a_backward_pass_raises(device: torch.device, name: str, slot: tuple[str, Any]) -> None:
     """No derivative is not a derivative of zero, whichever argument asks for it; without grad mode nothing is recorded."""
@@ -294,6 +302,20 @@ def test_a_backward_pass_raises(device: torch.device, name: str, slot: tuple[str
         again = getattr(OPS, name)(**replaced(calls(device)[name], slot, lambda t: t.clone().requires_grad_()))
     for a, b in zip(*([made] if isinstance(made, Tensor) else made or [] for made in (again, plain)), strict=True):
         assert not a.requires_grad and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["out", "query", "key", "value", "mask"])
+def test_attention_refuses_gradients(device: torch.device, name: str) -> None:
+    """Before it writes: what is written into a part of a tensor could not be told to it."""
+    arguments = calls(device)["attend_"]
+    arguments[name] = arguments[name].clone().requires_grad_()
+    before = arguments["out"].clone()
+    with pytest.raises(RuntimeError, match="derivative for tfb_ext::attend_ is not implemented"):
+        OPS.attend_(**arguments)
+    assert torch.equal(arguments["out"], before)
+    with torch.no_grad():
+        OPS.attend_(**arguments)
+    assert not torch.equal(arguments["out"], before)
 
 
 def test_adding_to_what_requires_grad(device: torch.device) -> None:

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "../attend.h"
 #include "../check.h"
 #include "aten.h"
 
@@ -87,7 +88,14 @@ std::vector<at::Tensor> update_group(const at::Tensor& given, at::TensorList mea
   return out;
 }
 
+void attend_(at::Tensor& out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+             const at::Tensor& mask, double scale) {
+  check_attend(out, query, key, value, mask);
+  attend_by_torch(out, query, key, value, mask, scale);
+}
+
 TORCH_LIBRARY_IMPL(tfb_ext, CPU, m) {
+  m.impl("attend_", &attend_);
   m.impl("expand_", &expand_);
   m.impl("expand", &expand);
   m.impl("update_group", &update_group);

@@ -52,6 +52,16 @@ __device__ __forceinline__ void multiply_16x8x16(float (&d)[4], uint32_t a0, uin
   }
 }
 
+// Four 8 x 8 matrices of 16-bit elements from shared memory, transposed: lane 8 m + r names row r of matrix m (16
+// bytes, on 16); b[m] holds its column i at rows 2c, 2c + 1.
+__device__ __forceinline__ void load_transposed(uint32_t (&b)[4], const void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(address)
+               : "memory");
+}
+
 // A cluster is a row of neighbouring blocks (compute capability 9.0 on) that can read each other's shared memory. Its
 // barrier has two halves: what a thread wrote to shared memory before it arrives is seen by all threads of the cluster
 // after they waited. Kernels compiled for less run in clusters of one block.

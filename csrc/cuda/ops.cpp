@@ -11,8 +11,10 @@
 #include <utility>
 #include <vector>
 
+#include "../attend.h"
 #include "../check.h"
 #include "../noise.h"
+#include "attend.h"
 #include "decode.h"
 #include "expand.h"
 #include "noise.h"
@@ -275,7 +277,47 @@ std::vector<at::Tensor> update_group(const at::Tensor& given, at::TensorList mea
   return finished(std::move(out), x, weights, given);
 }
 
+void attend_(at::Tensor& out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+             const at::Tensor& mask, double scale) {
+  check_attend(out, query, key, value, mask);
+  if (out.numel() == 0) return;
+  const auto strides = [](const at::Tensor& tensor, int64_t head, int64_t token) {
+    return AttendStrides{tensor.stride(0), tensor.stride(head), tensor.stride(token)};
+  };
+  AttendParams call{};
+  call.out = out.mutable_data_ptr();
+  call.query = query.const_data_ptr();
+  call.key = key.const_data_ptr();
+  call.value = value.const_data_ptr();
+  call.mask = mask.const_data_ptr();
+  call.out_strides = strides(out, 2, 1);
+  call.query_strides = strides(query, 1, 2);
+  call.key_strides = strides(key, 1, 2);
+  call.value_strides = strides(value, 1, 2);
+  call.mask_batch = mask.stride(0);
+  call.mask_row = mask.stride(2);
+  call.batch = query.size(0);
+  call.key_heads = key.size(1);
+  call.groups = query.size(1) / key.size(1);
+  call.tokens = query.size(2);
+  call.columns = key.size(2);
+  call.width = query.size(3);
+  call.scale = static_cast<float>(scale);
+  call.format = format_of(query);
+  const c10::cuda::CUDAGuard guard(query.device());
+  bool adjacent = value.size(3) == call.width;
+  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&out), &query, &key, &value, &mask}) {
+    adjacent = adjacent && tensor->stride(3) == 1;
+  }
+  if (adjacent && attend_serves(call)) {
+    C10_CUDA_CHECK(launch_attend(call, c10::cuda::getCurrentCUDAStream()));
+  } else {
+    attend_by_torch(out, query, key, value, mask, scale);
+  }
+}
+
 void implement(torch::Library& m) {
+  m.impl("attend_", &attend_);
   m.impl("noise", &noise);
   m.impl("shrink_group", &shrink_group);
   m.impl("expand_", &expand_);

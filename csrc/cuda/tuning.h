@@ -246,6 +246,25 @@ constexpr bool decode_serves(Format format, int64_t groups, int64_t rows_per_gro
          rows * kTileRanks * rank_tiles * 4 <= kDecodeSharedBytes;
 }
 
+// attend --------------------------------------------------------------------------------------------------------------
+
+// Rows of a block, 16 a warp, and columns that it takes at a time. Up to this many rows of a key head are few: above,
+// torch's attention reads keys no more often.
+constexpr int kAttendWarps = 4;
+constexpr int kAttendKeys = 64;
+constexpr int64_t kAttendRows = 256;
+constexpr int kAttendSplits = 8;  // the largest cluster that needs no asking
+
+// Blocks that share the columns of a head: as many as keep every multiprocessor busy, each with 64 columns at least.
+constexpr int attend_splits(int64_t heads, int64_t columns, const Machine& machine) {
+  int splits = 1;
+  while (splits < kAttendSplits && splits < machine.cluster_blocks && heads * splits < machine.multiprocessors &&
+         columns > splits * kAttendKeys) {
+    splits *= 2;
+  }
+  return splits;
+}
+
 // expand --------------------------------------------------------------------------------------------------------------
 
 // A warp owns 16 rows x 128 columns of y at a time, so that it writes 256 bytes of a row at once (64 bytes reached a

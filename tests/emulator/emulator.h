@@ -158,6 +158,17 @@ void multiply_16x8x16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint
   });
 }
 
+inline void load_transposed(uint32_t (&b)[4], const void* row) {
+  const int lane = ::emulator::place().lane;
+  for (int m = 0; m < 4; ++m) {
+    const void* const rows[2] = {::emulator::shuffle(row, 8 * m + 2 * (lane % 4)),
+                                 ::emulator::shuffle(row, 8 * m + 2 * (lane % 4) + 1)};
+    uint16_t pair[2];
+    for (int k = 0; k < 2; ++k) pair[k] = static_cast<const uint16_t*>(rows[k])[lane / 4];
+    b[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+  }
+}
+
 inline void cluster_arrive() { ::emulator::cohort_arrive(); }
 inline void cluster_arrive_reads() { ::emulator::cohort_arrive(); }
 inline void cluster_wait() { ::emulator::cohort_wait(); }

@@ -89,16 +89,23 @@ def run_shrink(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def run_update(device: torch.device, dtype: torch.dtype) -> int:
-    """Few rows: the decode kernel, which waits for its whole grid."""
+    """Few rows: the decode kernel, which waits for its whole grid. Then many, and items that begin with rows of the mean."""
     done = 0
-    for size, rows in ((1, 1), (5, 3), (3, 16), (3, 20)):
-        x = torch.randn(size * rows, 1160).to(dtype)
-        means = [torch.randn(8, 1160), torch.randn(5, 1160)]
-        bases = [torch.randn(130, 8), torch.randn(64, 5)]
-        biases = [None, torch.randn(64).to(dtype)]
+    for size, rows, items, lead in (
+        (1, 1, 1, 0),
+        (5, 3, 1, 0),
+        (3, 16, 1, 0),
+        (3, 20, 1, 0),
+        (3, 4, 3, 45),
+        (6, 1, 2, 170),
+    ):
+        x = torch.randn(items * (lead + size * rows), 1160).to(dtype)
+        means = [torch.randn(8, 1160), torch.randn(8, 1160), torch.randn(5, 1160)]
+        bases = [torch.randn(264, 8), torch.randn(64, 8), torch.randn(130, 5)]
+        biases = [None, None, torch.randn(130).to(dtype)]
         given = draws(size)
         for mode in MODES:
-            rest = [1.5, 0.5], *given, [LAYER, 7], mode
+            rest = [1.5, 0.5, 0.5], *given, [LAYER, 7, 8], mode, False, lead, rows if lead else 0
             wanted = ops.update_group(x, means, bases, biases, *rest)
             on_device = [[None if t is None else t.to(device) for t in part] for part in (means, bases, biases)]
             moved = [t.to(device) if isinstance(t, Tensor) else t for t in rest]
@@ -108,7 +115,9 @@ def run_update(device: torch.device, dtype: torch.dtype) -> int:
             magnitude = 4 + 1.5 * z @ bases[0].double().abs().T
             noise = 1.5 * NOISE_TOLERANCE * float(given[0].max()) * float(x.double().abs().sum(1).max()) * 40
             for out, right in zip(found, wanted, strict=True):
-                require_close(f"update_group {dtype} {mode} S={size} G={rows}", out, right, magnitude, noise)
+                require_close(
+                    f"update_group {dtype} {mode} S={size} G={rows} lead={lead}", out, right, magnitude, noise
+                )
             done += 1
     return done
 
@@ -137,12 +146,31 @@ def run_expand(device: torch.device, dtype: torch.dtype) -> int:
     return done
 
 
+def run_attend(device: torch.device, dtype: torch.dtype) -> int:
+    shapes = ((1, 1, 1, 1, 1, 64), (2, 2, 4, 10, 150, 128), (1, 2, 3, 7, 700, 64), (2, 1, 2, 65, 70, 128))
+    for batch, key_heads, groups, tokens, columns, width in shapes:
+        query = torch.randn(batch, key_heads * groups, tokens, width).to(dtype)
+        key, value = (torch.randn(batch, key_heads, columns, width).to(dtype) for _ in range(2))
+        hidden = torch.rand(batch, 1, groups * tokens, columns) < 0.4
+        hidden[..., 0] = False
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+        wanted = torch.empty(batch, tokens, key_heads * groups, width, dtype=dtype)
+        ops.attend_(wanted, query, key, value, mask, 0.1)
+        room = torch.full((batch, tokens + 2, key_heads * groups, width), float("nan"), dtype=dtype, device=device)
+        ops.attend_(room[:, 1:-1], *(t.to(device) for t in (query, key, value, mask)), 0.1)
+        require_close(f"attend_ {dtype} {tuple(query.shape)} C={columns}", room[:, 1:-1], wanted, value.abs().double())
+        if not room[:, [0, -1]].isnan().all():
+            raise SystemExit(f"attend_ {dtype} {tuple(query.shape)} C={columns}: wrote outside its tokens")
+    return len(shapes)
+
+
 def main() -> None:
     device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
     torch.manual_seed(0)
     calls = run_noise(device)
     for dtype in TYPES:
         calls += run_shrink(device, dtype) + run_expand(device, dtype) + run_update(device, dtype)
+        calls += run_attend(device, dtype)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"{calls} calls on {device} agree with the CPU")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from .. import ops
 from ..errors import SamplingError
 from .tail import TailCall
 
@@ -66,27 +67,21 @@ def tail_attention(
     rows, heads, width = query.shape[0], query.shape[1], query.shape[3]
     tokens, shared = query.shape[2] - lead, key.shape[1]
     if lead and (tokens > lead or not call.is_causal(sliding_window)):
-        columns = lead + tokens  # of a cache with room for more
-        mask = call.mask(sliding_window, times)
-        out = _SDPA(module, query, key[:, :, :columns], value[:, :, :columns], mask, 0.0, scaling, is_causal=False)
+        columns, seen = lead + tokens, call.mask(sliding_window, times)
+        out = _SDPA(module, query, key[:, :, :columns], value[:, :, :columns], seen, 0.0, scaling, is_causal=False)
         return out[0], None
-    groups = heads // shared
-    if tokens:
-        apart = _sdpa(
-            query[:, :, lead:].reshape(rows, shared, groups * tokens, width),
-            key,
-            value,
-            attn_mask=call.tail_mask(sliding_window, groups, query.dtype, times),
-            scale=scaling,
-        )
-        apart = apart.reshape(rows, heads, tokens, -1).transpose(1, 2)
-    if not lead:
-        return apart, None
-    if key.shape[2] > lead + tokens:
-        key, value = key[:, :, : lead + tokens], value[:, :, : lead + tokens]
-    out = _sdpa(query, key, value, is_causal=lead > 1, scale=scaling, enable_gqa=groups > 1).transpose(1, 2)
-    if tokens:
-        out[:, lead:] = apart
+    groups, scale = heads // shared, width**-0.5 if scaling is None else scaling
+    asking, mask = query, call.tail_mask(sliding_window, groups, query.dtype, times) if tokens else None
+    if lead:
+        own = key, value
+        if key.shape[2] > lead + tokens:  # a cache with room for more
+            own = key[:, :, : lead + tokens], value[:, :, : lead + tokens]
+        out = _sdpa(query, *own, is_causal=lead > 1, scale=scale, enable_gqa=groups > 1).transpose(1, 2)
+        asking, random = query[:, :, lead:], out[:, lead:]
+    else:
+        out = random = query.new_empty(rows, tokens, heads, value.shape[3])
+    if mask is not None:
+        ops.attend_(random, asking, key, value, mask, scale)
     return out, None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -31,11 +31,13 @@ class SpanLayout(Layout):
         route: how its blocks are run.
         by_mask: whether the model counts positions by its mask where it is given none; else by columns.
         windows: whether its layers have the windows that they or their configuration name.
+        last: of the last call whose columns and masks followed from its shape, that shape, and they.
     """
 
     route: Route = "split"
     by_mask: bool = False
     windows: bool = True
+    last: list[tuple[Any, TailCall, Tensor, Tensor]] = field(default_factory=list, compare=False, repr=False)
 
 
 class SideBySide:
@@ -61,7 +63,6 @@ class SideBySide:
         self.signature = inspect.signature(self.stack.forward)
         self.cache_name = cache_argument(self.stack)
         self.size = len(view.batch) if view.span is not None else 1
-        self.plain: tuple[tuple[int, int], TailCall, Tensor, Tensor] | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -89,10 +90,11 @@ class SideBySide:
         self.starts = known is None
         lead = given.get("input_ids")
         self.device: torch.device = given["inputs_embeds"].device if lead is None else lead.device
-        key, is_plain = (self.rows, self.tokens), self._is_plain(given, cache)
-        if is_plain and self.plain is not None and self.plain[0] == key:
+        key = (self.rows, self.tokens, self.size, self.view.span, self.device) if self._is_plain(given, cache) else None
+        last = self.layout.last[:]
+        if key is not None and last and last[0][0] == key:
             self.returns_cache = False
-            _, self.call, positions, mask = self.plain
+            _, self.call, positions, mask = last[0]
         else:
             given["position_ids"] = positions = self._positions(given, known)
             if known is None:
@@ -105,8 +107,8 @@ class SideBySide:
             # Where the attention function knows what a token sees, for models alone that warn without one.
             is_split = self.layout.route == "split"
             mask = torch.ones(self.rows, laid.shape[-1], device=self.device) if is_split else self._masks()
-        if is_plain:
-            self.plain = key, self.now, positions, mask
+        if key is not None:
+            self.layout.last[:] = [(key, self.now, positions, mask)]
         new = {name: self._laid_out(name, v) if self._is_of_tokens(name, v) else v for name, v in given.items()}
         new |= {"position_ids": positions, "attention_mask": mask, self.cache_name: cache}
         if "use_cache" in self.signature.parameters:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "attend_",
     "expand",
     "expand_",
     "input_signs",
@@ -183,6 +184,13 @@ def expand(z: Tensor, basis: Tensor, scaling: float, bias: Tensor | None = None)
     """See :func:`tfb_ext.ops.expand`."""
     y = scaling * (z @ basis.to(z.dtype).T)
     return y if bias is None else y + bias
+
+
+def attend_(out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """See :func:`tfb_ext.ops.attend_`; sums and softmax in float64."""
+    together = query.double().unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    found = (scale * together @ key.double().mT + mask.double()).softmax(-1) @ value.double()
+    return out.copy_(found.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2))
 
 
 def update_group(
