@@ -35,7 +35,12 @@ inline void check_attend(const at::Tensor& out, const at::Tensor& query, const a
                   " heads, expected a multiple of key's ", shared);
   check("key", key, {batch, shared, columns, query.sym_size(3)});
   check("value", value, {batch, shared, columns, value.sym_size(3)});
-  check("mask", mask, {batch, 1, heads / shared * tokens, columns});
+  TFB_CHECK_VALUE(mask.dim() == 4, op, ": mask has shape ", mask.sym_sizes(),
+                  ", expected four dimensions (batch, 1, rows, columns)");
+  const c10::SymInt rows = mask.sym_size(2), groups = heads / shared;
+  TFB_CHECK_VALUE((rows % groups).sym_eq(0).sym_and(rows.sym_le(groups * tokens)), op, ": mask has ", rows,
+                  " rows, expected the ", groups, " heads of a key head for at most the ", tokens, " tokens of query");
+  check("mask", mask, {batch, 1, rows, columns});
   check("out", out, {batch, tokens, heads, value.sym_size(3)});
   for (int64_t k = 0; k < 4; ++k) {
     TFB_CHECK_VALUE(out.sym_size(k).sym_le(1).sym_or(out.sym_stride(k).sym_ge(1)), op, ": out has strides ",
@@ -44,11 +49,14 @@ inline void check_attend(const at::Tensor& out, const at::Tensor& query, const a
   }
 }
 
-// out (B, Q, H, D') = softmax(scale q k^T + mask) v for q (B, H, Q, D), k (B, K, C, D), v (B, K, C, D') and a mask
-// (B, 1, H / K * Q, C): the heads that share keys stand side by side, so no key is copied.
-inline void attend_by_torch(at::Tensor& out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                            const at::Tensor& mask, double scale) {
-  const int64_t rows = query.size(1) / key.size(1) * query.size(2);
+// The last Q tokens of out (B, N, H, D') = softmax(scale q k^T + mask) v for those of q (B, H, N, D), k (B, K, C, D),
+// v (B, K, C, D') and a mask (B, 1, H / K * Q, C): the heads that share keys stand side by side, so no key is copied.
+inline void attend_by_torch(const at::Tensor& whole, const at::Tensor& queries, const at::Tensor& key,
+                            const at::Tensor& value, const at::Tensor& mask, double scale) {
+  const int64_t rows = mask.size(2);
+  const int64_t tokens = rows / (queries.size(1) / key.size(1));
+  const at::Tensor query = queries.narrow(2, queries.size(2) - tokens, tokens);
+  const at::Tensor out = whole.narrow(1, whole.size(1) - tokens, tokens);
   const at::Tensor together = query.reshape({query.size(0), key.size(1), rows, query.size(3)});
   const at::Tensor found = at::scaled_dot_product_attention(together, key, value, mask, 0.0, false, scale);
   out.copy_(found.reshape({query.size(0), query.size(1), query.size(2), value.size(3)}).transpose(1, 2));

@@ -112,17 +112,21 @@ struct UpdateWithoutDerivative : torch::autograd::Function<UpdateWithoutDerivati
   }
 };
 
-std::vector<at::Tensor> update_with_history(c10::DispatchKeySet keys, const at::Tensor& x, at::TensorList means,
-                                            at::TensorList bases, const Biases& biases, at::ArrayRef<double> scalings,
-                                            const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
-                                            at::IntArrayRef layers, std::string_view mode, bool antithetic,
-                                            c10::SymInt lead, c10::SymInt each, at::TensorList weights) {
+const auto& update_operator() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("tfb_ext::update_group", "")
                              .typed<std::vector<at::Tensor>(
                                  const at::Tensor&, at::TensorList, at::TensorList, const Biases&, at::ArrayRef<double>,
                                  const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
                                  std::string_view, bool, c10::SymInt, c10::SymInt, at::TensorList)>();
+  return op;
+}
+
+std::vector<at::Tensor> update_with_history(c10::DispatchKeySet keys, const at::Tensor& x, at::TensorList means,
+                                            at::TensorList bases, const Biases& biases, at::ArrayRef<double> scalings,
+                                            const at::Tensor& sigma, const at::Tensor& samples, const at::Tensor& seed,
+                                            at::IntArrayRef layers, std::string_view mode, bool antithetic,
+                                            c10::SymInt lead, c10::SymInt each, at::TensorList weights) {
   std::vector<at::Tensor> asking;
   const auto ask = [&asking](const at::Tensor& tensor) {
     if (asks("update_group", tensor)) asking.push_back(tensor);
@@ -136,8 +140,8 @@ std::vector<at::Tensor> update_with_history(c10::DispatchKeySet keys, const at::
   }
   const auto update = [&] {
     const at::AutoDispatchBelowAutograd guard;
-    return op.redispatch(keys & c10::after_autograd_keyset, x, means, bases, biases, scalings, sigma, samples, seed,
-                         layers, mode, antithetic, lead, each, weights);
+    return update_operator().redispatch(keys & c10::after_autograd_keyset, x, means, bases, biases, scalings, sigma,
+                                        samples, seed, layers, mode, antithetic, lead, each, weights);
   };
   if (asking.empty() || !at::GradMode::is_enabled()) return update();
   return UpdateWithoutDerivative::apply(at::TensorList(asking),
@@ -157,13 +161,12 @@ void expand_and_count(c10::DispatchKeySet keys, at::Tensor& y, const at::Tensor&
   y.unsafeGetTensorImpl()->bump_version();
 }
 
-void next_attend(c10::DispatchKeySet keys, at::Tensor& out, const at::Tensor& query, const at::Tensor& key,
-                 const at::Tensor& value, const at::Tensor& mask, double scale) {
+const auto& attend_operator() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("tfb_ext::attend_", "")
                              .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                          const at::Tensor&, double)>();
-  op.redispatch(keys, out, query, key, value, mask, scale);
+  return op;
 }
 
 void attend_without_history(c10::DispatchKeySet keys, at::Tensor& out, const at::Tensor& query, const at::Tensor& key,
@@ -174,14 +177,14 @@ void attend_without_history(c10::DispatchKeySet keys, at::Tensor& out, const at:
   }
   TORCH_CHECK(!asked || !at::GradMode::is_enabled(), "derivative for tfb_ext::attend_ is not implemented");
   const at::AutoDispatchBelowAutograd guard;
-  next_attend(keys & c10::after_autograd_keyset, out, query, key, value, mask, scale);
+  attend_operator().redispatch(keys & c10::after_autograd_keyset, out, query, key, value, mask, scale);
 }
 
 void attend_and_count(c10::DispatchKeySet keys, at::Tensor& out, const at::Tensor& query, const at::Tensor& key,
                       const at::Tensor& value, const at::Tensor& mask, double scale) {
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    next_attend(keys & c10::after_ADInplaceOrView_keyset, out, query, key, value, mask, scale);
+    attend_operator().redispatch(keys & c10::after_ADInplaceOrView_keyset, out, query, key, value, mask, scale);
   }
   if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();
 }
@@ -212,6 +215,21 @@ void check_update_call(const at::Tensor& x, const Tensors& means, const Tensors&
   const c10::List<std::optional<at::Tensor>> list{c10::ArrayRef<std::optional<at::Tensor>>(biases)};
   check_update(rows_of(x), means, bases, list, scalings.size(), sigma, samples, seed, layers, mode, lead, each,
                weights);
+}
+
+// The two operators that every layer calls, by the dispatcher as ever but without the boxed lists of torch.ops: 128
+// calls of a model's forward would spend more on those than on their checks.
+Tensors update_group(const at::Tensor& x, const Tensors& means, const Tensors& bases, const OptionalTensors& biases,
+                     const std::vector<double>& scalings, const at::Tensor& sigma, const at::Tensor& samples,
+                     const at::Tensor& seed, const std::vector<int64_t>& layers, const std::string& mode,
+                     bool antithetic, const c10::SymInt& lead, const c10::SymInt& each, const Tensors& weights) {
+  const Biases list{c10::ArrayRef<std::optional<at::Tensor>>(biases)};
+  return update_operator().call(x, means, bases, list, scalings, sigma, samples, seed, layers, mode, antithetic, lead,
+                                each, weights);
+}
+void attend_(at::Tensor out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+             const at::Tensor& mask, double scale) {
+  attend_operator().call(out, query, key, value, mask, scale);
 }
 
 using Words4 = std::array<uint32_t, 4>;
@@ -259,6 +277,8 @@ PYBIND11_MODULE(_C, m) {
         arg("biases"), arg("scalings"), arg("sigma"), arg("samples"), arg("seed"), arg("layers"),
         arg("mode") = "weight", arg("antithetic") = false, arg("lead") = 0, arg("each") = 0,
         arg("weights") = tfb::Tensors());
+  m.def("update_group", torch::wrap_pybind_function_no_gil(tfb::update_group));
+  m.def("attend_", torch::wrap_pybind_function_no_gil(tfb::attend_));
   m.def("philox", &tfb::philox_words, arg("counter"), arg("key"),
         "Philox4x32-10 on the host: four counter words and two key words to four output words.");
 #ifdef TFB_EXT_WITH_CUDA

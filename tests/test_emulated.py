@@ -419,7 +419,7 @@ def test_attention(alike: Any, batch: int, key_heads: int, groups: int, tokens: 
     """Of strided tensors, into a part of a larger one, some columns hidden from all rows and some from a few."""
     for dtype in HALVES:
         generator = torch.Generator().manual_seed(columns)
-        query = torch.randn(batch, tokens, key_heads * groups, width, generator=generator).to(dtype).transpose(1, 2)
+        query = torch.randn(batch, tokens + 2, key_heads * groups, width, generator=generator).to(dtype).transpose(1, 2)
         key, value = torch.randn(2, batch, key_heads, columns + 3, width, generator=generator).to(dtype)
         key, value = key[:, :, :columns], value[:, :, :columns]
         hidden = torch.rand(batch, 1, groups * tokens, columns, generator=generator) < 0.4
@@ -427,8 +427,8 @@ def test_attention(alike: Any, batch: int, key_heads: int, groups: int, tokens: 
         mask = torch.zeros(batch, 1, groups * tokens, columns + 8, dtype=dtype)[..., :columns]
         mask.masked_fill_(hidden, torch.finfo(dtype).min)
         room = torch.full((batch, tokens + 2, key_heads * groups, width), 7.0, dtype=dtype)
-        exact = reference.attend_(torch.empty(batch, tokens, key_heads * groups, width), query, key, value, mask, 0.2)
-        alike.attend_(room[:, 1:-1], query, key, value, mask, 0.2)
-        assert bool((room[:, [0, -1]] == 7).all())
+        exact = reference.attend_(room.double(), query, key, value, mask, 0.2)
+        alike.attend_(room, query, key, value, mask, 0.2)
+        assert bool((room[:, :2] == 7).all())
         unit = torch.finfo(dtype).eps
-        assert float((room[:, 1:-1] - exact).abs().max()) < 4 * unit * float(value.abs().max())
+        assert float((room - exact).abs().max()) < 4 * unit * float(value.abs().max())

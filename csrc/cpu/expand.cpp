@@ -91,7 +91,7 @@ std::vector<at::Tensor> update_group(const at::Tensor& given, at::TensorList mea
 void attend_(at::Tensor& out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
              const at::Tensor& mask, double scale) {
   check_attend(out, query, key, value, mask);
-  attend_by_torch(out, query, key, value, mask, scale);
+  if (out.numel() > 0 && mask.size(2) > 0) attend_by_torch(out, query, key, value, mask, scale);
 }
 
 TORCH_LIBRARY_IMPL(tfb_ext, CPU, m) {

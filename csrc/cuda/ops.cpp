@@ -280,13 +280,17 @@ std::vector<at::Tensor> update_group(const at::Tensor& given, at::TensorList mea
 void attend_(at::Tensor& out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
              const at::Tensor& mask, double scale) {
   check_attend(out, query, key, value, mask);
-  if (out.numel() == 0) return;
+  if (out.numel() == 0 || mask.size(2) == 0) return;
   const auto strides = [](const at::Tensor& tensor, int64_t head, int64_t token) {
     return AttendStrides{tensor.stride(0), tensor.stride(head), tensor.stride(token)};
   };
   AttendParams call{};
-  call.out = out.mutable_data_ptr();
-  call.query = query.const_data_ptr();
+  call.groups = query.size(1) / key.size(1);
+  call.tokens = mask.size(2) / call.groups;
+  const int64_t others = query.size(2) - call.tokens;
+  const auto bytes = static_cast<int64_t>(query.element_size());
+  call.out = static_cast<char*>(out.mutable_data_ptr()) + others * out.stride(1) * bytes;
+  call.query = static_cast<const char*>(query.const_data_ptr()) + others * query.stride(2) * bytes;
   call.key = key.const_data_ptr();
   call.value = value.const_data_ptr();
   call.mask = mask.const_data_ptr();
@@ -298,8 +302,6 @@ void attend_(at::Tensor& out, const at::Tensor& query, const at::Tensor& key, co
   call.mask_row = mask.stride(2);
   call.batch = query.size(0);
   call.key_heads = key.size(1);
-  call.groups = query.size(1) / key.size(1);
-  call.tokens = query.size(2);
   call.columns = key.size(2);
   call.width = query.size(3);
   call.scale = static_cast<float>(scale);

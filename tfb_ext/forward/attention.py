@@ -71,17 +71,15 @@ def tail_attention(
         out = _SDPA(module, query, key[:, :, :columns], value[:, :, :columns], seen, 0.0, scaling, is_causal=False)
         return out[0], None
     groups, scale = heads // shared, width**-0.5 if scaling is None else scaling
-    asking, mask = query, call.tail_mask(sliding_window, groups, query.dtype, times) if tokens else None
     if lead:
         own = key, value
         if key.shape[2] > lead + tokens:  # a cache with room for more
             own = key[:, :, : lead + tokens], value[:, :, : lead + tokens]
         out = _sdpa(query, *own, is_causal=lead > 1, scale=scale, enable_gqa=groups > 1).transpose(1, 2)
-        asking, random = query[:, :, lead:], out[:, lead:]
     else:
-        out = random = query.new_empty(rows, tokens, heads, value.shape[3])
-    if mask is not None:
-        ops.attend_(random, asking, key, value, mask, scale)
+        out = query.new_empty(rows, tokens, heads, value.shape[3])
+    if tokens:
+        ops.attend_(out, query, key, value, call.tail_mask(sliding_window, groups, query.dtype, times), scale)
     return out, None
 
 

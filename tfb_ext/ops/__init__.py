@@ -215,25 +215,28 @@ def update_group(
         scalings: one for each layer.
         weights: one (m, n) of x's type for each layer, or none.
     """
-    return torch.ops.tfb_ext.update_group.default(
-        x, means, bases, biases, scalings, sigma, samples, seed, layers, mode, antithetic, lead, each, weights=weights
-    )
+    given = x, means, bases, biases, scalings, sigma, samples, seed, layers, mode, antithetic, lead, each
+    if torch.compiler.is_compiling():
+        return torch.ops.tfb_ext.update_group.default(*given, weights=weights)
+    return _C.update_group(*given, weights)
 
 
 def attend_(out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention of a few tokens to all columns, written to ``out``: ``softmax(scale * query @ key.T + mask) @ value``; returns ``out``.
+    """Attention of the last Q tokens to all columns, written to ``out``: ``softmax(scale * query @ key.T + mask) @ value``; returns ``out``.
 
-    The H / K heads that share keys stand side by side, so that no key is copied. On CUDA of compute capability 9.0 up to 256 rows of
+    The mask has as many tokens as are asked for; what ``out`` holds for those before them stays. The H / K heads that share keys stand side by side, so that no key is copied. On CUDA of compute capability 9.0 up to 256 rows of
     half precision and width 64 or 128 take a kernel that splits the columns; all else takes torch's attention.
 
     Args:
-        out: (B, Q, H, D') of query's type; may be a part of a larger tensor.
-        query: (B, H, Q, D) float32, bfloat16 or float16.
+        out: (B, N, H, D') of query's type, N at least Q.
+        query: (B, H, N, D) float32, bfloat16 or float16.
         key, value: (B, K, C, D) and (B, K, C, D'), H a multiple of K.
         mask: (B, 1, H / K * Q, C) of query's type, added to the scores: its rows are those of a key head's first head, then the next's.
         scale: of the scores.
     """
-    torch.ops.tfb_ext.attend_.default(out, query, key, value, mask, scale)
+    (torch.ops.tfb_ext.attend_.default if torch.compiler.is_compiling() else _C.attend_)(
+        out, query, key, value, mask, scale
+    )
     return out
 
 

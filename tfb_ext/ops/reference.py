@@ -188,9 +188,12 @@ def expand(z: Tensor, basis: Tensor, scaling: float, bias: Tensor | None = None)
 
 def attend_(out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """See :func:`tfb_ext.ops.attend_`; sums and softmax in float64."""
-    together = query.double().unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    groups = query.shape[1] // key.shape[1]
+    first = query.shape[2] - mask.shape[2] // groups
+    together = query.double()[:, :, first:].unflatten(1, (key.shape[1], groups)).flatten(2, 3)
     found = (scale * together @ key.double().mT + mask.double()).softmax(-1) @ value.double()
-    return out.copy_(found.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2))
+    out[:, first:] = found.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
+    return out
 
 
 def update_group(
