@@ -178,7 +178,7 @@ def span_source(rows: list[dict[str, Any]]) -> str:
     commits, versions = ({row[key]: None for row in rows} for key in ("commit", "transformers"))
     return (
         f"Measured at {' and '.join(commit[:7] for commit in commits)} with transformers {' and '.join(versions)} "
-        "([`span.json`](../bench/results/span.json) names each row's commit; [the notes](../bench/NOTES.md) have a second run, and what "
+        "([`span.json`](../bench/results/span.json) names each row's commit; [the notes](../bench/NOTES.md) say what "
         "limits each)."
     )
 

@@ -72,26 +72,27 @@ cudaError_t launch_expand_tiles(const ExpandParams* params, int count, cudaStrea
   const cudaError_t status = resident_clusters(expand_kernel<Traits>, shape, resident);
   if (status != cudaSuccess) return status;
   if (resident == 0) return cudaErrorLaunchOutOfResources;
-  ExpandGroup group{};
+  ExpandGroup<ExpandParams, Traits::kCalls> calls{};
+  ExpandGroup<ExpandLayout, Traits::kCalls> layouts{};
   int64_t units[kMaxLayers];
   int64_t all = 0, most = 0;
   for (int k = 0; k < count; ++k) {
-    const ExpandParams& p = group.calls[k] = params[k];
+    const ExpandParams& p = calls.of[k] = params[k];
     const int64_t column_groups = (p.m + Traits::kColumns - 1) / Traits::kColumns;
     if (column_groups > INT32_MAX) return cudaErrorInvalidConfiguration;
-    group.layouts[k].column_groups = static_cast<int32_t>(column_groups);
+    layouts.of[k].column_groups = column_groups;
     all += units[k] = column_groups * ((p.tokens + kTileRows - 1) / kTileRows);
   }
   for (int k = 0; k < count; ++k) {
-    ExpandLayout& layout = group.layouts[k];
+    ExpandLayout& layout = layouts.of[k];
     const int64_t blocks = expand_blocks(units[k], all, resident);
     const int64_t stripes = blocks * kExpandWarps / layout.column_groups;
-    layout.stripes = static_cast<int32_t>(stripes < 1 ? 1 : stripes);
+    layout.stripes = stripes < 1 ? 1 : stripes;
     layout.blocks = static_cast<int32_t>(blocks);
     most = blocks > most ? blocks : most;
   }
   shape.grid = dim3(static_cast<unsigned>(most), static_cast<unsigned>(count));
-  return launch(expand_kernel<Traits>, shape, stream, group);
+  return launch(expand_kernel<Traits>, shape, stream, calls, layouts);
 }
 
 template <class T>

@@ -6,6 +6,8 @@
 // through shared memory, so that y is accessed 256 bytes of a row at a time: the memory's pages do not like less.
 #pragma once
 
+#include <type_traits>
+
 #include "elements.cuh"
 #include "expand.h"
 #include "tuning.h"
@@ -38,6 +40,8 @@ struct ExpandTraits {
   static constexpr int kQueueChunks = kQueued ? kExpandStages * kTileRows * kRankChunks : 0;
   static constexpr int kSharedBytes = kExpandWarps * (kTileChunks + kQueueChunks) * 16;
   static constexpr int kMinBlocks = expand_min_blocks(kSteps);
+  // Calls that add to y come alone, and have no registers to spare.
+  static constexpr int kCalls = kStart == Start::kOutput ? 1 : kMaxLayers;
 };
 
 // The fragments of 16 ranks of the basis from rank0 on, for 32 columns. Product j's column i is the physical column
@@ -70,15 +74,15 @@ __device__ __forceinline__ int wide_place(int row, int chunk, int row_chunks) {
 }
 
 struct ExpandLayout {
-  int32_t column_groups;  // of a warp's columns
-  int32_t stripes;        // warps that share a column group, each every stripes-th tile of rows
+  int64_t column_groups;  // of a warp's columns
+  int64_t stripes;        // warps that share a column group, each every stripes-th tile of rows
   int32_t blocks;
 };
 
 // Calls side by side, one for each row of the grid.
+template <class Each, int kCalls>
 struct ExpandGroup {
-  ExpandParams calls[kMaxLayers];
-  ExpandLayout layouts[kMaxLayers];
+  Each of[kCalls];
 };
 
 // A chunk of z in the queue. Rows that are read together change places, each by its own number.
@@ -90,14 +94,17 @@ __device__ __forceinline__ int queue_place(int row, int chunk) {
 // For what can be accessed in whole pieces: see fits_pieces().
 template <class Traits>
 __global__ void __launch_bounds__(kExpandThreads, Traits::kMinBlocks)
-    expand_kernel(const __grid_constant__ ExpandGroup group) {
-  // Calls that add to y come alone, and have no registers to spare.
-  constexpr bool kAlone = Traits::kStart == Start::kOutput;
-  const ExpandParams& p = group.calls[kAlone ? 0 : blockIdx.y];
-  const ExpandLayout& layout = group.layouts[kAlone ? 0 : blockIdx.y];
-  const int32_t blocks = kAlone ? static_cast<int32_t>(gridDim.x) : layout.blocks;
-  const auto block = static_cast<int32_t>(blockIdx.x);
-  if (block >= blocks) return;
+    expand_kernel(const __grid_constant__ ExpandGroup<ExpandParams, Traits::kCalls> calls,
+                  const ExpandGroup<ExpandLayout, Traits::kCalls> layouts) {
+  const unsigned own = Traits::kCalls == 1 ? 0 : blockIdx.y;
+  const ExpandParams& p = calls.of[own];
+  const ExpandLayout& layout = layouts.of[own];
+  // The width of a count, and where the layouts lie, leave the most registers on both architectures.
+  using Count = std::conditional_t<Traits::kCalls == 1, int64_t, int32_t>;
+  const auto column_groups = static_cast<Count>(layout.column_groups);
+  const Count blocks = Traits::kCalls == 1 ? static_cast<Count>(gridDim.x) : layout.blocks;
+  const auto block = static_cast<Count>(blockIdx.x);
+  if (Traits::kCalls > 1 && block >= blocks) return;
   using T = typename Traits::Element;
   constexpr int kSteps = Traits::kSteps;
   constexpr int kRowChunks = Traits::kRowChunks;
@@ -108,16 +115,16 @@ __global__ void __launch_bounds__(kExpandThreads, Traits::kMinBlocks)
   uint4* const tile_chunks =
       reinterpret_cast<uint4*>(dynamic_shared()) + warp * (Traits::kTileChunks + Traits::kQueueChunks);
   uint4* const queue = tile_chunks + Traits::kTileChunks;
-  const int32_t warps = blocks * kExpandWarps;
-  const int32_t unit = block * kExpandWarps + warp;
-  const int32_t stripe = unit / layout.column_groups;
+  const Count warps = blocks * kExpandWarps;
+  const Count unit = block * kExpandWarps + warp;
+  const Count stripe = unit / column_groups;
   if (stripe >= layout.stripes) return;
   const auto r = static_cast<int>(p.r);
   // Where the lane accesses y: chunk `own_chunk` of row kChunkRows * pass + own_row.
   const int own_chunk = lane % kRowChunks;
   const int own_row = lane / kRowChunks;
 
-  for (int32_t column_group = unit % layout.column_groups; column_group < layout.column_groups; column_group += warps) {
+  for (Count column_group = unit % column_groups; column_group < column_groups; column_group += warps) {
     const int64_t column0 = static_cast<int64_t>(column_group) * Traits::kColumns;
     const int64_t column = column0 + 8 * own_chunk;
     const bool in_row = column < p.m;

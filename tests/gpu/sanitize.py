@@ -147,6 +147,8 @@ def run_expand(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def run_attend(device: torch.device, dtype: torch.dtype) -> int:
+    if dtype == torch.float32:  # torch's own
+        return 0
     shapes = ((1, 1, 1, 1, 1, 64), (2, 2, 4, 10, 150, 128), (1, 2, 3, 7, 700, 64), (2, 1, 2, 65, 70, 128))
     for batch, key_heads, groups, tokens, columns, width in shapes:
         query = torch.randn(batch, key_heads * groups, tokens + 2, width).to(dtype)

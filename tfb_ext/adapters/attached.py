@@ -119,12 +119,12 @@ class Attached:
         self.check_present()
         try:
             for update in self.updates:
-                update.module.tfb_open = update
+                vars(update.module)["tfb_open"] = update  # nn.Module's own way would take a millisecond of a model
             yield
         finally:
             for update in self.updates:
                 if update.is_attached():
-                    update.module.tfb_open = None
+                    vars(update.module)["tfb_open"] = None
 
     # Checks -------------------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,8 @@ class Attached:
             self._check_layers()
 
     def _is_plain(self, module: Any) -> bool:
-        return self.name in module.lora_A and self.name not in module.lora_variant
+        state = vars(module)
+        return self.name in state["_modules"]["lora_A"]._modules and self.name not in state["lora_variant"]
 
     def _check_layers(self) -> None:
         """Raise for the first layer that is not as it was."""
