@@ -116,11 +116,9 @@ class _Linear(Batches):
         parts: list[tuple[Tensor, ...]] = []
         with tqdm(total=self.size, desc="linearise", unit="item", disable=not progress) as bar:
             for batch in self.batches:
-                parts.append(self.memory.whole_or_halves(batch, self._run, lambda found: tuple(map(torch.cat, zip(*found, strict=True)))))
+                parts.append(self.memory.whole_or_halves(batch, self._run, _joined))
                 bar.update(len(batch.items))
-        mean, covariance, *classes = (
-            original_order(each, self.batches, dim=0).cpu() for each in zip(*parts, strict=True)
-        )
+        mean, covariance, *classes = (original_order(p, self.batches, dim=0).cpu() for p in zip(*parts, strict=True))
         if not len(mean):
             raise refusal("labels", "-100 at every position", "at least one label", "leave the key out, or label some")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
@@ -146,7 +144,7 @@ class _Linear(Batches):
 
     def _outputs(self, batch: Batch) -> _Outputs:
         mask, tokens = mask_of(batch).bool(), batch.inputs["input_ids"].shape[1]
-        random, inputs = mask, _own(batch.inputs)
+        random, inputs = torch.ones_like(mask), _own(batch.inputs)  # what nothing depends on has no gradient
         if self.place.span is not None:
             counts = self._counts(batch)
             rank = mask.cumsum(1)
@@ -154,7 +152,8 @@ class _Linear(Batches):
             tail = int(counts.max())
             if self._ends_together(batch, tail):
                 inputs = self._after_prompt(inputs, tail, tokens)
-                cut = {n: v[:, -tail:] for n in ("labels", "targets") if (v := getattr(batch, n)) is not None and v.shape[1:2] == (tokens,)}
+                of_tokens = {n: getattr(batch, n) for n in ("labels", "targets")}
+                cut = {n: v[:, -tail:] for n, v in of_tokens.items() if v is not None and v.dim() == 2}
                 batch, random = replace(batch, **cut), random[:, -tail:]
         with self._recording() as seen, torch.no_grad():
             logits = self.model(**inputs).logits
@@ -190,12 +189,10 @@ class _Linear(Batches):
         plain = tensors.keys() <= _PLAIN and all(v.shape == ids.shape for v in tensors.values())
         if not plain or tail >= ids.shape[1] or not bool(mask[:, -1].all()):
             return False
-        if self.labels_tokens and batch.labels is None:
-            return False  # the prompt's tokens are items too
         if "position_ids" not in inputs and not bool(mask.all()):
             return False  # where positions begin is the model's own rule
         pad = self.model.config.get_text_config().pad_token_id
-        pools = self.adapter.anatomy.head_name in CLASSIFIER_HEADS and not self.labels_tokens
+        pools = self.adapter.anatomy.head_name in CLASSIFIER_HEADS  # at the last token that is no padding token
         return not pools or pad is None or not bool((ids[:, -1] == pad).any())
 
     def _after_prompt(self, inputs: dict[str, Any], tail: int, tokens: int) -> dict[str, Any]:
@@ -225,7 +222,8 @@ class _Linear(Batches):
 
     def _moments(self, found: _Outputs, rows_per_item: int) -> tuple[Tensor, ...]:
         values, rows = found.values, found.rows
-        mean, classes = values.detach(), ()
+        mean = values.detach()
+        classes: tuple[Tensor, ...] = ()
         if values.shape[1] > MOST_OUTPUTS:
             classes = (mean.topk(MOST_OUTPUTS, dim=1).indices,)
             with torch.enable_grad():
@@ -249,28 +247,30 @@ class _Linear(Batches):
 
     def _covariance(self, found: _Outputs, values: Tensor, chosen: Tensor, rows_per_item: int) -> Tensor:
         """(I, C, C) of the items ``chosen``, no two of a row; the outputs of one item may be those of several rows."""
-        rows = found.rows[chosen]
+        rows, random = found.rows[chosen], found.random
         calls = [(name, x, y) for name, those in found.seen.items() for x, y in those]
+        full_rank = self.adapter.family == "full-rank"
+        bases = {name: None if full_rank else self.layers[name][1].basis.to(y.device) for name, _, y in calls}
         gradients: list[list[Tensor]] = [[] for _ in calls]
         for column in range(values.shape[1]):
             with torch.enable_grad():
                 total = values[chosen, column].sum()
             parts = torch.autograd.grad(total, [y for *_, y in calls], retain_graph=True, allow_unused=True)
-            for (name, x, y), kept, part in zip(calls, gradients, parts, strict=True):
-                basis = None if self.adapter.family == "full-rank" else self.layers[name][1].basis.to(y.device)
-                part = torch.zeros_like(y) if part is None else part
+            for (name, _, y), kept, part in zip(calls, gradients, parts, strict=True):
+                part, basis = torch.zeros_like(y) if part is None else part, bases[name]
                 part = part.float() if basis is None else part.float() @ basis
-                kept.append(self._by_row(name, part, found.random)[rows.to(y.device)])
+                kept.append(self._by_row(name, part, random)[rows.to(y.device)])
         layers: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for (name, x, _), kept in zip(calls, gradients, strict=True):
-            x = self._by_row(name, x.float(), found.random)[rows.to(x.device)]
-            layers[name].append((x.unflatten(0, (-1, rows_per_item)), torch.stack(kept, 1).unflatten(0, (-1, rows_per_item))))
+            x, g = self._by_row(name, x.float(), random)[rows.to(x.device)], torch.stack(kept, 1)
+            layers[name].append((x.unflatten(0, (-1, rows_per_item)), g.unflatten(0, (-1, rows_per_item))))
         width = values.shape[1] * rows_per_item
         covariance = torch.zeros(len(chosen) // rows_per_item, width, width, dtype=torch.float64, device=values.device)
+        products = _by_token if self.by_token else _jointly
         for name, those in layers.items():
             x, g = torch.cat([x for x, _ in those], 2), torch.cat([g for _, g in those], 3)
             scaling = self.layers[name][0].module.scaling[self.adapter.name]
-            covariance += scaling**2 * (by_token if self.by_token else jointly)(x, g).to(covariance)
+            covariance += scaling**2 * products(x, g).to(covariance)
         return covariance
 
     def _by_row(self, name: str, value: Tensor, random: Tensor) -> Tensor:
@@ -294,6 +294,10 @@ class _Linear(Batches):
         )
 
 
+def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
 def _own(inputs: dict[str, Any]) -> dict[str, Any]:
     """The arguments as a graph can keep them."""
     return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}
@@ -310,7 +314,7 @@ def _keep(calls: list[tuple[Tensor, Tensor]], module: nn.Module, args: tuple[Any
     return output.clone()
 
 
-def jointly(x: Tensor, g: Tensor) -> Tensor:
+def _jointly(x: Tensor, g: Tensor) -> Tensor:
     """Inner products (I, C, C) of the gradients ``sum_t g_t x_t^T`` with one noise for all positions and rows of an item.
 
     Args:
@@ -330,7 +334,7 @@ def jointly(x: Tensor, g: Tensor) -> Tensor:
     return total
 
 
-def by_token(x: Tensor, g: Tensor) -> Tensor:
+def _by_token(x: Tensor, g: Tensor) -> Tensor:
     """The same with noise of its own for every position of every row."""
     weighted = (g * torch.linalg.vector_norm(x, dim=-1)[:, :, None, :, None]).flatten(3)
     own = (weighted @ weighted.mT).double()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import BayesianAdapter
 from ..checks import MOST_SIGMA, check_count, check_number, check_seed
+from ..errors import refusal
 from ..forward.anatomy import Kind
 from ..forward.batches import Data
 from ..forward.linear import linearised
@@ -68,13 +70,13 @@ class Gaussian:
             ValueError: sigma is no finite number of at least 0, or temperature none above 0; a temperature of a regression.
         """
         sigma = check_number("sigma", sigma, lambda s: 0 <= s <= MOST_SIGMA, "a finite number of at least 0")
-        expected = "a finite number above 0" if self.kind != "regression" else "1: a regression has no probabilities"
-        only = self.kind == "regression"
-        temperature = check_number(
-            "temperature", temperature, lambda t: t == 1 if only else 0 < t < math.inf, expected
-        )
+        temperature = check_number("temperature", temperature, lambda t: 0 < t < math.inf, "a finite number above 0")
         facts = (sigma, (), False, self.seconds)
         if self.kind == "regression":
+            if temperature != 1:
+                raise refusal(
+                    "temperature", temperature, "1 for a regression, which has no probabilities", "leave it out"
+                )
             return RegressionPrediction(self.mean.float()[None], *facts, (sigma**2 * self.variance).float())
         if self.kind == "multi_label":
             z = torch.stack([self.mean, torch.zeros_like(self.mean)], dim=-1).flatten(0, 1)
@@ -87,11 +89,11 @@ class Gaussian:
                 probabilities, self.choices, *facts, expected_entropy=entropy.view(shape).float()
             )
         scale = self.mean.new_full((len(self.mean),), sigma)
-        p, entropy = softmax_moments(self.mean, self._differences(), scale, points)
+        p, entropy = softmax_moments(self.mean, self._differences, scale, points)
         p, entropy = _tempered(p, entropy, temperature)
         return Prediction(p.float()[None], self.choices, *facts, expected_entropy=entropy.float())
 
-    def sample_outputs(self, samples: int, sigma: float, seed: int = 0) -> Tensor:
+    def sample_logits(self, samples: int, sigma: float, seed: int = 0) -> Tensor:
         """Draws (samples, N, C) of the outputs, independent for every item.
 
         Raises:
@@ -104,6 +106,7 @@ class Gaussian:
         z = torch.randn(samples, *factor.shape[::2], generator=generator, dtype=torch.float64)
         return self.mean + sigma * torch.einsum("ncq,snq->snc", factor, z)
 
+    @cached_property
     def _differences(self) -> Tensor:
         """(N, C, k): a root of the covariance without what all classes share, of at most C - 1 directions, the largest first."""
         if self.classes is not None:
