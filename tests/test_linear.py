@@ -310,6 +310,17 @@ def test_half_precision_is_within_its_own_rounding() -> None:
     assert (ratio.log().abs() < 0.3).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("span", ["all", "answer"])
+def test_a_gpu_gives_the_same(span: Any) -> None:
+    for data in (small_sets.encoded(5), small_sets.sequences(3)):
+        assert_same(
+            zoo.bayesian("llama", "cuda", span=span).gaussian(data),
+            zoo.bayesian("llama", span=span).gaussian(data),
+            1e-3,
+        )
+
+
 # Predictions --------------------------------------------------------------------------------------------------------------
 
 

@@ -118,7 +118,7 @@ class _Linear(Batches):
             for batch in self.batches:
                 parts.append(self.memory.whole_or_halves(batch, self._run, _joined))
                 bar.update(len(batch.items))
-        mean, covariance, *classes = (original_order(p, self.batches, dim=0).cpu() for p in zip(*parts, strict=True))
+        mean, covariance, *classes = (original_order(p, self.batches, dim=0) for p in zip(*parts, strict=True))
         if not len(mean):
             raise refusal("labels", "-100 at every position", "at least one label", "leave the key out, or label some")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
@@ -243,7 +243,7 @@ class _Linear(Batches):
                     covariance[chosen] = part
         if rows_per_item > 1:
             mean = mean.view(-1, rows_per_item)
-        return mean.double(), covariance, *classes
+        return tuple(part.cpu() for part in (mean.double(), covariance, *classes))
 
     def _covariance(self, found: _Outputs, values: Tensor, chosen: Tensor, rows_per_item: int) -> Tensor:
         """(I, C, C) of the items ``chosen``, no two of a row; the outputs of one item may be those of several rows."""
@@ -287,7 +287,7 @@ class _Linear(Batches):
         kept = value.shape[1] if value.dim() == 3 and value.shape[0] == rows else 0
         # A head may be given the last positions alone.
         if kept == tokens or (0 < kept < tokens and name == self.adapter.anatomy.head_name):
-            return value * random[:, -kept:, None].to(value)
+            return value.masked_fill(~random[:, -kept:, None].to(value.device), 0)
         raise SamplingError(
             f"layer {name!r} has an input or output of shape {tuple(value.shape)}, expected {rows} rows of {tokens} tokens first. Fix: "
             "method='samples', or train the adapter without it in target_modules"

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import Literal, TypedDict, Unpack, cast, get_args
 
 import torch
 from torch import Tensor
@@ -96,9 +96,7 @@ def predict(
         for name, value in (("adaptive", adaptive), ("precision", precision)):
             if value is not None:
                 raise refusal(name, value, f"None with method={method!r}, which draws no samples", "leave it out")
-        found = _linear(adapter, data, "categorical", **options)
-        assert isinstance(found, Prediction)
-        return found
+        return cast(Prediction, _linear(adapter, data, "categorical", **options))
     run = _run(adapter, data, samples, "categorical", adaptive=adaptive, precision=precision, **options)
     return Prediction(run.values, tuple(getattr(data, "choices", ())), *run.facts, run.drawn)
 
@@ -112,9 +110,7 @@ def predict_multi_label(
         ValueError: as :func:`predict`, or a head of another kind (``problem_type`` of the model's configuration).
     """
     if options.get("method", "samples") != "samples":
-        found = _linear(adapter, data, "multi_label", **options)
-        assert isinstance(found, MultiLabelPrediction)
-        return found
+        return cast(MultiLabelPrediction, _linear(adapter, data, "multi_label", **options))
     run = _run(adapter, data, samples, "multi_label", **options)
     return MultiLabelPrediction(run.values, tuple(getattr(data, "choices", ())), *run.facts)
 
@@ -128,9 +124,7 @@ def predict_regression(
         ValueError: as :func:`predict`, or a head of another kind (``problem_type`` of the model's configuration).
     """
     if options.get("method", "samples") != "samples":
-        found = _linear(adapter, data, "regression", **options)
-        assert isinstance(found, RegressionPrediction)
-        return found
+        return cast(RegressionPrediction, _linear(adapter, data, "regression", **options))
     run = _run(adapter, data, samples, "regression", **options)
     return RegressionPrediction(run.values, *run.facts)
 
