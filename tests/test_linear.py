@@ -302,6 +302,24 @@ def test_the_model_is_left_as_it_was() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_a_prompt_has_no_graph_and_nor_have_blocks_below() -> None:
+    adapter = zoo.compared(zoo.bayesian("llama", span="answer", depth=2))
+    data = replace(small_sets.encoded(2), token_ids=[[11, 12, 13, 14, 15], [16, 17, 18, 19, 20]])
+    found = adapter.gaussian(data)
+    seen: list[tuple[int, bool]] = []
+    hooks = [
+        block.register_forward_hook(lambda _, args, out: seen.append((out.shape[1], out.requires_grad)))
+        for block in adapter.anatomy.blocks
+    ]
+    assert_same(adapter.gaussian(data), found)
+    assert seen == [*[(4, False)] * 4, *[(1, False)] * 2, *[(1, True)] * 2]
+    adapter.span = "all"
+    adapter.gaussian(data)
+    assert seen[-4:] == [(5, False)] * 2 + [(5, True)] * 2
+    for hook in hooks:
+        hook.remove()
+
+
 def test_half_precision_is_within_its_own_rounding() -> None:
     data = small_sets.encoded(4)
     high = zoo.bayesian("qwen2").gaussian(data)
