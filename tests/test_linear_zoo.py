@@ -56,6 +56,37 @@ def test_every_attention(attention: str, span: Any) -> None:
     test_linear.assert_same(adapter.gaussian(small_sets.encoded(5)), found)
 
 
+def other(name: str, targets: list[str], **config: Any) -> Any:
+    """A Bayesian adapter of an architecture that is not in the zoo."""
+    torch.manual_seed(0)
+    common = {n: v for n, v in zoo._COMMON.items() if name == "Olmo" or n != "num_key_value_heads"}
+    made = getattr(tf, f"{name}Config")(**{**common, "num_labels": 3, **config})
+    kind = "ForCausalLM" if name in ("Olmo", "GPTNeoX") else "ForSequenceClassification"
+    model = getattr(tf, name + kind)(made)
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0) if parameter.dim() > 1 else None
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    zoo.randomise(peft)
+    return tfb_ext.bayesianize(peft.eval())
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "config"),
+    [
+        ("Olmo", ["q_proj", "k_proj", "v_proj"], {"clip_qkv": 0.5}),  # writes into its layers' outputs
+        ("GPTNeoX", ["query_key_value", "dense"], {}),
+        ("Roberta", ["query", "dense"], {"max_position_embeddings": 130}),  # with a layer in its head
+        ("ModernBert", ["Wqkv", "Wo"], {"local_attention": 4}),
+        ("Bert", ["value", "pooler.dense", "classifier"], {}),
+    ],
+)
+def test_other_architectures(name: str, targets: list[str], config: dict[str, Any]) -> None:
+    adapter = other(name, targets, **config)
+    for span in ("all", 2) if name in ("Olmo", "GPTNeoX") else ("all",):
+        adapter.span = span
+        check(adapter, small_sets.encoded(3, head=name not in ("Olmo", "GPTNeoX")), 400)
+
+
 def test_a_recurrent_state() -> None:
     """All of its tokens may be random, not the last alone."""
     torch.manual_seed(0)
