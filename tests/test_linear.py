@@ -258,6 +258,18 @@ def test_rows_padded_on_either_side(span: Any) -> None:
     assert_same(adapter.gaussian(alone), found)
 
 
+@pytest.mark.parametrize("span", ["answer", 3])
+def test_masks_with_holes(span: Any) -> None:
+    """The last tokens of a row are found by its mask: as those of the row without what is masked."""
+    adapter = zoo.bayesian("llama-cls", span=span)
+    batch = zoo.inputs(3, 9, padded=False)
+    batch["attention_mask"][0, 2] = batch["attention_mask"][1, 7] = batch["attention_mask"][2, 6:8] = 0
+    batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    kept = batch["attention_mask"].bool()
+    alone = [{"input_ids": ids[mask][None]} for ids, mask in zip(batch["input_ids"], kept, strict=True)]
+    assert_same(adapter.gaussian([batch]), adapter.gaussian(alone))
+
+
 @pytest.mark.parametrize("data", [small_sets.encoded(5), small_sets.sequences(3)])
 def test_batches_that_do_not_fit_are_halved(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = zoo.bayesian("llama", depth=2)

@@ -150,7 +150,7 @@ class _Linear(Batches):
             rank = mask.cumsum(1)
             random = mask & (rank > (rank[:, -1] - counts)[:, None])
             tail = int(counts.max())
-            if self._ends_together(batch, tail):
+            if self._ends_together(batch, random, tail):
                 inputs = self._after_prompt(inputs, tail, tokens)
                 of_tokens = {n: getattr(batch, n) for n in ("labels", "targets")}
                 cut = {n: v[:, -tail:] for n, v in of_tokens.items() if v is not None and v.dim() == 2}
@@ -181,13 +181,13 @@ class _Linear(Batches):
         whole = torch.full_like(lengths, span) if answers is None else span - 1 + answers.to(lengths)
         return torch.minimum(whole, lengths)
 
-    def _ends_together(self, batch: Batch, tail: int) -> bool:
+    def _ends_together(self, batch: Batch, random: Tensor, tail: int) -> bool:
         """Whether the prompt can be run apart: every row's random tokens are among its last columns, where all items are."""
         inputs, mask = batch.inputs, mask_of(batch)
         ids = inputs["input_ids"]
         tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
         plain = tensors.keys() <= _PLAIN and all(v.shape == ids.shape for v in tensors.values())
-        if not plain or tail >= ids.shape[1] or not bool(mask[:, -1].all()):
+        if not plain or tail >= ids.shape[1] or not bool(mask[:, -1].all()) or bool(random[:, :-tail].any()):
             return False
         if "position_ids" not in inputs and not bool(mask.all()):
             return False  # where positions begin is the model's own rule
