@@ -302,7 +302,7 @@ def test_items_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(6)
     gaussian = made(torch.randn(9, 3, generator=generator), torch.randn(3, 4, generator=generator))
     whole = gaussian.probabilities(256)
-    monkeypatch.setattr("tfb_ext.research.head._PIECE", 256 * 3 * 2)
+    monkeypatch.setattr("tfb_ext.quadrature.PIECE", 256 * 3 * 2)
     assert torch.allclose(gaussian.probabilities(256), whole, atol=1e-15)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -27,6 +27,10 @@ from .depth import Span as Span
 from .depth import first_random_block, span_name, span_tokens
 from .samples import SampleBatch, make_batch
 from .saving import fingerprint, save
+
+if TYPE_CHECKING:
+    from ..forward.batches import Data
+    from ..prediction.gaussian import Gaussian
 
 
 class BayesianAdapter(SamplingContexts):
@@ -214,6 +218,30 @@ class BayesianAdapter(SamplingContexts):
             )
         self.attached.refresh()
         self.search, self._sigma_scalings = None, None
+
+    def gaussian(self, data: Data, *, batch_size: int | None = None, progress: bool = False) -> Gaussian:
+        """The outputs of every item of ``data`` as a Gaussian, to first order in sigma: the predictive without samples, for every sigma.
+
+        ``Cov(z_c, z_d) = sigma^2 K_cd`` with ``K`` from one run of the mean adapter and one backward pass an output, over the random
+        layers and tokens (:attr:`depth`, :attr:`span`), see :mod:`tfb_ext.forward.linear`. Of an item with more than 64 classes the
+        most probable 64 vary. A sigma that was found with samples is not the best one here, nor the other way round.
+
+        Args:
+            data: as in :func:`tfb_ext.predict`.
+            batch_size: items of a batch; chosen by the device otherwise.
+            progress: show a progress bar.
+
+        Returns:
+            A :class:`~tfb_ext.prediction.gaussian.Gaussian`, whose ``predict(sigma)`` needs no model.
+
+        Raises:
+            ValueError: empty data, more than 1024 classes, or choices that are scored by their tokens.
+            GuardError: samples at this depth and span are not what separate passes give.
+            SamplingError: inside a sampling context, in training mode, or the adapter is merged, off or not active.
+        """
+        from ..prediction.gaussian import gaussian
+
+        return gaussian(self, data, batch_size=batch_size, progress=progress)
 
     @property
     def is_sampling(self) -> bool:

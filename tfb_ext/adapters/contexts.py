@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import GuardError, SamplingError
 from ..forward import contexts
 from ..forward.fold import Predictive
-from .depth import Span
+from .depth import Place, Span
 from .samples import SampleBatch
 
 if TYPE_CHECKING:
@@ -105,6 +105,18 @@ class SamplingContexts(ABC):
                 yield view
             finally:
                 self.open_context = None
+
+    def check_place(self, place: Place) -> None:
+        """Refuse a place at which samples in one call are not what separate passes give.
+
+        Raises:
+            GuardError: the message names the difference.
+        """
+        batch = self.batch([0], 1.0)
+        if place.span is None:
+            self._guard.layout(place.first, batch, self.guard)
+        else:
+            self._guard.beside(place.first, batch, place.span, self.guard)
 
     def shares_prompts(self) -> bool:
         """Whether one call can hold a prompt once and several continuations of it, as far as the guard knows."""

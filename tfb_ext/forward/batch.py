@@ -53,8 +53,9 @@ class Batch:
         return self.labels is not None and self.labels.dim() == 2
 
     def halves(self) -> tuple[Batch, Batch]:
-        """The upper and the lower half of the rows, of at least two."""
-        middle = len(self.index) // 2
+        """The upper and the lower half of the rows, of at least two; of several items whole ones."""
+        each = self.rows_per_item if len(self.index) >= 2 * self.rows_per_item else 1
+        middle = len(self.index) // each // 2 * each
         return self.part((self.key, 0), slice(middle)), self.part((self.key, 1), slice(middle, None))
 
     def part(self, key: Hashable, rows: slice | Tensor) -> Batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Probabilities:
         samples: sample numbers; empty for the mean adapter.
         antithetic: whether samples come in mirrored pairs.
         seconds: wall time of the forwards.
+        expected_entropy: the average entropy, (N,) or of every label (N, L), where samples were integrated and not drawn.
+            ``sample_probabilities`` holds their average alone then.
     """
 
     sample_probabilities: Tensor
@@ -32,6 +34,7 @@ class Probabilities:
     samples: tuple[int, ...]
     antithetic: bool
     seconds: float
+    expected_entropy: Tensor | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Prediction(Probabilities):
     @property
     def aleatoric(self) -> Tensor:
         """(N,) average entropy of the samples: what they agree to be uncertain about."""
+        if self.expected_entropy is not None:
+            return self.expected_entropy
         return self._mean(_entropy(self.sample_probabilities))
 
     @property
@@ -122,6 +127,8 @@ class MultiLabelPrediction(Probabilities):
     @property
     def aleatoric(self) -> Tensor:
         """(N, L) average entropy of the samples."""
+        if self.expected_entropy is not None:
+            return self.expected_entropy
         return _binary_entropy(self.sample_probabilities).mean(dim=0)
 
     @property
@@ -147,6 +154,7 @@ class RegressionPrediction:
         samples: sample numbers; empty for the mean adapter.
         antithetic: whether samples come in mirrored pairs.
         seconds: wall time of the forwards.
+        expected_variance: (N, D), the variance where it was computed and no samples were drawn.
     """
 
     sample_outputs: Tensor
@@ -154,6 +162,7 @@ class RegressionPrediction:
     samples: tuple[int, ...]
     antithetic: bool
     seconds: float
+    expected_variance: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -168,6 +177,8 @@ class RegressionPrediction:
         that average's own, which mirrored pairs make smaller than the 1 / S of independent samples. For these it is the usual
         sum of squares over S - 1.
         """
+        if self.expected_variance is not None:
+            return self.expected_variance
         return self.sample_outputs.var(dim=0, correction=0) + self.standard_error.square()
 
     @property

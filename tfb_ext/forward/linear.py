@@ -1,0 +1,341 @@
+"""The outputs' covariance under the posterior to first order, from gradients of one run of the mean adapter.
+
+With the random weights ``s U (M + sigma E)`` of every layer, to first order in sigma ::
+
+    Cov(z_c, z_d) = sigma^2 K_cd,    K_cd = sum_layers s^2 sum_{t,u} <U^T d_t^c, U^T d_u^d> <x_t, x_u>
+
+over the random positions t, u, where ``x_t`` is a layer's input and ``d_t^c`` the gradient of output c at the layer's output. Noise that
+is drawn anew for every token (modes ``"token"`` and ``"flipout"``) leaves the terms ``t = u``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..adapters.adapter import BayesianAdapter
+from ..errors import SamplingError, refusal
+from .anatomy import CLASSIFIER_HEADS, Kind
+from .batch import Batch, labelled_lengths, mask_of
+from .batches import IGNORED, Batches, Data, head_outputs, original_order
+from .caches import cache_argument
+from .contexts import check_free
+from .engine import MANY_CLASSES, Request, answer_lengths
+from .memory import Memory
+from .rows import at_targets
+
+# Of more outputs, the largest of each item are random: every one costs a backward pass.
+MOST_OUTPUTS = 64
+# Numbers of a piece of the gradients of a layer's weights: 64 MiB in float32.
+_PIECE = 2**24
+# What a batch may hold for its prompt to be run apart, each (rows, tokens).
+_PLAIN = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of N items, float64 on the CPU.
+
+    Attributes:
+        mean: (N, C) the mean adapter's outputs.
+        covariance: (N, k, k) of ``classes``, at sigma 1.
+        classes: (N, k) int64, or ``None`` for all.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    classes: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Of a batch that was run, with a graph: (M, D) outputs, and (M,) the row of each."""
+
+    values: Tensor
+    rows: Tensor
+    seen: dict[str, list[tuple[Tensor, Tensor]]]  # by layer, (x, output) of each of its calls
+    random: Tensor  # (B, N) bool
+
+
+def linearised(
+    adapter: BayesianAdapter, data: Data, kind: Kind, batch_size: int | None = None, progress: bool = False
+) -> Moments:
+    """The mean and covariance of every item's outputs: logits of its classes or labels, log probabilities of sequences, or values.
+
+    Raises:
+        ValueError: empty data, a head of another kind, more than 1024 classes, or choices that are scored by their tokens.
+        GuardError: samples at the adapter's depth and span are not what separate passes give.
+        SamplingError: inside a sampling context, in training mode, or the adapter is merged, off or not active.
+    """
+    check_free(adapter.attached)
+    adapter.attached.check_ready()
+    # Graphs are recorded in here, whatever the caller's mode.
+    with torch.inference_mode(False), torch.no_grad():
+        adapter.attached.check_call()
+        if not adapter.attached.is_on:
+            raise SamplingError(
+                f"adapter {adapter.name!r} is switched off (disable_adapter), expected it on: nothing is random. Fix: leave the with block"
+            )
+        adapter.check_place(adapter.place)
+        return _Linear(adapter, data, kind, batch_size).moments(progress)
+
+
+class _Linear(Batches):
+    """Runs a data set's batches with a graph from the first random layer on."""
+
+    def __init__(self, adapter: BayesianAdapter, data: Data, kind: Kind, batch_size: int | None) -> None:
+        self.place = adapter.place
+        # A graph keeps what a forward holds for one block at a time.
+        blocks = max(1, len(adapter.anatomy.blocks) - self.place.first)
+        super().__init__(
+            adapter, data, batch_size=batch_size, samples=blocks, span=self.place.span, share=False, kind=kind
+        )
+        if self.sequences is not None and self.sequences.score == "token":
+            expected = "'sequence': the product of averages over samples has no distribution"
+            raise refusal("the data's score", "'token'", expected, "encode(..., score='sequence'), or method='samples'")
+        classes = head_outputs(adapter)
+        if classes > MANY_CLASSES and any(b.columns is None and b.targets is None for b in self.batches):
+            expected = f"at most {MANY_CLASSES}"
+            raise refusal("the model's head", f"{classes} outputs", expected, "encode the data with label tokens")
+        self.memory = Memory(self.device)
+        attached = adapter.attached
+        pairs = zip(attached.updates, attached.posteriors, strict=True)
+        self.layers = {u.name: (u, p) for u, p in pairs if u.block >= self.place.first}
+        self.by_token = adapter.mode != "weight"
+
+    def moments(self, progress: bool) -> Moments:
+        parts: list[tuple[Tensor, ...]] = []
+        with tqdm(total=self.size, desc="linearise", unit="item", disable=not progress) as bar:
+            for batch in self.batches:
+                parts.append(self.memory.whole_or_halves(batch, self._run, _joined))
+                bar.update(len(batch.items))
+        mean, covariance, *classes = (original_order(p, self.batches, dim=0) for p in zip(*parts, strict=True))
+        if not len(mean):
+            raise refusal("labels", "-100 at every position", "at least one label", "leave the key out, or label some")
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            fix = "load the model in float32 or bfloat16, and look for NaN in its weights"
+            raise refusal("the mean adapter's outputs and gradients", "NaN or infinity", "finite numbers", fix)
+        if classes:
+            warnings.warn(
+                f"{mean.shape[1]} classes: each item's {MOST_OUTPUTS} most probable ones are random, the others stay at the mean",
+                stacklevel=5,
+            )
+        return Moments(mean, covariance, classes[0] if classes else None)
+
+    def _run(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Mean, covariance and, of many, the classes of a batch's items."""
+        if len(batch) % batch.rows_per_item:
+            raise torch.OutOfMemoryError(
+                f"one item of {batch.rows_per_item} choices does not fit into memory. Fix: free some, or shorten the rows"
+            )
+        found = self.memory.once(lambda: self._outputs(batch))
+        return self.memory.once(lambda: self._moments(found, batch.rows_per_item))
+
+    # Forward ------------------------------------------------------------------------------------------------------------
+
+    def _outputs(self, batch: Batch) -> _Outputs:
+        mask, tokens = mask_of(batch).bool(), batch.inputs["input_ids"].shape[1]
+        random, inputs = torch.ones_like(mask), _own(batch.inputs)  # what nothing depends on has no gradient
+        if self.place.span is not None:
+            counts = self._counts(batch)
+            rank = mask.cumsum(1)
+            random = mask & (rank > (rank[:, -1] - counts)[:, None])
+            tail = int(counts.max())
+            if self._ends_together(batch, random, tail):
+                inputs = self._after_prompt(inputs, tail, tokens)
+                of_tokens = {n: getattr(batch, n) for n in ("labels", "targets")}
+                cut = {n: v[:, -tail:] for n, v in of_tokens.items() if v is not None and v.dim() == 2}
+                batch, random = replace(batch, **cut), random[:, -tail:]
+        with self._recording() as seen, torch.no_grad():
+            logits = self.model(**inputs).logits
+        with torch.enable_grad():
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            if batch.columns is not None:
+                logits = logits.index_select(-1, batch.columns)
+            if batch.targets is not None:
+                values = self.items(at_targets(torch.log_softmax(logits, -1)[None], batch.targets)[0], batch)
+                if self.sequences is not None and self.sequences.by_length:
+                    values = values / (batch.targets != IGNORED).sum(-1, keepdim=True)
+                rows = torch.arange(len(batch), device=values.device)
+            else:
+                values = self.items(logits, batch)
+                numbers = torch.arange(len(batch), device=logits.device).view(-1, *[1] * (logits.dim() - 1))
+                rows = self.items(numbers.expand(*logits.shape[:-1], 1), batch)[:, 0]
+        return _Outputs(values, rows, seen, random)
+
+    def _counts(self, batch: Batch) -> Tensor:
+        """(B,) random tokens of each row: the span, and what of an answer follows the position that it is read from."""
+        span = self.place.span
+        assert span is not None
+        answers = answer_lengths(Request(batch.inputs, targets=batch.targets, answers=labelled_lengths(batch)))
+        lengths = mask_of(batch).sum(1)
+        whole = torch.full_like(lengths, span) if answers is None else span - 1 + answers.to(lengths)
+        return torch.minimum(whole, lengths)
+
+    def _ends_together(self, batch: Batch, random: Tensor, tail: int) -> bool:
+        """Whether the prompt can be run apart: every row's random tokens are among its last columns, where all items are."""
+        inputs, mask = batch.inputs, mask_of(batch)
+        ids = inputs["input_ids"]
+        tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
+        plain = tensors.keys() <= _PLAIN and all(v.shape == ids.shape for v in tensors.values())
+        if not plain or tail >= ids.shape[1] or not bool(mask[:, -1].all()) or bool(random[:, :-tail].any()):
+            return False
+        if "position_ids" not in inputs and not bool(mask.all()):
+            return False  # where positions begin is the model's own rule
+        pad = self.model.config.get_text_config().pad_token_id
+        pools = self.adapter.anatomy.head_name in CLASSIFIER_HEADS  # at the last token that is no padding token
+        return not pools or pad is None or not bool((ids[:, -1] == pad).any())
+
+    def _after_prompt(self, inputs: dict[str, Any], tail: int, tokens: int) -> dict[str, Any]:
+        """The last columns' arguments, with the keys and values of those before, which are run without a graph."""
+        from transformers import DynamicCache
+
+        of_tokens = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
+        rest: dict[str, Any] = {n: v for n, v in inputs.items() if n not in of_tokens}
+        rest |= {"use_cache": True, cache_argument(self.model): DynamicCache()}
+        one = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
+        with torch.no_grad():
+            self.model(**{n: v[:, : tokens - tail] for n, v in of_tokens.items()}, **rest | one)
+        last = {n: v if n == "attention_mask" else v[:, -tail:] for n, v in of_tokens.items()}
+        return {**last, **rest}
+
+    @contextmanager
+    def _recording(self) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+        """Inside, gradients are on from the first random layer that a call of the model reaches, and layers' calls are kept."""
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        with ExitStack() as undo:
+            for name, (update, _) in self.layers.items():
+                undo.callback(update.module.register_forward_pre_hook(_gradients_on).remove)
+                undo.callback(update.module.register_forward_hook(partial(_keep, seen[name])).remove)
+            yield seen
+
+    # Backward -----------------------------------------------------------------------------------------------------------
+
+    def _moments(self, found: _Outputs, rows_per_item: int) -> tuple[Tensor, ...]:
+        values, rows = found.values, found.rows
+        mean = values.detach()
+        classes: tuple[Tensor, ...] = ()
+        if values.shape[1] > MOST_OUTPUTS:
+            classes = (mean.topk(MOST_OUTPUTS, dim=1).indices,)
+            with torch.enable_grad():
+                values = values.gather(1, classes[0])
+        width = values.shape[1] * rows_per_item
+        covariance = torch.zeros(len(values) // rows_per_item, width, width, dtype=torch.float64, device=mean.device)
+        if values.requires_grad:
+            # One item of every row at a time: rows do not see each other, so a sum over them has the gradient of each.
+            same = rows[:, None] == rows
+            place = same.tril(-1).sum(1)
+            for turn in range(int(place.max()) + 1 if len(place) else 0):
+                chosen = (place == turn).nonzero()[:, 0]
+                part = self._covariance(found, values, chosen, rows_per_item)
+                if rows_per_item > 1:
+                    covariance = part
+                else:
+                    covariance[chosen] = part
+        if rows_per_item > 1:
+            mean = mean.view(-1, rows_per_item)
+        return tuple(part.cpu() for part in (mean.double(), covariance, *classes))
+
+    def _covariance(self, found: _Outputs, values: Tensor, chosen: Tensor, rows_per_item: int) -> Tensor:
+        """(I, C, C) of the items ``chosen``, no two of a row; the outputs of one item may be those of several rows."""
+        rows, random = found.rows[chosen], found.random
+        calls = [(name, x, y) for name, those in found.seen.items() for x, y in those]
+        full_rank = self.adapter.family == "full-rank"
+        bases = {name: None if full_rank else self.layers[name][1].basis.to(y.device) for name, _, y in calls}
+        gradients: list[list[Tensor]] = [[] for _ in calls]
+        for column in range(values.shape[1]):
+            with torch.enable_grad():
+                total = values[chosen, column].sum()
+            parts = torch.autograd.grad(total, [y for *_, y in calls], retain_graph=True, allow_unused=True)
+            for (name, _, y), kept, part in zip(calls, gradients, parts, strict=True):
+                part, basis = torch.zeros_like(y) if part is None else part, bases[name]
+                part = part.float() if basis is None else part.float() @ basis
+                kept.append(self._by_row(name, part, random)[rows.to(y.device)])
+        layers: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for (name, x, _), kept in zip(calls, gradients, strict=True):
+            x, g = self._by_row(name, x.float(), random)[rows.to(x.device)], torch.stack(kept, 1)
+            layers[name].append((x.unflatten(0, (-1, rows_per_item)), g.unflatten(0, (-1, rows_per_item))))
+        width = values.shape[1] * rows_per_item
+        covariance = torch.zeros(len(chosen) // rows_per_item, width, width, dtype=torch.float64, device=values.device)
+        products = _by_token if self.by_token else _jointly
+        for name, those in layers.items():
+            x, g = torch.cat([x for x, _ in those], 2), torch.cat([g for _, g in those], 3)
+            scaling = self.layers[name][0].module.scaling[self.adapter.name]
+            covariance += scaling**2 * products(x, g).to(covariance)
+        return covariance
+
+    def _by_row(self, name: str, value: Tensor, random: Tensor) -> Tensor:
+        """(B, K, ...) of a layer's input or output, 0 where nothing is random; pooled rows are one position each.
+
+        Raises:
+            SamplingError: it has no such rows.
+        """
+        rows, tokens = random.shape
+        if value.dim() == 2 and value.shape[0] == rows:
+            return value[:, None]
+        if value.dim() == 2 and value.shape[0] == rows * tokens:
+            value = value.unflatten(0, (rows, tokens))
+        kept = value.shape[1] if value.dim() == 3 and value.shape[0] == rows else 0
+        # A head may be given the last positions alone.
+        if kept == tokens or (0 < kept < tokens and name == self.adapter.anatomy.head_name):
+            return value.masked_fill(~random[:, -kept:, None].to(value.device), 0)
+        raise SamplingError(
+            f"layer {name!r} has an input or output of shape {tuple(value.shape)}, expected {rows} rows of {tokens} tokens first. Fix: "
+            "method='samples', or train the adapter without it in target_modules"
+        )
+
+
+def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def _own(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as a graph can keep them."""
+    return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}
+
+
+def _gradients_on(module: nn.Module, args: tuple[Any, ...]) -> None:
+    torch.set_grad_enabled(True)
+
+
+def _keep(calls: list[tuple[Tensor, Tensor]], module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Note a layer's call; what the model goes on with is a copy, so that nothing is written into what is noted."""
+    output = output if output.requires_grad else output.detach().requires_grad_()
+    calls.append((args[0].detach(), output))
+    return output.clone()
+
+
+def _jointly(x: Tensor, g: Tensor) -> Tensor:
+    """Inner products (I, C, C) of the gradients ``sum_t g_t x_t^T`` with one noise for all positions and rows of an item.
+
+    Args:
+        x: (I, R, T, n), of an item's R rows.
+        g: (I, R, D, T, r), of the D outputs of each; C = R D.
+    """
+    items, rows, outputs, positions, rank = g.shape
+    if rows == 1 and positions <= outputs * rank:
+        x, g = x[:, 0], g[:, 0]
+        weighted = (x @ x.mT)[:, None] @ g
+        return (g.flatten(2) @ weighted.flatten(2).mT).double()
+    size = max(1, _PIECE // max(1, items * rows * outputs * rank))
+    total = torch.zeros(items, rows * outputs, rows * outputs, dtype=torch.float64, device=g.device)
+    for part in x.split(size, dim=-1):
+        weights = (g.mT @ part[:, :, None]).flatten(3).flatten(1, 2)
+        total += (weights @ weights.mT).double()
+    return total
+
+
+def _by_token(x: Tensor, g: Tensor) -> Tensor:
+    """The same with noise of its own for every position of every row."""
+    weighted = (g * torch.linalg.vector_norm(x, dim=-1)[:, :, None, :, None]).flatten(3)
+    own = (weighted @ weighted.mT).double()
+    return own[:, 0] if own.shape[1] == 1 else torch.diag_embed(own[:, :, 0, 0])
