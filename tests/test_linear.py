@@ -466,3 +466,18 @@ def test_a_layer_without_rows_is_refused() -> None:
     with warnings.catch_warnings(), pytest.raises(SamplingError, match="up_proj' has an input or output of shape"):
         warnings.simplefilter("ignore")
         adapter.gaussian(small_sets.encoded(2))
+
+
+def test_layers_on_plain_bases_and_those_of_peft_agree() -> None:
+    """A hook that sees the base layer's own output takes the short way of that layer."""
+    adapter, data = zoo.bayesian("llama"), small_sets.encoded(4)
+    for span in ("all", "answer"):
+        adapter.span = span
+        short = adapter.gaussian(data)
+        bases = [m.base_layer for m in adapter.attached.modules.values()][::2]
+        handles = [base.register_forward_hook(lambda *_: None) for base in bases]
+        long = adapter.gaussian(data)
+        for handle in handles:
+            handle.remove()
+        for found, wanted in zip((short.mean, short.covariance), (long.mean, long.covariance), strict=True):
+            assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))

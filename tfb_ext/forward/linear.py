@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters.adapter import BayesianAdapter
@@ -31,6 +28,7 @@ from .caches import cache_argument
 from .contexts import check_free
 from .engine import MANY_CLASSES, Request, answer_lengths
 from .memory import Memory
+from .recording import Call, directly, recording
 from .rows import at_targets
 
 # Of more outputs, the largest of each item are random: every one costs a backward pass.
@@ -62,7 +60,7 @@ class _Outputs:
 
     values: Tensor
     rows: Tensor
-    seen: dict[str, list[tuple[Tensor, Tensor]]]  # by layer, (x, output) of each of its calls
+    seen: dict[str, list[Call]]  # by layer
     random: Tensor  # (B, N) bool
 
 
@@ -155,7 +153,11 @@ class _Linear(Batches):
                 of_tokens = {n: getattr(batch, n) for n in ("labels", "targets")}
                 cut = {n: v[:, -tail:] for n, v in of_tokens.items() if v is not None and v.dim() == 2}
                 batch, random = replace(batch, **cut), random[:, -tail:]
-        with self._recording() as seen, torch.no_grad():
+        elif batch.columns is not None and batch.targets is None and "logits_to_keep" in self._accepts:
+            if bool(mask[:, -1].all()):  # where the answers are read from
+                inputs = inputs | {"logits_to_keep": 1}
+        modules = {name: update.module for name, (update, _) in self.layers.items()}
+        with recording(self.adapter, modules) as seen, torch.no_grad():
             logits = self.model(**inputs).logits
         with torch.enable_grad():
             logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -203,20 +205,10 @@ class _Linear(Batches):
         rest: dict[str, Any] = {n: v for n, v in inputs.items() if n not in of_tokens}
         rest |= {"use_cache": True, cache_argument(self.model): DynamicCache()}
         one = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
-        with torch.no_grad():
+        with torch.no_grad(), directly(self.adapter):
             self.model(**{n: v[:, : tokens - tail] for n, v in of_tokens.items()}, **rest | one)
         last = {n: v if n == "attention_mask" else v[:, -tail:] for n, v in of_tokens.items()}
         return {**last, **rest}
-
-    @contextmanager
-    def _recording(self) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-        """Inside, gradients are on from the first random layer that a call of the model reaches, and layers' calls are kept."""
-        seen: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        with ExitStack() as undo:
-            for name, (update, _) in self.layers.items():
-                undo.callback(update.module.register_forward_pre_hook(_gradients_on).remove)
-                undo.callback(update.module.register_forward_hook(partial(_keep, seen[name])).remove)
-            yield seen
 
     # Backward -----------------------------------------------------------------------------------------------------------
 
@@ -248,29 +240,32 @@ class _Linear(Batches):
     def _covariance(self, found: _Outputs, values: Tensor, chosen: Tensor, rows_per_item: int) -> Tensor:
         """(I, C, C) of the items ``chosen``, no two of a row; the outputs of one item may be those of several rows."""
         rows, random = found.rows[chosen], found.random
-        calls = [(name, x, y) for name, those in found.seen.items() for x, y in those]
+        calls = [(name, call) for name, those in found.seen.items() for call in those]
         full_rank = self.adapter.family == "full-rank"
-        bases = {name: None if full_rank else self.layers[name][1].basis.to(y.device) for name, _, y in calls}
+        bases = {name: None if full_rank else self.layers[name][1].basis.to(call.at.device) for name, call in calls}
+        scalings = {name: self.layers[name][0].module.scaling[self.adapter.name] for name in found.seen}
         gradients: list[list[Tensor]] = [[] for _ in calls]
         for column in range(values.shape[1]):
             with torch.enable_grad():
                 total = values[chosen, column].sum()
-            parts = torch.autograd.grad(total, [y for *_, y in calls], retain_graph=True, allow_unused=True)
-            for (name, _, y), kept, part in zip(calls, gradients, parts, strict=True):
-                part, basis = torch.zeros_like(y) if part is None else part, bases[name]
-                part = part.float() if basis is None else part.float() @ basis
-                kept.append(self._by_row(name, part, random)[rows.to(y.device)])
+            parts = torch.autograd.grad(total, [call.at for _, call in calls], retain_graph=True, allow_unused=True)
+            for (name, call), kept, part in zip(calls, gradients, parts, strict=True):
+                part, basis = torch.zeros_like(call.at) if part is None else part, bases[name]
+                part = part.float()
+                if not call.direct:
+                    part = scalings[name] * (part if basis is None else part @ basis)
+                kept.append(self._by_row(name, part, random)[rows.to(part.device)])
         layers: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for (name, x, _), kept in zip(calls, gradients, strict=True):
-            x, g = self._by_row(name, x.float(), random)[rows.to(x.device)], torch.stack(kept, 1)
+        for (name, call), kept in zip(calls, gradients, strict=True):
+            x = self._by_row(name, call.x.float(), random)[rows.to(call.x.device)]
+            g = torch.stack(kept, 1)
             layers[name].append((x.unflatten(0, (-1, rows_per_item)), g.unflatten(0, (-1, rows_per_item))))
         width = values.shape[1] * rows_per_item
         covariance = torch.zeros(len(chosen) // rows_per_item, width, width, dtype=torch.float64, device=values.device)
         products = _by_token if self.by_token else _jointly
-        for name, those in layers.items():
+        for those in layers.values():
             x, g = torch.cat([x for x, _ in those], 2), torch.cat([g for _, g in those], 3)
-            scaling = self.layers[name][0].module.scaling[self.adapter.name]
-            covariance += scaling**2 * products(x, g).to(covariance)
+            covariance += products(x, g).to(covariance)
         return covariance
 
     def _by_row(self, name: str, value: Tensor, random: Tensor) -> Tensor:
@@ -301,17 +296,6 @@ def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 def _own(inputs: dict[str, Any]) -> dict[str, Any]:
     """The arguments as a graph can keep them."""
     return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}
-
-
-def _gradients_on(module: nn.Module, args: tuple[Any, ...]) -> None:
-    torch.set_grad_enabled(True)
-
-
-def _keep(calls: list[tuple[Tensor, Tensor]], module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Note a layer's call; what the model goes on with is a copy, so that nothing is written into what is noted."""
-    output = output if output.requires_grad else output.detach().requires_grad_()
-    calls.append((args[0].detach(), output))
-    return output.clone()
 
 
 def _jointly(x: Tensor, g: Tensor) -> Tensor:
