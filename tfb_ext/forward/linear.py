@@ -30,6 +30,7 @@ from .engine import MANY_CLASSES, Request, answer_lengths
 from .memory import Memory
 from .recording import Call, directly, recording
 from .rows import at_targets
+from .tail import Tail, tail_of
 
 # Of more outputs, the largest of each item are random: every one costs a backward pass.
 MOST_OUTPUTS = 64
@@ -144,11 +145,9 @@ class _Linear(Batches):
         mask, tokens = mask_of(batch).bool(), batch.inputs["input_ids"].shape[1]
         random, inputs = torch.ones_like(mask), _own(batch.inputs)  # what nothing depends on has no gradient
         if self.place.span is not None:
-            counts = self._counts(batch)
-            rank = mask.cumsum(1)
-            random = mask & (rank > (rank[:, -1] - counts)[:, None])
-            tail = int(counts.max())
-            if self._ends_together(batch, random, tail):
+            found = tail_of(mask, self._counts(batch))
+            random, tail = mask & ~found.seen, found.slots
+            if self._ends_together(batch, found):
                 inputs = self._after_prompt(inputs, tail, tokens)
                 of_tokens = {n: getattr(batch, n) for n in ("labels", "targets")}
                 cut = {n: v[:, -tail:] for n, v in of_tokens.items() if v is not None and v.dim() == 2}
@@ -180,16 +179,15 @@ class _Linear(Batches):
         assert span is not None
         answers = answer_lengths(Request(batch.inputs, targets=batch.targets, answers=labelled_lengths(batch)))
         lengths = mask_of(batch).sum(1)
-        whole = torch.full_like(lengths, span) if answers is None else span - 1 + answers.to(lengths)
-        return torch.minimum(whole, lengths)
+        return torch.full_like(lengths, span) if answers is None else span - 1 + answers.to(lengths)
 
-    def _ends_together(self, batch: Batch, random: Tensor, tail: int) -> bool:
-        """Whether the prompt can be run apart: every row's random tokens are among its last columns, where all items are."""
+    def _ends_together(self, batch: Batch, tail: Tail) -> bool:
+        """Whether the prompt can be run by itself: all random tokens are in the last columns, where all items are."""
         inputs, mask = batch.inputs, mask_of(batch)
         ids = inputs["input_ids"]
         tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
         plain = tensors.keys() <= _PLAIN and all(v.shape == ids.shape for v in tensors.values())
-        if not plain or tail >= ids.shape[1] or not bool(mask[:, -1].all()) or bool(random[:, :-tail].any()):
+        if not plain or tail.columns is not None or tail.slots >= ids.shape[1] or not bool(mask[:, -1].all()):
             return False
         if "position_ids" not in inputs and not bool(mask.all()):
             return False  # where positions begin is the model's own rule
