@@ -310,7 +310,10 @@ class TestMethods:
         unit_run = run.UnitRun(TINY, replace(unit, searches=unit.searches[:1]), model, parts, torch.device("cpu"))
         unit_run.bayesian()
         rows = [row for row in unit_run.rows if row["method"] == "linear"]
-        assert [(row["span"], row["span_tokens"], row["samples"]) for row in rows] == [("all", None, 0), ("answer", 1, 0)]
+        assert [(row["span"], row["span_tokens"], row["samples"]) for row in rows] == [
+            ("all", None, 0),
+            ("answer", 1, 0),
+        ]
         adapter = tfb_ext.bayesianize(model, seed=unit.member.seed)
         for row in rows:
             adapter.span = row["span"]

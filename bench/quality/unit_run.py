@@ -79,11 +79,11 @@ class UnitRun:
             return
         adapter = tfb_ext.bayesianize(self.model, seed=self.unit.member.seed)
         try:
+            for span in self.unit.linear:
+                self.linear(adapter, span)
             with tempfile.TemporaryDirectory() as kept:
                 for search in self.unit.searches:
                     self.search(adapter, search, Path(kept))
-            for span in self.unit.linear:
-                self.linear(adapter, span)
         finally:
             adapter.unload()
 
