@@ -22,6 +22,7 @@ from ..forward.batch import Batch
 from ..forward.batches import Data, head_outputs, original_order
 from ..forward.engine import MANY_CLASSES, Scorer
 from ..forward.repacking import Repacking
+from .bends import some_items, warn_of_bends
 from .gaussian import Gaussian, gaussian
 from .results import MultiLabelPrediction, Prediction, RegressionPrediction
 
@@ -43,6 +44,7 @@ class Options(TypedDict, total=False):
     """Options of every prediction, see :func:`predict`."""
 
     method: Method
+    check: bool
     sigma: float | None
     batch_size: int | None
     progress: bool
@@ -54,6 +56,7 @@ def predict(
     samples: int | Sequence[int] = 10,
     *,
     method: Method = "samples",
+    check: bool = False,
     adaptive: float | None = None,
     precision: float | None = None,
     sigma: float | None = None,
@@ -72,6 +75,8 @@ def predict(
         samples: how many samples, or their numbers; 0 for the mean adapter. With ``adaptive`` the most that an item gets.
         method: ``"linear"`` draws none: the prediction of :meth:`BayesianAdapter.gaussian <tfb_ext.BayesianAdapter.gaussian>`, to first
             order in sigma. ``samples`` counts for nothing then. A sigma that was searched with samples is not the best one for it.
+        check: with ``method="linear"``, compare 32 items with 32 samples at this sigma, and warn with the measured gap in probability
+            and in entropy where it is more than the samples' own error and 0.01.
         adaptive: stop drawing samples of an item once its answer, the arg max of the mean probability, is settled: with this
             confidence, such as 0.95, that of all ``samples``. :class:`~tfb_ext.adaptive.StoppingRule` says what is promised and
             what is not. Every item gets the first k of the samples that it would get without (whole pairs if antithetic), so
@@ -91,7 +96,13 @@ def predict(
             are neither all in pairs nor all independent, noise that depends on an item's place in its batch (a ``mode`` other
             than ``"weight"``), labels of single tokens, ``score="token"`` (no distribution per sample to judge by).
     """
-    options: Options = {"method": method, "sigma": sigma, "batch_size": batch_size, "progress": progress}
+    options: Options = {
+        "method": method,
+        "check": check,
+        "sigma": sigma,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
     if method != "samples":
         for name, value in (("adaptive", adaptive), ("precision", precision)):
             if value is not None:
@@ -134,13 +145,18 @@ def _linear(
     data: Data,
     kind: Kind,
     method: Method,
+    check: bool = False,
     sigma: float | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Prediction | MultiLabelPrediction | RegressionPrediction:
     check_choice("method", method, get_args(Method))
     scale = adapter.scale(sigma)
-    return gaussian(adapter, data, batch_size=batch_size, progress=progress, kind=kind).predict(scale)
+    some, data = some_items(data) if check else (data, data)
+    found = gaussian(adapter, data, batch_size=batch_size, progress=progress, kind=kind)
+    if check:
+        warn_of_bends(adapter, some, kind, scale, batch_size)
+    return found.predict(scale)
 
 
 @dataclass(frozen=True)
@@ -161,7 +177,10 @@ def _run(
     adaptive: float | None = None,
     precision: float | None = None,
     method: Method = "samples",
+    check: bool = False,
 ) -> _Run:
+    if check:
+        raise refusal("check", check, "False with method='samples', which it compares with", "leave it out")
     mean = is_integer(samples) and samples == 0
     batch = None if mean else adapter.batch(check_samples(samples), sigma)
     stopping = None if adaptive is None and precision is None else _stopping(batch, adaptive, precision, samples)
