@@ -1,4 +1,4 @@
-"""predict(..., method="linear", check=True): a warning where samples are not what the closed form says, and none where they are."""
+"""predict(..., by="linear", check=True): a warning where samples are not what the closed form says, and none where they are."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import zoo
 import tfb_ext
 from tfb_ext.prediction import bends
 
-LARGE, SMALL = "is too large for method='linear'", 0.002
+LARGE, SMALL = "is too large for by='linear'", 0.002
 
 
 def told(adapter: Any, data: Any, sigma: float, predict: Any = tfb_ext.predict) -> list[str]:
     """The warnings of a checked prediction, which is the one that is not checked."""
-    plain = predict(adapter, data, method="linear", sigma=sigma)
+    plain = predict(adapter, data, by="linear", sigma=sigma)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        checked = predict(adapter, data, method="linear", sigma=sigma, check=True)
+        checked = predict(adapter, data, by="linear", sigma=sigma, check=True)
     for name in ("probabilities", "aleatoric") if hasattr(plain, "probabilities") else ("mean", "variance"):
         assert torch.equal(getattr(plain, name), getattr(checked, name))
     return [str(each.message) for each in found if LARGE in str(each.message)]
@@ -37,7 +37,7 @@ def test_warns_where_logits_bend(span: Any, mode: str) -> None:
     (message,) = told(adapter, data, 1.0)
     assert re.match(
         rf"sigma = 1 {LARGE}: on 32 items 32 samples differ from it, in probability by 0\.\d+ \(0\.0\d+ would be chance\) and in "
-        r"entropy by 0\.\d+ \(0\.\d+ would be chance\)\. Fix: method='samples'",
+        r"entropy by 0\.\d+ \(0\.\d+ would be chance\)\. Fix: by='samples'",
         message,
     )
 
@@ -47,7 +47,7 @@ def test_the_measured_gap_is_that_of_many_samples() -> None:
     (message,) = told(adapter, data, 0.5)
     gap, chance = map(float, re.findall(r"probability by (\S+) \((\S+) would", message)[0])
     sampled = tfb_ext.predict(adapter, data, 1000).probabilities
-    exact = (sampled - tfb_ext.predict(adapter, data, method="linear").probabilities).square().mean().sqrt()
+    exact = (sampled - tfb_ext.predict(adapter, data, by="linear").probabilities).square().mean().sqrt()
     assert abs(gap - float(exact)) < chance
 
 
@@ -72,9 +72,9 @@ def test_other_heads(problem: str) -> None:
 def test_batches_that_come_once_are_all_predicted() -> None:
     adapter = zoo.bayesian("llama-cls", sigma=SMALL)
     batches = [zoo.inputs(4, 9)] * 10
-    found = tfb_ext.predict(adapter, iter(batches), method="linear", check=True)
+    found = tfb_ext.predict(adapter, iter(batches), by="linear", check=True)
     assert len(found.probabilities) == 40
-    torch.testing.assert_close(found.probabilities, tfb_ext.predict(adapter, batches, method="linear").probabilities)
+    torch.testing.assert_close(found.probabilities, tfb_ext.predict(adapter, batches, by="linear").probabilities)
     assert len(bends.some_items(iter(batches))[0]) == 8  # type: ignore[arg-type]
 
 
@@ -82,10 +82,10 @@ def test_sequences_and_refusals() -> None:
     adapter = zoo.bayesian("llama", span="answer")
     assert not told(adapter, small_sets.sequences(5), SMALL)
     assert len(told(adapter, small_sets.sequences(5), 2.0)) == 1
-    with pytest.raises(ValueError, match="check: got True, expected False with method='samples'.*Fix: leave it out"):
+    with pytest.raises(ValueError, match="check: got True, expected False with by='samples'.*Fix: leave it out"):
         tfb_ext.predict(adapter, small_sets.encoded(2), sigma=0.1, check=True)
     with pytest.raises(ValueError, match="the data's score: got 'token'"):
-        tfb_ext.predict(adapter, small_sets.sequences(2, score="token"), sigma=0.1, method="linear", check=True)
+        tfb_ext.predict(adapter, small_sets.sequences(2, score="token"), sigma=0.1, by="linear", check=True)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 40])

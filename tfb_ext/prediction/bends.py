@@ -54,8 +54,8 @@ def warn_of_bends(adapter: BayesianAdapter, some: Data, kind: Kind, sigma: float
             told.append(f"{name} by {gap:.2g} ({error:.2g} would be chance)")
     if told:
         warnings.warn(
-            f"sigma = {sigma:.4g} is too large for method='linear': on {sampled.shape[1]} items {SAMPLES} samples differ from it, in "
-            f"{' and in '.join(told)}. Fix: method='samples', or a smaller sigma, depth or span",
+            f"sigma = {sigma:.4g} is too large for by='linear': on {sampled.shape[1]} items {SAMPLES} samples differ from it, in "
+            f"{' and in '.join(told)}. Fix: by='samples', or a smaller sigma, depth or span",
             stacklevel=4,
         )
 
