@@ -15,7 +15,7 @@ from tfb_ext.posterior.config import CONFIG_NAME, FORMAT_VERSION, TFBConfig
 
 GOOD = TFBConfig(
     sigma=0.04, seed=2**64 - 1, mode="weight", antithetic=True, depth=15, layers=("model.layers.0.q_proj", "lm_head"),
-    base_model="some/model", span="answer", search={"reason": "flips", "evaluations": []},
+    base_model="some/model", span="answer", by="samples", search={"reason": "flips", "evaluations": []},
 )  # fmt: skip
 
 
@@ -23,7 +23,7 @@ GOOD = TFBConfig(
     "config",
     [
         GOOD,
-        dataclasses.replace(GOOD, span=7),
+        dataclasses.replace(GOOD, span=7, by="linear"),
         dataclasses.replace(
             GOOD, span="all", sigma=None, depth="all", search=None, base_model=None, seed=0, antithetic=False
         ),
@@ -48,7 +48,7 @@ def test_missing_file(tmp_path: Path) -> None:
         (b"", "is not valid JSON"),
         (b"\xff\xfe\x00", "is not valid JSON"),
         (b"[1, 2]", "holds a list, expected a JSON object"),
-        (b"{}", "format_version is None, expected an integer from 1 to 4"),
+        (b"{}", "format_version is None, expected an integer from 1 to 5"),
         (b'{"alpha": 16, "peft_type": "LORA"}', "format_version is None"),
         (b'{"format_version": "1"}', "format_version is '1', expected an integer"),
         (b'{"format_version": true}', "format_version is True, expected an integer"),
@@ -65,7 +65,7 @@ def test_damaged_file(tmp_path: Path, content: bytes, words: str) -> None:
 def test_newer_file(tmp_path: Path) -> None:
     raw = {"format_version": FORMAT_VERSION + 1, "package_version": "9.8.7"}
     (tmp_path / CONFIG_NAME).write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=r"has format_version 5, this tfb_ext .* reads up to 4; upgrade.*9\.8\.7"):
+    with pytest.raises(ConfigError, match=r"has format_version 6, this tfb_ext .* reads up to 5; upgrade.*9\.8\.7"):
         TFBConfig.read(tmp_path)
 
 
@@ -85,6 +85,7 @@ def nested(levels: int) -> dict[str, Any]:
         *[("antithetic", v, "true or false") for v in (None, 1, "yes")],
         *[("depth", v, "'all' or 'head'") for v in (0, -2, 0.5, "middle", True, None, [1])],
         *[("span", v, "'all' or 'answer'") for v in (0, -1, "last", "head", True, 1.5, 1.0, None, [1], 2**31, "4")],
+        *[("by", v, "'samples' or 'linear' or null") for v in ("laplace", "", 1, True, [], ["linear"], {})],
         *[("layers", v, "a list of layer names") for v in ([], None, "lm_head", ["a", 3])],
         *[("search", v, "an object or null") for v in ([], "x", 3)],
         *[("search", v, "at most 20 deep, or null") for v in ({"a": [float("nan")]}, {"a": -1e999})],
@@ -116,6 +117,16 @@ def test_files_from_before_spans_are_of_all_tokens(tmp_path: Path, version: int)
     del raw["span"]
     (tmp_path / CONFIG_NAME).write_text(json.dumps(raw))
     assert TFBConfig.read(tmp_path) == dataclasses.replace(GOOD, span="all", format_version=version)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_sigmas_of_older_files_were_searched_by_samples(tmp_path: Path, version: int) -> None:
+    raw = json.loads(GOOD.write(tmp_path).read_text()) | {"format_version": version}
+    for by in ("linear", None):  # a field that these formats do not have
+        (tmp_path / CONFIG_NAME).write_text(json.dumps(raw | {"by": by}))
+        assert TFBConfig.read(tmp_path).by == "samples"
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(raw | {"search": None}))
+    assert TFBConfig.read(tmp_path).by is None
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tfb_ext
 from tfb_ext.errors import GuardError, SamplingError
-from tfb_ext.forward import linear
+from tfb_ext.forward import gradients, linear
 from tfb_ext.prediction import Gaussian, MultiLabelPrediction, Prediction, RegressionPrediction
 from tfb_ext.research import head_gaussian
 
@@ -117,7 +117,7 @@ def test_regression(family: str) -> None:
     torch.testing.assert_close(prediction.mean.double(), found.mean, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(prediction.variance.double(), 0.04 * found.variance, atol=0, rtol=1e-5)
     assert prediction.sigma == 0.2 and prediction.samples == () and prediction.standard_error.eq(0).all()
-    direct = tfb_ext.predict_regression(adapter, data, method="linear", sigma=0.2)
+    direct = tfb_ext.predict_regression(adapter, data, by="linear", sigma=0.2)
     torch.testing.assert_close(direct.variance, prediction.variance)
     with pytest.raises(ValueError, match="temperature: got 2.0, expected 1 for a regression"):
         found.predict(0.2, temperature=2)
@@ -137,7 +137,7 @@ def test_multi_label(family: str) -> None:
     assert (prediction.probabilities - p.mean(0)).abs().max() < 5 * p.std(0).max() / 1e5**0.5
     assert (prediction.aleatoric - entropy.mean(0)).abs().max() < 5 * entropy.std(0).max() / 1e5**0.5
     assert (prediction.epistemic >= 0).all() and prediction.epistemic.max() > 0
-    direct = tfb_ext.predict_multi_label(adapter, data, method="linear", sigma=SIGMA)
+    direct = tfb_ext.predict_multi_label(adapter, data, by="linear", sigma=SIGMA)
     torch.testing.assert_close(direct.probabilities, prediction.probabilities)
 
 
@@ -215,7 +215,7 @@ def test_equals_the_head_gaussian(name: str) -> None:
     found = adapter.gaussian(data)
     torch.testing.assert_close(found.mean, exact.mean, atol=2e-5, rtol=0)
     torch.testing.assert_close(0.09 * found.covariance, exact.covariance, atol=1e-5 * float(exact.covariance.max()), rtol=1e-4)  # fmt: skip
-    prediction = tfb_ext.predict(adapter, data, method="linear")
+    prediction = tfb_ext.predict(adapter, data, by="linear")
     torch.testing.assert_close(prediction.probabilities.double(), exact.probabilities(2**14), atol=1e-4, rtol=0)
 
 
@@ -236,10 +236,10 @@ def test_batches_and_padding_change_nothing(span: Any, monkeypatch: pytest.Monke
         alone = torch.stack([adapter.model(input_ids=r["input_ids"]).logits[0, -1, columns] for r in rows]).double()
     torch.testing.assert_close(found.mean, alone, atol=1e-4, rtol=1e-5)
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "_PIECE", 1)  # gradients of weights in pieces of one column
+        patch.setattr(gradients, "_PIECE", 1)  # gradients of weights in pieces of one column
         assert_same(adapter.gaussian(data), found)
     with monkeypatch.context() as patch:  # prompt and random tokens in one call
-        patch.setattr(linear._Linear, "_ends_together", lambda *_: False)
+        patch.setattr(linear.Linear, "_ends_together", lambda *_: False)
         assert_same(adapter.gaussian(data), found)
 
 
@@ -273,7 +273,7 @@ def test_masks_with_holes(span: Any) -> None:
 @pytest.mark.parametrize("data", [small_sets.encoded(5), small_sets.sequences(3)])
 def test_batches_that_do_not_fit_are_halved(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = zoo.bayesian("llama", depth=2)
-    found, before = adapter.gaussian(data), linear._Linear._covariance
+    found, before = adapter.gaussian(data), linear.Linear._covariance
     rows: list[int] = []
 
     def limited(self: Any, outputs: Any, *args: Any) -> Tensor:
@@ -282,10 +282,10 @@ def test_batches_that_do_not_fit_are_halved(data: Any, monkeypatch: pytest.Monke
             raise torch.OutOfMemoryError
         return before(self, outputs, *args)
 
-    monkeypatch.setattr(linear._Linear, "_covariance", limited)
+    monkeypatch.setattr(linear.Linear, "_covariance", limited)
     assert_same(adapter.gaussian(data), found)
     assert max(rows) > 4
-    monkeypatch.setattr(linear._Linear, "_covariance", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    monkeypatch.setattr(linear.Linear, "_covariance", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(torch.OutOfMemoryError, match="does not fit into memory"):
         adapter.gaussian(data)
 
@@ -413,9 +413,9 @@ def test_a_tiny_sigma_is_the_mean_and_a_temperature_follows_the_average() -> Non
             found.predict(**{"sigma": SIGMA, name: bad})  # type: ignore[arg-type]
 
 
-def test_predict_by_the_linear_method() -> None:
+def test_predict_by_linear() -> None:
     adapter, data = zoo.bayesian("llama", sigma=0.02, span="answer"), small_sets.encoded(9)
-    found = tfb_ext.predict(adapter, data, method="linear")
+    found = tfb_ext.predict(adapter, data, by="linear")
     assert found.choices == small_sets.CHOICES and found.sigma == 0.02 and found.samples == () and found.seconds > 0
     torch.testing.assert_close(found.probabilities, adapter.gaussian(data).predict(0.02).probabilities)
     sampled = tfb_ext.predict(adapter, data, 1000)
@@ -430,16 +430,16 @@ def test_predict_by_the_linear_method() -> None:
 
 def test_refusals() -> None:
     adapter, data = zoo.bayesian("llama", sigma=SIGMA), small_sets.encoded(2)
-    with pytest.raises(ValueError, match="method is 'laplace', expected one of 'samples', 'linear'"):
-        tfb_ext.predict(adapter, data, method="laplace")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="adaptive: got 0.95, expected None with method='linear'"):
-        tfb_ext.predict(adapter, data, method="linear", adaptive=0.95)
+    with pytest.raises(ValueError, match="by is 'laplace', expected one of 'samples', 'linear'"):
+        tfb_ext.predict(adapter, data, by="laplace")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="adaptive: got 0.95, expected None with by='linear'"):
+        tfb_ext.predict(adapter, data, by="linear", adaptive=0.95)
     with pytest.raises(ValueError, match="has no sigma yet"):
-        tfb_ext.predict(zoo.bayesian("llama"), data, method="linear")
+        tfb_ext.predict(zoo.bayesian("llama"), data, by="linear")
     with pytest.raises(ValueError, match="the data's score: got 'token', expected 'sequence'.*Fix: encode"):
         adapter.gaussian(small_sets.sequences(2, score="token"))
     with pytest.raises(ValueError, match="head is categorical"):
-        tfb_ext.predict_regression(adapter, data, method="linear")
+        tfb_ext.predict_regression(adapter, data, by="linear")
     with pytest.raises(SamplingError, match="contexts of one model do not nest"), adapter.predictive(2):
         adapter.gaussian(data)
     with pytest.raises(SamplingError, match="is switched off .*expected it on.*Fix"), adapter.model.disable_adapter():

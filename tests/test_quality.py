@@ -293,7 +293,8 @@ class TestMethods:
         with monkeypatch.context() as patched:
             patched.setattr(tfb_ext, "search_sigma", search)
             unit_run.bayesian()
-        found = {row["span"]: unit_run.kept[row["name"]].test for row in unit_run.rows if row["depth"] == "all"}
+        sampled = [row for row in unit_run.rows if (row["method"], row["depth"]) == ("tfb", "all")]
+        found = {row["span"]: unit_run.kept[row["name"]].test for row in sampled}
         adapter = tfb_ext.bayesianize(model, seed=unit.member.seed)
         for span, tokens, samples, sigma in (("all", "all", 10, 0.2), ("answer", 1, 2, 0.2), ("question", 2, 4, 0.4)):
             adapter.span, adapter.sigma = tokens, sigma
@@ -301,6 +302,46 @@ class TestMethods:
             assert np.array_equal(found[span], unit_run.questions.keep(p).test)
         adapter.unload()
         assert not np.array_equal(found["answer"], found["all"])
+
+    def test_the_closed_form_is_at_its_own_sigma(self, model: Any) -> None:
+        sets = [items(5, seed) for seed in range(5)]
+        parts = data.Parts(data.TASKS["r8"], *sets, question=2)
+        unit = next(u for u in TINY.units() if u.part == "spans")
+        unit_run = run.UnitRun(TINY, replace(unit, searches=unit.searches[:1]), model, parts, torch.device("cpu"))
+        unit_run.bayesian()
+        rows = [row for row in unit_run.rows if row["method"] == "linear"]
+        assert [(row["span"], row["span_tokens"], row["samples"]) for row in rows] == [
+            ("all", None, 0),
+            ("answer", 1, 0),
+        ]
+        adapter = tfb_ext.bayesianize(model, seed=unit.member.seed)
+        for row in rows:
+            adapter.span = row["span"]
+            labels = parts.anchor.labels_tensor()
+            assert row["sigma"] == methods.one_standard_error(adapter.gaussian(parts.anchor), labels.tolist())
+            found = adapter.gaussian(unit_run.questions.joined).predict(row["sigma"])
+            kept = unit_run.kept[row["name"]]
+            chosen = unit_run.questions.test
+            torch.testing.assert_close(
+                torch.from_numpy(kept.test).float(), found.probabilities[chosen].log(), atol=2e-3, rtol=2e-3
+            )
+            torch.testing.assert_close(
+                torch.from_numpy(kept.information).float(), found.epistemic[chosen].float(), atol=1e-3, rtol=1e-2
+            )
+        adapter.unload()
+
+    def test_one_standard_error_in_closed_form(self) -> None:
+        """Of two logits whose difference varies by 4 at sigma 1, with labels drawn at a known sigma."""
+        generator = torch.Generator().manual_seed(0)
+        mean = torch.stack([4 * torch.randn(4000, generator=generator), torch.zeros(4000)], 1).double()
+        covariance = torch.diag(torch.tensor([16.0, 0.0])).double().expand(4000, 2, 2)
+        gaussian = tfb_ext.prediction.Gaussian(mean, covariance, None, "categorical", (), 0.0)
+        p = gaussian.predict(0.5).probabilities
+        labels = torch.multinomial(p, 1, generator=generator)[:, 0].tolist()
+        found = methods.one_standard_error(gaussian, labels)
+        assert 0.25 < found <= 0.5
+        sure = gaussian.mean.argmax(1).tolist()
+        assert methods.one_standard_error(gaussian, sure) == methods.SIGMAS[0]
 
     def test_base_is_itself_again_and_tied(self, base: Any) -> None:
         asked = items(4)
@@ -445,6 +486,8 @@ class TestMeasures:
         assert results.forwards("dropout", 10, 2, 30, None) == 10
         assert results.forwards("laplace", 1000, 2, 30, None) == 5
         assert results.forwards("tfb", 40, 2, 30, 30, share=3 / 60) == pytest.approx(3)
+        assert results.forwards("linear", 0, 2, 30, None) == 5
+        assert results.forwards("linear", 0, 2, 30, None, share=3 / 60) == pytest.approx(1.2)
 
 
 class TestStudy:
@@ -480,6 +523,7 @@ class TestStudy:
             (d, t, s) for d in check.SETS for t in ("qv", "all_linear") for s in range(3)
         }
         for unit in units:
+            assert unit.linear == ("all", "answer")
             assert unit.name.endswith("-spans") and {(s.recipe, s.mode) for s in unit.searches} == {("auto", "weight")}
             assert [(s.span, s.depth, s.samples or 10, s.draws) for s in unit.searches] == [
                 (span, depth, n, (study.Draw(n, True, (n,)),))
@@ -546,9 +590,12 @@ class TestRun:
         assert [search["span"] for search in facts["searches"][:3]] == ["all", "all", "answer"]
         rows = results.load(work).pick(adapter="qv-early-mle", seed=1)
         for span, _, samples in asked[2:]:
-            (row,) = [row for row in rows if row.span == span]
+            (row,) = [row for row in rows if row.method == "tfb" and row.span == span]
             tokens = next(r["span_tokens"] for r in sampled if r["span"] == span)
             assert row.forwards == pytest.approx(1 + samples * tokens / facts["tokens"])
+        linear = [row for row in rows if row.method == "linear"]
+        assert [row.span for row in linear] == ["all", "answer"] and all(row.sigma and row.seconds for row in linear)
+        assert linear[1].forwards == pytest.approx(1 + 4 / facts["tokens"])
 
     def test_goes_on_where_it_was(self, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = run.Folder(work)
@@ -629,7 +676,8 @@ class TestReport:
         with gzip.open(tmp_path / "rows.csv.gz", "rt", newline="") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == len(results.load(work).rows) and set(results.FIELDS) <= set(rows[0])
-        assert {row["method"] for row in rows} >= {"mean", "mean+temperature", "dropout", "blob", "ensemble", "tfb"}
+        methods = {"mean", "mean+temperature", "dropout", "blob", "ensemble", "tfb", "linear", "linear+temperature"}
+        assert {row["method"] for row in rows} >= methods
         text = (tmp_path / "RESULTS.md").read_text()
         assert text.startswith("# What we found\n\nIn plain words.\n\n## The bars")
         assert "| TFB on MLE |" in text and "| qv-early |" in text
@@ -637,6 +685,7 @@ class TestReport:
         assert (
             "| Sarcastic headlines, qv-overfitted | question, N = 4 |" in spanned and "temperature scaling" in spanned
         )
+        assert "| Sarcastic headlines, qv-overfitted | answer, linear |" in spanned and "answer, linear: NLL" in spanned
         assert {row["span"] for row in rows} == {"all", "answer", "question"}
         pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
         assert pictures == [

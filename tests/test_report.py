@@ -117,6 +117,7 @@ def make_search(**changes: Any) -> SigmaSearch:
         "reason": "",
         "stop": "",
         "samples": 10,
+        "by": "samples",
         "antithetic": True,
         "seed": 0,
         "mode": "weight",

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "fewer batches than ranks": (5, {"batch_size": 5, "method": "root", "tolerance": 0.05}),
     "early stop": (120, {"batch_size": 6, "method": "bisect", "steps": 3, "tolerance": 0.05, "early_stop": 0.9}),
     "depths": (31, {"batch_size": 4, "depth": ["all", 2, 1]}),
+    "linear": (31, {"batch_size": 4, "by": "linear", "depth": ["all", 2]}),
     "own metric": (31, {"batch_size": 4, "metric": "own", "tolerance": 0.02}),
 }
 

@@ -41,7 +41,8 @@ class Row:
 
     Attributes:
         adapter: TARGETS-STOP-KIND, such as ``qv-overfitted-mle``.
-        method: ``mean``, ``dropout``, ``ensemble``, ``laplace``, ``blob``, ``tfb``, or one of them with ``+temperature``.
+        method: ``mean``, ``dropout``, ``ensemble``, ``laplace``, ``blob``, ``tfb``, ``linear`` (the closed form, without
+            samples), or one of them with ``+temperature``.
         seed: the training seed; None for an ensemble.
         span: which tokens of a prompt are random: ``all``, ``answer`` or ``question``.
         forwards: what the prediction costs, in forwards of the model: see ``forwards``.
@@ -104,10 +105,11 @@ def forwards(
 
     A sample costs its random blocks, what lies below them runs once: ``((L - k) + N k) / L``. With a span a sample costs the
     ``share`` of a test prompt's tokens that is random, beside the prompt: ``1 + N share``. Dropout and BLoB draw in every
-    block. Laplace takes the gradients of every class's logit, a backward pass counted as two forwards.
+    block. Laplace and the closed form take the gradients of every class's logit, a backward pass counted as two forwards; with a
+    span it is one of its tokens alone.
     """
-    if method == "laplace":
-        return 1.0 + 2 * classes
+    if method in ("laplace", "linear"):
+        return 1 + 2 * classes * (1.0 if share is None else share)
     if share is not None:
         return 1 + samples * share
     if method == "tfb":

@@ -15,6 +15,7 @@ from .results import Results, Row
 TITLE = "Spans"
 ALL = "all tokens, N = 10"
 UPPER = "upper eighth, N = 10"
+LINEAR = {"all tokens, linear": "all", "answer, linear": "answer"}
 MEASURES = (
     ("accuracy", "accuracy %", 100, 1),
     ("ece", "ECE %", 100, 1),
@@ -49,7 +50,7 @@ class Group:
 
 def groups(results: Results) -> Iterator[Group]:
     """All adapters that a span was tried on, the over-fitted ones first."""
-    spanned = [row for row in results.rows if row.span != "all"]
+    spanned = _sampled(results)
     settings = sorted({(row.span, row.samples) for row in spanned})
     places = dict.fromkeys((row.dataset, row.adapter) for row in spanned)
     for dataset, adapter in sorted(places, key=lambda place: "-early-" in place[1]):
@@ -64,8 +65,14 @@ def groups(results: Results) -> Iterator[Group]:
             ALL: pick(**tfb),
             UPPER: pick(**{**tfb, "depth": 0.125}),
             **{name_of(s, n): pick(**{**tfb, "span": s, "samples": n}) for s, n in settings},
+            **{name: pick(method="linear", span=span) for name, span in LINEAR.items()},
         }
         yield Group(dataset, adapter, {name: rows for name, rows in found.items() if rows})
+
+
+def _sampled(results: Results) -> list[Row]:
+    """Rows of samples that differ at the last tokens alone."""
+    return [row for row in results.rows if row.span != "all" and row.method == "tfb"]
 
 
 def name_of(span: str, samples: int) -> str:
@@ -77,14 +84,15 @@ def section(results: Results, table: Table) -> str | None:
     found = list(groups(results))
     if not found:
         return None
-    rows = [row for row in results.rows if row.span != "all"]
-    names = [UPPER] if any(UPPER in group.settings for group in found) else []
+    rows = _sampled(results)
+    names = [name for name in (UPPER, *LINEAR) if any(name in group.settings for group in found)]
     names += [name_of(*key) for key in sorted({(row.span, row.samples) for row in rows})]
     lines = [[group.title, name, *_cells(rows)] for group in found for name, rows in group.settings.items()]
     titles = [title for _, title, _, _ in MEASURES]
     parts = [
         "Samples of the span `answer` differ at the last token of a prompt, those of `question` at its fixed last words; the tokens before "
-        "are the mean adapter's. Sigma is searched for each with the samples it is used with. Mean over the seeds ± its standard error.",
+        "are the mean adapter's. Sigma is searched for each with the samples it is used with. What is called linear is the closed form, "
+        "without samples, at the smallest sigma within a standard error of the anchors' lowest NLL. Mean over the seeds ± its standard error.",
         table(["set, adapter", "setting", *titles, "sigma", "seeds", "forwards", "s per 1000"], lines),
         f"Each minus {ALL}, ± the standard error (paired bootstrap of the test items):",
         table(

@@ -55,6 +55,7 @@ class Unit:
             many other methods together, and a library that those do without. ``spans``: samples that differ at the last tokens
             alone, and what they are compared with. Empty: all the rest.
         spread: whether the Monte-Carlo error of antithetic and independent samples is measured on it.
+        linear: spans that are predicted in closed form too, without samples.
     """
 
     dataset: str
@@ -64,6 +65,7 @@ class Unit:
     searches: tuple[Search, ...]
     part: str
     spread: bool
+    linear: tuple[str, ...] = ()
 
     @property
     def bank(self) -> str:
@@ -87,6 +89,7 @@ class Study:
         search_samples: posterior samples at each sigma of a search.
         spans, spanned: the spans with their samples, and the layers of the plain adapters that they are tried on, at the first
             and the last of ``depths``' settings of ``samples`` samples beside them.
+        linear: spans that these adapters are predicted with in closed form, all blocks random.
         spread: samples and test items of the measurement of the Monte-Carlo error.
         tiny: a random model of a few blocks instead of SmolLM2, to try the machinery.
     """
@@ -106,6 +109,7 @@ class Study:
     search_samples: int = 10
     spans: tuple[tuple[str, int], ...] = SPANS
     spanned: tuple[str, ...] = ("qv", "all_linear")
+    linear: tuple[str, ...] = ("all", "answer")
     spread: tuple[int, int] = (100, 200)
     laplace: bool = True
     tiny: bool = False
@@ -151,7 +155,8 @@ class Study:
         for span, samples in self.spans:
             searches.append(Search("auto", self.depths[0], "weight", self._draws(samples), span, samples))
         plain = (u for targets in self.spanned for u in self._of(self.datasets, targets, stop, ("mle",)))
-        return [replace(unit, searches=tuple(searches), part="spans", spread=False) for unit in plain if self.spans]
+        changed = {"searches": tuple(searches), "part": "spans", "spread": False, "linear": self.linear}
+        return [replace(unit, **changed) for unit in plain if self.spans]
 
     def _draws(self, samples: int) -> tuple[Draw, ...]:
         return (Draw(samples, True, (samples,)),)

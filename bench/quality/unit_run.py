@@ -40,11 +40,18 @@ class UnitRun:
         self.spread: dict[str, Any] | None = None
 
     def add(
-        self, samples: Tensor, cost: Cost | None, method: str, number: int, whole: bool = True, **facts: Any
+        self,
+        samples: Tensor,
+        cost: Cost | None,
+        method: str,
+        number: int,
+        whole: bool = True,
+        information: Tensor | None = None,
+        **facts: Any,
     ) -> None:
         """A row out of per-sample probabilities; ``whole``: more will be made of it, see ``Kept``."""
         name = str(len(self.rows))
-        self.kept[name] = self.questions.keep(samples, whole)
+        self.kept[name] = self.questions.keep(samples, whole, information)
         nothing = dict.fromkeys(("recipe", "depth", "antithetic", "mode", "sigma")) | {"span": "all"}
         spent = asdict(cost) if cost is not None else dict.fromkeys(("seconds", "peak_gib"))
         self.rows.append({"name": name, "method": method, "samples": number, **nothing, **facts, **spent})
@@ -72,6 +79,8 @@ class UnitRun:
             return
         adapter = tfb_ext.bayesianize(self.model, seed=self.unit.member.seed)
         try:
+            for span in self.unit.linear:
+                self.linear(adapter, span)
             with tempfile.TemporaryDirectory() as kept:
                 for search in self.unit.searches:
                     self.search(adapter, search, Path(kept))
@@ -124,6 +133,29 @@ class UnitRun:
                 sigma=adapter.sigma,
                 random_blocks=len(adapter.anatomy.blocks) - adapter.first_random_block(search.depth),
             )
+
+    def linear(self, adapter: BayesianAdapter, span: str) -> None:
+        """The prediction in closed form, at its own sigma from the anchors."""
+        adapter.depth, adapter.mode, adapter.span = self.study.depths[0], "weight", span
+        anchors = adapter.gaussian(self.parts.anchor)
+        sigma = methods.one_standard_error(anchors, self.parts.anchor.labels_tensor().tolist())
+        prediction, cost = measured(
+            self.device, lambda: adapter.gaussian(self.questions.joined).predict(sigma, points=methods.SEARCH_POINTS)
+        )
+        self.add(
+            prediction.sample_probabilities,
+            cost,
+            "linear",
+            0,
+            information=prediction.epistemic,
+            recipe="one-se",
+            depth=self.study.depths[0],
+            mode="weight",
+            span=span,
+            span_tokens=span_tokens(adapter.span),
+            sigma=sigma,
+            search_seconds=anchors.seconds,
+        )
 
     def monte_carlo(self, adapter: BayesianAdapter) -> dict[str, Any]:
         """How far the mean of N samples lies from its expectation, antithetic and independent.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from ..forward.anatomy import Anatomy
 from ..forward.fold import Predictive
 from ..forward.layouts import Guard
 from ..posterior.canonical import LayerPosterior, canonical_name
-from ..posterior.config import FORMAT_VERSION, check_mode
+from ..posterior.config import FORMAT_VERSION, By, check_mode
 from .attached import Attached
 from .contexts import SamplingContexts
 from .depth import Depth as Depth
@@ -56,6 +57,8 @@ class BayesianAdapter(SamplingContexts):
         family: what is noisy: ``"low-rank"`` (the paper's posterior), or one of :mod:`tfb_ext.research.families`. A sigma found for
             one family or mode does not hold for another.
         search: summary of the search that chose sigma, kept in the saved file.
+        by: what sigma was searched by, ``"samples"`` or ``"linear"`` (:meth:`gaussian`); ``None`` where it was set by hand, which says
+            that it holds for both. It is not the best sigma of the other, so a prediction by that warns.
         guard: whether the first context at a depth compares the model with separate passes, see :mod:`tfb_ext.forward.guard`.
     """
 
@@ -79,6 +82,7 @@ class BayesianAdapter(SamplingContexts):
         self.family, self.mode = family, mode
         self.seed, self.antithetic = check_seed(seed), antithetic
         self.search: dict[str, Any] | None = None
+        self.by: By | None = None
         self._sigma = None if sigma is None else check_sigma(sigma)
         self.attached = Attached(model, name, anatomy, modules, family, self)
         self.guard, self._guard = guard, Guard(self.attached)
@@ -96,7 +100,7 @@ class BayesianAdapter(SamplingContexts):
 
     @sigma.setter
     def sigma(self, value: float) -> None:
-        self._sigma = check_sigma(value)
+        self._sigma, self.by = check_sigma(value), None
         self._sigma_scalings = self.attached.scalings()
 
     @property
@@ -190,18 +194,29 @@ class BayesianAdapter(SamplingContexts):
 
         ``antithetic`` and ``mode`` are the adapter's own where they are not given.
         """
-        if sigma is None and self.sigma is None:
+        given: Any = self.scale(by="samples") if sigma is None else sigma
+        mirrored = self.antithetic if antithetic is None else antithetic
+        return make_batch(samples, given, self.seed, mirrored, check_mode(mode or self.mode, self.family), self.family)
+
+    def scale(self, sigma: float | None = None, by: By | None = None) -> float:
+        """``sigma``, or the adapter's own; a ``ValueError`` if there is none or it is no finite number above 0.
+
+        ``by``: what its user predicts by; a warning if the adapter's own was searched by the other.
+        """
+        if sigma is not None:
+            return check_sigma(sigma)
+        if self.sigma is None:
             raise ValueError(
                 f"adapter {self.name!r} has no sigma yet; run tfb_ext.search_sigma(adapter, anchors), set adapter.sigma, or "
                 "pass sigma="
             )
-        given: Any = self.sigma if sigma is None else sigma
-        mirrored = self.antithetic if antithetic is None else antithetic
-        return make_batch(samples, given, self.seed, mirrored, check_mode(mode or self.mode, self.family), self.family)
-
-    def scale(self, sigma: float | None = None) -> float:
-        """``sigma``, or the adapter's own; a ``ValueError`` if there is none or it is no finite number above 0."""
-        return self.batch([0], None if sigma is None else check_sigma(sigma)).sigma[0]
+        if by is not None and self.by not in (by, None):
+            warnings.warn(
+                f"sigma: got {self.sigma:.4g}, searched by={self.by!r}, expected one searched by={by!r}, as this prediction is. Fix: "
+                f"search_sigma(adapter, anchors, by={by!r}), or say that it holds by adapter.sigma = or sigma=",
+                stacklevel=4,
+            )
+        return self.sigma
 
     def refresh(self) -> None:
         """Rebuild the posterior of the adapter's weights as they are now, after training, loading or writing to them.

@@ -29,6 +29,7 @@ def config_of(adapter: BayesianAdapter) -> TFBConfig:
         antithetic=adapter.antithetic,
         depth=adapter.depth,
         span=adapter.span,
+        by=adapter.by,
         layers=adapter.layers,
         base_model=peft_config.base_model_name_or_path,
         search=adapter.search,

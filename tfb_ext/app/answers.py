@@ -47,6 +47,7 @@ class Predict(Predictions, Posterior):
             bayesian,
             self.encode(examples, loaded),
             samples=self.samples,
+            by=self.by,
             adaptive=self.adaptive,
             batch_size=self.batch_size,
             progress=self.data is not None,
@@ -75,10 +76,12 @@ class Predict(Predictions, Posterior):
             )
             for item in items
         ]
-        title = f"{len(items)} items, {drawn(found)} samples, sigma {found.sigma:.3g} (uncertainty in nats)"
+        title = f"{len(items)} items, {drawn(found)}, sigma {found.sigma:.3g} (uncertainty in nats)"
         with Output(self.json) as output:
             place = {"depth": bayesian.depth, "span": bayesian.span}
-            output.document({"sigma": found.sigma, "samples": len(found.samples), **place, "items": items})
+            output.document(
+                {"sigma": found.sigma, "by": self.by, "samples": len(found.samples), **place, "items": items}
+            )
             output.table(Table(title, ("prompt", "prediction", "probability", *columns), rows))
 
     def _examples(self) -> list[Any]:

@@ -184,7 +184,7 @@ class Evaluate(Labelled, Predictions, Posterior):
         items = self.encode(examples, loaded)
         outside = None if others is None else self.encode(others, loaded)
         measured = evaluation.measure(
-            bayesian, items, outside, self.samples, self.adaptive, self.batch_size, self.selective
+            bayesian, items, outside, self.by, self.samples, self.adaptive, self.batch_size, self.selective
         )
         tables = evaluation.tables(measured, self.data, self.ood)
         facts = {
@@ -204,7 +204,8 @@ class Evaluate(Labelled, Predictions, Posterior):
             )
             settings = {
                 "sigma": bayesian.sigma,
-                "samples": self.samples,
+                "by": self.by,
+                "samples": len(measured[-1].prediction.samples),
                 "depth": bayesian.depth,
                 "span": bayesian.span,
                 "seed": bayesian.seed,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapters.adapter import BayesianAdapter
 from ..data import Encoded
 from ..metrics import Metrics, evaluate
+from ..posterior.config import By
 from ..prediction import Prediction, predict
 from ..uncertainty import COVERAGES, RISKS, Detection, Selective, detection, selective, uncertainty_scores
 from . import pictures
@@ -39,15 +40,18 @@ class Measured:
 
 
 def drawn(prediction: Prediction) -> str:
-    """How many samples an item got; on average, and of how many, where that differs."""
+    """How many samples an item got, on average and of how many where that differs; ``"linear"`` where none was drawn."""
+    if prediction.expected_entropy is not None:
+        return "linear"
     most, mean = len(prediction.samples), float(prediction.samples_drawn.double().mean())
-    return str(most) if prediction.drawn is None else f"{mean:.1f} of {most}"
+    return f"{most} samples" if prediction.drawn is None else f"{mean:.1f} of {most} samples"
 
 
 def measure(
     adapter: BayesianAdapter,
     items: Encoded,
     out: Encoded | None,
+    by: By,
     samples: int,
     adaptive: float | None,
     batch_size: int | None,
@@ -55,15 +59,15 @@ def measure(
 ) -> list[Measured]:
     """The mean adapter and the posterior on labelled items, and on the out-of-distribution items ``out``."""
     labels, measured = items.labels_tensor(), []
-    for key, number, confidence in (("mean", 0, None), ("tfb", samples, adaptive)):
-        options: dict[str, Any] = {"adaptive": confidence, "batch_size": batch_size, "progress": True}
+    for key, number, way in (("mean", 0, {}), ("tfb", samples, {"by": by, "adaptive": adaptive})):
+        options: dict[str, Any] = {**way, "batch_size": batch_size, "progress": True}
         found = predict(adapter, items, number, **options)
         scores = uncertainty_scores(found)
         scores_out = {} if out is None else uncertainty_scores(predict(adapter, out, number, **options))
         measured.append(
             Measured(
                 key=key,
-                name="mean adapter" if key == "mean" else f"TFB, {drawn(found)} samples",
+                name="mean adapter" if key == "mean" else f"TFB, {drawn(found)}",
                 prediction=found,
                 metrics=evaluate(found.probabilities, labels),
                 scores=scores,

@@ -125,6 +125,7 @@ PATH: dict[str, Any] = {"parser": parse_path, "metavar": "PATH"}
 DEPTH: dict[str, Any] = {"parser": parse_depth, "metavar": "DEPTH"}
 DEPTH_HELP = "Random blocks from the top: a number, a fraction, 'all', 'head'"
 SPAN: dict[str, Any] = {"parser": parse_span, "metavar": "SPAN"}
+BY_HELP = "samples, or linear: no samples, outputs that are Gaussian to first order"
 SPAN_HELP = "Random tokens of a prompt: 'all', 'answer' (the last one, and what follows), or a number of last ones"
 
 # Options that belong together -----------------------------------------------------------------------------------------
@@ -250,14 +251,17 @@ class Labelled(Items):
 
 @options
 class Predictions(Items):
-    """Items that are predicted with samples."""
+    """Items that are predicted."""
 
+    by: Literal["samples", "linear"] = option("samples", f"What predictions are by: {BY_HELP}.")
     adaptive: float | None = option(
         None, "Stop an item's samples once its answer is that of all --samples at this confidence, such as 0.95."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.by == "linear" and self.adaptive is not None:
+            raise typer.BadParameter("does not go with --by linear, which draws no samples", param_hint="--adaptive")
         if self.score == "token" and self.adaptive is not None:
             raise typer.BadParameter(
                 "does not go with --score token, which has no distribution per sample to judge by; use --score sequence",
@@ -269,6 +273,9 @@ class Predictions(Items):
 class Rule:
     """The arguments of ``search_sigma``."""
 
+    by: Literal["samples", "linear"] = option(
+        "samples", f"What anchors are predicted by: {BY_HELP}, one pass for all sigmas."
+    )
     recipe: str = option(
         "auto", "auto: looks at the anchors; paper: NLL within 0.3 %, five bisections; official: the authors' code."
     )

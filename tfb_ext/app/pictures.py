@@ -257,7 +257,7 @@ def _draw_depths(axes: Axes, search: SigmaSearch) -> None:
             fontsize=8,
             color=INK,
         )
-    axes.set_xlabel(f"cost of a prediction with {search.samples} samples, forwards of the plain model")
+    axes.set_xlabel(f"cost of a prediction ({search.predicted}), forwards of the plain model")
     axes.set_ylabel("minus entropy (nats)" if search.objective == "tolerance" else "NLL (nats)")
     _title(axes, "Depths, and how far each is behind the best")
 

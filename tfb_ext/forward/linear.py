@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapters.adapter import BayesianAdapter
+from ..adapters.adapter import BayesianAdapter, Place
 from ..errors import SamplingError, refusal
 from .anatomy import CLASSIFIER_HEADS, Kind
 from .batch import Batch, labelled_lengths, mask_of
@@ -27,6 +29,7 @@ from .batches import IGNORED, Batches, Data, head_outputs, original_order
 from .caches import cache_argument
 from .contexts import check_free
 from .engine import MANY_CLASSES, Request, answer_lengths
+from .gradients import by_token, jointly
 from .memory import Memory
 from .recording import Call, directly, recording
 from .rows import at_targets
@@ -34,8 +37,6 @@ from .tail import Tail, tail_of
 
 # Of more outputs, the largest of each item are random: every one costs a backward pass.
 MOST_OUTPUTS = 64
-# Numbers of a piece of the gradients of a layer's weights: 64 MiB in float32.
-_PIECE = 2**24
 # What a batch may hold for its prompt to be run apart, each (rows, tokens).
 _PLAIN = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
 
@@ -75,60 +76,83 @@ def linearised(
         GuardError: samples at the adapter's depth and span are not what separate passes give.
         SamplingError: inside a sampling context, in training mode, or the adapter is merged, off or not active.
     """
+    with _ready(adapter, adapter.place):
+        return Linear(adapter, data, adapter.place, batch_size=batch_size, kind=kind).moments(progress)
+
+
+@contextmanager
+def _ready(adapter: BayesianAdapter, place: Place) -> Iterator[None]:
+    """Inside, graphs may be recorded, whatever the caller's mode."""
     check_free(adapter.attached)
     adapter.attached.check_ready()
-    # Graphs are recorded in here, whatever the caller's mode.
     with torch.inference_mode(False), torch.no_grad():
         adapter.attached.check_call()
         if not adapter.attached.is_on:
             raise SamplingError(
                 f"adapter {adapter.name!r} is switched off (disable_adapter), expected it on: nothing is random. Fix: leave the with block"
             )
-        adapter.check_place(adapter.place)
-        return _Linear(adapter, data, kind, batch_size).moments(progress)
+        adapter.check_place(place)
+        yield
 
 
-class _Linear(Batches):
-    """Runs a data set's batches with a graph from the first random layer on."""
+class Linear(Batches):
+    """Runs a data set's batches with a graph from the first random layer on.
 
-    def __init__(self, adapter: BayesianAdapter, data: Data, kind: Kind, batch_size: int | None) -> None:
-        self.place = adapter.place
+    Args:
+        place: what is random; for several, that with most.
+        options: of :class:`~tfb_ext.forward.batches.Batches`.
+    """
+
+    def __init__(self, adapter: BayesianAdapter, data: Data, place: Place, **options: Any) -> None:
         # A graph keeps what a forward holds for one block at a time.
-        blocks = max(1, len(adapter.anatomy.blocks) - self.place.first)
-        super().__init__(
-            adapter, data, batch_size=batch_size, samples=blocks, span=self.place.span, share=False, kind=kind
-        )
+        options |= {"samples": max(1, len(adapter.anatomy.blocks) - place.first), "span": place.span, "share": False}
+        with torch.inference_mode(False):
+            super().__init__(adapter, data, **options)
         if self.sequences is not None and self.sequences.score == "token":
             expected = "'sequence': the product of averages over samples has no distribution"
-            raise refusal("the data's score", "'token'", expected, "encode(..., score='sequence'), or method='samples'")
+            raise refusal("the data's score", "'token'", expected, "encode(..., score='sequence'), or by='samples'")
         classes = head_outputs(adapter)
         if classes > MANY_CLASSES and any(b.columns is None and b.targets is None for b in self.batches):
             expected = f"at most {MANY_CLASSES}"
             raise refusal("the model's head", f"{classes} outputs", expected, "encode the data with label tokens")
+        if self.batches and self.sequences is None and self.classes > MOST_OUTPUTS:
+            warnings.warn(
+                f"{self.classes} classes: each item's {MOST_OUTPUTS} most probable ones are random, the others stay at the mean",
+                stacklevel=5,
+            )
         self.memory = Memory(self.device)
-        attached = adapter.attached
-        pairs = zip(attached.updates, attached.posteriors, strict=True)
-        self.layers = {u.name: (u, p) for u, p in pairs if u.block >= self.place.first}
         self.by_token = adapter.mode != "weight"
+        self._at(place)
+
+    def _at(self, place: Place) -> None:
+        self.place, attached = place, self.adapter.attached
+        pairs = zip(attached.updates, attached.posteriors, strict=True)
+        self.layers = {u.name: (u, p) for u, p in pairs if u.block >= place.first}
 
     def moments(self, progress: bool) -> Moments:
         parts: list[tuple[Tensor, ...]] = []
         with tqdm(total=self.size, desc="linearise", unit="item", disable=not progress) as bar:
             for batch in self.batches:
-                parts.append(self.memory.whole_or_halves(batch, self._run, _joined))
+                parts.append(self._whole(batch))
                 bar.update(len(batch.items))
         mean, covariance, *classes = (original_order(p, self.batches, dim=0) for p in zip(*parts, strict=True))
         if not len(mean):
             raise refusal("labels", "-100 at every position", "at least one label", "leave the key out, or label some")
-        if not (mean.isfinite().all() and covariance.isfinite().all()):
+        return Moments(mean, covariance, classes[0] if classes else None)
+
+    def of(self, batch: Batch, place: Place) -> Moments:
+        """Of one batch's items at any place that is not deeper than the first."""
+        with _ready(self.adapter, place):
+            self._at(place)
+            mean, covariance, *classes = self._whole(batch)
+        return Moments(mean, covariance, classes[0] if classes else None)
+
+    def _whole(self, batch: Batch) -> tuple[Tensor, ...]:
+        found = self.memory.whole_or_halves(batch, self._run, _joined)
+        if not all(part.isfinite().all() for part in found):
             fix = "load the model in float32 or bfloat16, and look for NaN in its weights"
             raise refusal("the mean adapter's outputs and gradients", "NaN or infinity", "finite numbers", fix)
-        if classes:
-            warnings.warn(
-                f"{mean.shape[1]} classes: each item's {MOST_OUTPUTS} most probable ones are random, the others stay at the mean",
-                stacklevel=5,
-            )
-        return Moments(mean, covariance, classes[0] if classes else None)
+        return found
 
     def _run(self, batch: Batch) -> tuple[Tensor, ...]:
         """Mean, covariance and, of many, the classes of a batch's items."""
@@ -145,7 +169,7 @@ class _Linear(Batches):
         mask, tokens = mask_of(batch).bool(), batch.inputs["input_ids"].shape[1]
         random, inputs = torch.ones_like(mask), _own(batch.inputs)  # what nothing depends on has no gradient
         if self.place.span is not None:
-            found = tail_of(mask, self._counts(batch))
+            found = tail_of(mask, self._counts(batch, self.place.span))
             random, tail = mask & ~found.seen, found.slots
             if self._ends_together(batch, found):
                 inputs = self._after_prompt(inputs, tail, tokens)
@@ -173,10 +197,13 @@ class _Linear(Batches):
                 rows = self.items(numbers.expand(*logits.shape[:-1], 1), batch)[:, 0]
         return _Outputs(values, rows, seen, random)
 
-    def _counts(self, batch: Batch) -> Tensor:
-        """(B,) random tokens of each row: the span, and what of an answer follows the position that it is read from."""
-        span = self.place.span
-        assert span is not None
+    def random_tokens(self, batch: Batch, place: Place) -> int:
+        """Of all rows of a batch."""
+        lengths = mask_of(batch).sum(1)
+        return int((lengths if place.span is None else self._counts(batch, place.span).minimum(lengths)).sum())
+
+    def _counts(self, batch: Batch, span: int) -> Tensor:
+        """(B,) random tokens of each row that is long enough: the span, and what of an answer follows where it is read from."""
         answers = answer_lengths(Request(batch.inputs, targets=batch.targets, answers=labelled_lengths(batch)))
         lengths = mask_of(batch).sum(1)
         return torch.full_like(lengths, span) if answers is None else span - 1 + answers.to(lengths)
@@ -260,7 +287,7 @@ class _Linear(Batches):
             layers[name].append((x.unflatten(0, (-1, rows_per_item)), g.unflatten(0, (-1, rows_per_item))))
         width = values.shape[1] * rows_per_item
         covariance = torch.zeros(len(chosen) // rows_per_item, width, width, dtype=torch.float64, device=values.device)
-        products = _by_token if self.by_token else _jointly
+        products = by_token if self.by_token else jointly
         for those in layers.values():
             x, g = torch.cat([x for x, _ in those], 2), torch.cat([g for _, g in those], 3)
             covariance += products(x, g).to(covariance)
@@ -283,7 +310,7 @@ class _Linear(Batches):
             return value.masked_fill(~random[:, -kept:, None].to(value.device), 0)
         raise SamplingError(
             f"layer {name!r} has an input or output of shape {tuple(value.shape)}, expected {rows} rows of {tokens} tokens first. Fix: "
-            "method='samples', or train the adapter without it in target_modules"
+            "by='samples', or train the adapter without it in target_modules"
         )
 
 
@@ -294,30 +321,3 @@ def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 def _own(inputs: dict[str, Any]) -> dict[str, Any]:
     """The arguments as a graph can keep them."""
     return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}
-
-
-def _jointly(x: Tensor, g: Tensor) -> Tensor:
-    """Inner products (I, C, C) of the gradients ``sum_t g_t x_t^T`` with one noise for all positions and rows of an item.
-
-    Args:
-        x: (I, R, T, n), of an item's R rows.
-        g: (I, R, D, T, r), of the D outputs of each; C = R D.
-    """
-    items, rows, outputs, positions, rank = g.shape
-    if rows == 1 and positions <= outputs * rank:
-        x, g = x[:, 0], g[:, 0]
-        weighted = (x @ x.mT)[:, None] @ g
-        return (g.flatten(2) @ weighted.flatten(2).mT).double()
-    size = max(1, _PIECE // max(1, items * rows * outputs * rank))
-    total = torch.zeros(items, rows * outputs, rows * outputs, dtype=torch.float64, device=g.device)
-    for part in x.split(size, dim=-1):
-        weights = (g.mT @ part[:, :, None]).flatten(3).flatten(1, 2)
-        total += (weights @ weights.mT).double()
-    return total
-
-
-def _by_token(x: Tensor, g: Tensor) -> Tensor:
-    """The same with noise of its own for every position of every row."""
-    weighted = (g * torch.linalg.vector_norm(x, dim=-1)[:, :, None, :, None]).flatten(3)
-    own = (weighted @ weighted.mT).double()
-    return own[:, 0] if own.shape[1] == 1 else torch.diag_embed(own[:, :, 0, 0])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from .. import __version__
 from ..checks import MOST_SPAN, check_choice, check_count, check_seed, check_sigma
@@ -16,10 +16,13 @@ from ..errors import ConfigError
 from ..files import CONFIG_NAME, read_json_object, write_atomically
 
 # Version 2 added the family: a reader of version 1 would take every family for "low-rank". From version 3 on the fingerprint is
-# of the layers' scaling too. Version 4 added the span.
-FORMAT_VERSION = 4
+# of the layers' scaling too. Version 4 added the span, version 5 what sigma was searched by.
+FORMAT_VERSION = 5
 MODES = ("weight", "flipout", "token")
 FAMILIES = ("low-rank", "constant", "full-rank")
+# What a prediction is averaged by: posterior samples, or outputs that are Gaussian to first order.
+By = Literal["samples", "linear"]
+BY: tuple[By, ...] = get_args(By)
 
 
 def check_family(value: str) -> str:
@@ -49,6 +52,7 @@ class TFBConfig:
         antithetic: whether sample ``2k + 1`` mirrors sample ``2k``.
         depth: number of random blocks from the top, ``"all"`` or ``"head"``.
         span: random tokens, ``"all"``, ``"answer"`` or a number of last ones; before format 4 ``"all"``.
+        by: what sigma was searched by, ``"samples"`` or ``"linear"``; ``None`` where no search set it.
         layers: canonical names of the Bayesian layers.
         base_model: the base model's name as PEFT recorded it.
         family: variance family; files of format 1 have none and mean ``"low-rank"``.
@@ -68,6 +72,7 @@ class TFBConfig:
     base_model: str | None
     family: str = "low-rank"
     span: int | str = "all"
+    by: By | None = None
     search: dict[str, Any] | None = None
     fingerprint: str | None = None
     package_version: str = __version__
@@ -104,6 +109,8 @@ class TFBConfig:
             raw["family"] = "low-rank"
         if version < 4:
             raw["span"] = "all"
+        if version < 5:
+            raw["by"] = None if raw.get("search") is None else "samples"
         for name, good, wanted in _FIELDS:
             if not good(raw.get(name)):
                 _refuse(path, name, raw.get(name), wanted)
@@ -148,6 +155,7 @@ _FIELDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("antithetic", lambda v: isinstance(v, bool), "true or false"),
     ("depth", _is_depth, "a positive number of blocks, 'all' or 'head'"),
     ("span", _is_span, "a positive number of tokens, 'all' or 'answer'"),
+    ("by", lambda v: v is None or v in BY, "'samples' or 'linear' or null"),
     ("layers", _is_layers, "a list of layer names"),
     ("fingerprint", lambda v: isinstance(v, str | None), "a SHA-256 in hexadecimal or null"),
     ("base_model", lambda v: isinstance(v, str | None), "the base model's name or null"),

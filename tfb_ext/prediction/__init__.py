@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack, cast, get_args
+from typing import TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from ..forward.batch import Batch
 from ..forward.batches import Data, head_outputs, original_order
 from ..forward.engine import MANY_CLASSES, Scorer
 from ..forward.repacking import Repacking
+from ..posterior.config import BY, By
+from .bends import some_items, warn_of_bends
 from .gaussian import Gaussian, gaussian
 from .results import MultiLabelPrediction, Prediction, RegressionPrediction
 
@@ -36,13 +38,11 @@ __all__ = [
 ]
 
 
-Method = Literal["samples", "linear"]
-
-
 class Options(TypedDict, total=False):
     """Options of every prediction, see :func:`predict`."""
 
-    method: Method
+    by: By
+    check: bool
     sigma: float | None
     batch_size: int | None
     progress: bool
@@ -53,7 +53,8 @@ def predict(
     data: Data,
     samples: int | Sequence[int] = 10,
     *,
-    method: Method = "samples",
+    by: By = "samples",
+    check: bool = False,
     adaptive: float | None = None,
     precision: float | None = None,
     sigma: float | None = None,
@@ -70,8 +71,11 @@ def predict(
         data: an encoded set, or batches of model arguments for a classification head. One that labels tokens gives an item for
             every label (B, T) other than -100, or for every attended token without labels, row by row.
         samples: how many samples, or their numbers; 0 for the mean adapter. With ``adaptive`` the most that an item gets.
-        method: ``"linear"`` draws none: the prediction of :meth:`BayesianAdapter.gaussian <tfb_ext.BayesianAdapter.gaussian>`, to first
-            order in sigma. ``samples`` counts for nothing then. A sigma that was searched with samples is not the best one for it.
+        by: ``"samples"``, or ``"linear"``, which draws none: the prediction of :meth:`BayesianAdapter.gaussian
+            <tfb_ext.BayesianAdapter.gaussian>`, to first order in sigma. ``samples`` counts for nothing then. A sigma that was searched
+            by the one is not the best for the other, which warns.
+        check: with ``by="linear"``, compare 32 items with 32 samples at this sigma, and warn with the measured gap in probability
+            and in entropy where it is more than the samples' own error and 0.01.
         adaptive: stop drawing samples of an item once its answer, the arg max of the mean probability, is settled: with this
             confidence, such as 0.95, that of all ``samples``. :class:`~tfb_ext.adaptive.StoppingRule` says what is promised and
             what is not. Every item gets the first k of the samples that it would get without (whole pairs if antithetic), so
@@ -91,11 +95,13 @@ def predict(
             are neither all in pairs nor all independent, noise that depends on an item's place in its batch (a ``mode`` other
             than ``"weight"``), labels of single tokens, ``score="token"`` (no distribution per sample to judge by).
     """
-    options: Options = {"method": method, "sigma": sigma, "batch_size": batch_size, "progress": progress}
-    if method != "samples":
+    options: Options = {"by": by, "check": check, "sigma": sigma, "batch_size": batch_size, "progress": progress}
+    if by != "samples":
+        if is_integer(samples, 0, 0):
+            raise refusal("samples", 0, f"none with by={by!r}: 0 is the mean adapter", "leave it out, or by='samples'")
         for name, value in (("adaptive", adaptive), ("precision", precision)):
             if value is not None:
-                raise refusal(name, value, f"None with method={method!r}, which draws no samples", "leave it out")
+                raise refusal(name, value, f"None with by={by!r}, which draws no samples", "leave it out")
         return cast(Prediction, _linear(adapter, data, "categorical", **options))
     run = _run(adapter, data, samples, "categorical", adaptive=adaptive, precision=precision, **options)
     return Prediction(run.values, tuple(getattr(data, "choices", ())), *run.facts, run.drawn)
@@ -109,7 +115,7 @@ def predict_multi_label(
     Raises:
         ValueError: as :func:`predict`, or a head of another kind (``problem_type`` of the model's configuration).
     """
-    if options.get("method", "samples") != "samples":
+    if options.get("by", "samples") != "samples":
         return cast(MultiLabelPrediction, _linear(adapter, data, "multi_label", **options))
     run = _run(adapter, data, samples, "multi_label", **options)
     return MultiLabelPrediction(run.values, tuple(getattr(data, "choices", ())), *run.facts)
@@ -123,7 +129,7 @@ def predict_regression(
     Raises:
         ValueError: as :func:`predict`, or a head of another kind (``problem_type`` of the model's configuration).
     """
-    if options.get("method", "samples") != "samples":
+    if options.get("by", "samples") != "samples":
         return cast(RegressionPrediction, _linear(adapter, data, "regression", **options))
     run = _run(adapter, data, samples, "regression", **options)
     return RegressionPrediction(run.values, *run.facts)
@@ -133,14 +139,19 @@ def _linear(
     adapter: BayesianAdapter,
     data: Data,
     kind: Kind,
-    method: Method,
+    by: By,
+    check: bool = False,
     sigma: float | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Prediction | MultiLabelPrediction | RegressionPrediction:
-    check_choice("method", method, get_args(Method))
-    scale = adapter.scale(sigma)
-    return gaussian(adapter, data, batch_size=batch_size, progress=progress, kind=kind).predict(scale)
+    check_choice("by", by, BY)
+    scale = adapter.scale(sigma, by)
+    some, data = some_items(data) if check else (data, data)
+    found = gaussian(adapter, data, batch_size=batch_size, progress=progress, kind=kind)
+    if check:
+        warn_of_bends(adapter, some, kind, scale, batch_size)
+    return found.predict(scale)
 
 
 @dataclass(frozen=True)
@@ -160,8 +171,11 @@ def _run(
     progress: bool = False,
     adaptive: float | None = None,
     precision: float | None = None,
-    method: Method = "samples",
+    by: By = "samples",
+    check: bool = False,
 ) -> _Run:
+    if check:
+        raise refusal("check", check, "False with by='samples', which it compares with", "leave it out")
     mean = is_integer(samples) and samples == 0
     batch = None if mean else adapter.batch(check_samples(samples), sigma)
     stopping = None if adaptive is None and precision is None else _stopping(batch, adaptive, precision, samples)

@@ -88,10 +88,13 @@ class Gaussian:
             return MultiLabelPrediction(
                 probabilities, self.choices, *facts, expected_entropy=entropy.view(shape).float()
             )
-        scale = self.mean.new_full((len(self.mean),), sigma)
-        p, entropy = softmax_moments(self.mean, self._differences, scale, points)
-        p, entropy = _tempered(p, entropy, temperature)
+        p, entropy = _tempered(*self.averages(sigma, points), temperature)
         return Prediction(p.float()[None], self.choices, *facts, expected_entropy=entropy.float())
+
+    def averages(self, sigma: float, points: int = POINTS) -> tuple[Tensor, Tensor]:
+        """(N, C) mean probabilities of the classes and (N,) mean entropy at ``sigma``, float64; see :meth:`predict`."""
+        scale = self.mean.new_full((len(self.mean),), sigma)
+        return softmax_moments(self.mean, self._differences, scale, points)
 
     def sample_logits(self, samples: int, sigma: float, seed: int = 0) -> Tensor:
         """Draws (samples, N, C) of the outputs, independent for every item.

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..adapters.adapter import BayesianAdapter, Depth, Span
 from ..checks import check_samples
 from ..forward.batches import Data
+from ..posterior.config import By
 from .anchors import Anchors
 from .depths import choose, places_of, search_places
 from .plan import (
@@ -41,6 +42,7 @@ def search_sigma(
     adapter: BayesianAdapter,
     anchors: Data,
     *,
+    by: By = "samples",
     recipe: str = "auto",
     metric: Metric | None = None,
     tolerance: float | None = None,
@@ -75,6 +77,8 @@ def search_sigma(
     Args:
         adapter: from :func:`tfb_ext.bayesianize`.
         anchors: an encoded set, or batches of model arguments; labels are optional.
+        by: what the anchors are predicted by, as in :func:`tfb_ext.predict`. ``"linear"`` draws no samples: one pass over the anchors
+            for each depth and span (:meth:`BayesianAdapter.gaussian <tfb_ext.BayesianAdapter.gaussian>`) serves every sigma.
         metric: ``"nll"``, ``"brier"``, ``"accuracy"`` (relative tolerance) or ``"flips"`` (changed predictions, absolute); or a
             function of probabilities (items, C) and targets (items,) that gives one number, or one for each item, lower is better.
         tolerance: by default 0.003 for nll and brier, 0.01 for the others.
@@ -85,14 +89,14 @@ def search_sigma(
             smooth curve, the fewest evaluations; ``"official"``: the authors' bisection.
         bracket: where to look first.
         steps: bisection steps, grid points, or the most steps of the root finder.
-        samples: posterior samples at every sigma, the same ones.
+        samples: posterior samples at every sigma, the same ones; they count for nothing by linear.
         depth: random blocks, if other than the adapter's. Of several the one with the lowest NLL is taken, or with a tolerance
             the one with most entropy within it; of those within a standard error of the best the cheapest.
         span: random tokens, if other than the adapter's; of several, each at every depth, one is taken in the same way. The prompt
             before them runs once for all sigmas.
         batch_size: anchors a forward, before the fan; halved where memory runs out.
         early_stop: leave out anchors once a sigma's verdict is settled at this confidence, such as 0.99, or its change is known
-            to 5 % of the tolerance. Anchors then go in random order; small batches give more occasions.
+            to 5 % of the tolerance. Anchors then go in random order; small batches give more occasions. Not by linear.
         checkpoint: file that holds every result as it comes; a search that finds it there goes on from it.
         sharded: every process brings its own anchors (as from ``accelerator.prepare`` with ``even_batches=False``).
         progress: show a progress bar.
@@ -104,7 +108,7 @@ def search_sigma(
         SamplingError: another process of the search was lost.
     """
     started = time.perf_counter()
-    options = Options(recipe, metric, tolerance, bound, objective, method, bracket, steps, early_stop)
+    options = Options(recipe, metric, tolerance, bound, objective, method, bracket, steps, early_stop, by)
     options.check()
     numbers, places, settings = check_samples(samples), places_of(adapter, depth, span), settings_of(recipe)
     antithetic = adapter.antithetic if settings.antithetic is None else settings.antithetic
@@ -116,6 +120,7 @@ def search_sigma(
             adapter,
             anchors,
             ranks,
+            by=by,
             places=places,
             batch_size=batch_size,
             shuffle=early_stop is not None,
@@ -137,7 +142,7 @@ def search_sigma(
         if run is not None:
             run.close()
         ranks.close()
-    best, results = choose(tried, len(numbers))
+    best, results = choose(tried)
     result = SigmaSearch(
         **best.found._asdict(),
         satisfied=best.satisfied,
@@ -145,10 +150,11 @@ def search_sigma(
         interval=best.interval,
         evaluations=tuple(sorted(best.evaluations, key=lambda e: e.sigma)),
         baseline=best.verdicts.evaluation(best.place, 0.0, best.depth),
+        by=by,
         recipe=recipe,
         metric=plan.metric_name,
         **{name: getattr(plan, name) for name in ("tolerance", "bound", "objective", "method", "reason", "early_stop")},
-        samples=len(numbers),
+        samples=0 if by == "linear" else len(numbers),
         antithetic=antithetic,
         mode=mode,
         seed=adapter.seed,
@@ -166,7 +172,7 @@ def search_sigma(
     if checkpoint is not None and ranks.rank == 0:
         result.save(checkpoint)
     if apply:
-        adapter.sigma = result.sigma
+        adapter.sigma, adapter.by = result.sigma, by
         adapter.search = result.summary()
         adapter.mode = mode
         if depth is not None:

@@ -1,7 +1,4 @@
-"""The anchors: run at any sigmas and depths, on one process or several, and remembered item by item.
-
-The only module of the search that knows the engine (:class:`~tfb_ext.forward.engine.Scorer`).
-"""
+"""The anchors: run at any sigmas and depths, on one process or several, and remembered item by item."""
 
 from __future__ import annotations
 
@@ -16,14 +13,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters.adapter import BayesianAdapter, Place
-from ..adapters.samples import MEAN, SampleBatch
 from ..errors import SamplingError
-from ..forward.batch import Batch, item_labels
+from ..forward.batch import item_labels
 from ..forward.batches import IGNORED, Data
-from ..forward.engine import MANY_CLASSES, Scorer
+from ..forward.engine import MANY_CLASSES
+from ..posterior.config import By
 from .model_key import content, model_key
 from .ranks import Ranks
 from .records import FIELDS, MEAN_PLACE, Records, read_records
+from .scorers import Linearised, Sampled
 
 Settled = Callable[[Sequence[float]], set[float]]
 
@@ -32,6 +30,7 @@ class Anchors:
     """A data set under the mean adapter and at any sigmas.
 
     Args:
+        by: what they are predicted by, ``"samples"`` or ``"linear"``.
         places: for which what all samples share is kept; the deepest first.
         shuffle: batches in random order.
         sharded: every rank brought its own anchors; otherwise all hold the same set and run a part of it.
@@ -50,6 +49,7 @@ class Anchors:
         data: Data,
         ranks: Ranks,
         *,
+        by: By,
         places: Sequence[Place],
         batch_size: int | None,
         shuffle: bool,
@@ -62,26 +62,18 @@ class Anchors:
         checkpoint: Path | None,
         progress: bool,
     ) -> None:
-        self.scorer = scorer = Scorer(
-            adapter,
-            data,
-            place=places[0],
-            batch_size=batch_size,
-            samples=len(numbers),
-            keep_trunk=places,
-            share=mode == "weight",  # other modes number their noise by the tokens of a call
-            shuffle=shuffle,
-            shard=(0, 1) if sharded else (ranks.rank, ranks.size),
-            may_be_empty=ranks.size > 1,
-        )
+        shard = (0, 1) if sharded else (ranks.rank, ranks.size)
+        options = {"batch_size": batch_size, "shuffle": shuffle, "shard": shard, "may_be_empty": ranks.size > 1}
+        self.scorer: Sampled | Linearised
+        if by == "linear":
+            self.scorer = Linearised(adapter, data, places, **options)
+        else:
+            self.scorer = Sampled(adapter, data, places, numbers, antithetic, mode, **options)
+        scorer = self.scorer
         self.adapter = adapter
         self.ranks = ranks
         self.sharded = sharded
-        self.noise = numbers, antithetic, mode
         self.keep_probabilities = metric is not None
-        # Where a span is tried, the mean adapter's keys and values are kept; else hidden states at the depths.
-        spans = [p for p in places if p.span is not None]
-        self._of_mean = spans[0] if spans else Place(len(adapter.anatomy.blocks))
         self.checkpoint = checkpoint if ranks.rank == 0 else None
         by_token = any(b.token_labelled for b in scorer.batches)
         classes = scorer.classes if scorer.batches else 0
@@ -111,9 +103,7 @@ class Anchors:
             "anchors": self._digest(),
             "items": self.size,
             "targets": "labels" if self.use_labels else "the mean adapter's answers",
-            "samples": list(numbers),
-            "seed": adapter.seed,
-            "antithetic": antithetic,
+            **scorer.key,
             "mode": mode,
             "metric": metric,
             "score": None if choices is None else choices.score + " by length" * choices.by_length,
@@ -127,13 +117,13 @@ class Anchors:
         """Tokens times samples that went through the random blocks."""
         return self.scorer.tokens_run
 
-    def share(self, place: Place) -> float:
-        """Of a forward, what one sample takes."""
-        total = len(self.adapter.anatomy.blocks)
-        if place.span is None:
-            return 1 - place.first / total
-        random = sum(self.scorer.random_tokens(batch, place) for batch in self.scorer.batches)
-        return min(1.0, random / max(self.scorer.tokens, 1))
+    def forwards(self, place: Place) -> float:
+        """Cost of a prediction, in forwards of the plain model."""
+        share = 1 - place.first / len(self.adapter.anatomy.blocks)
+        if place.span is not None:
+            random = sum(self.scorer.random_tokens(batch, place) for batch in self.scorer.batches)
+            share = min(1.0, random / max(self.scorer.tokens, 1))
+        return self.scorer.forwards(place, share)
 
     # Who has which anchors --------------------------------------------------------------------------------------------
 
@@ -192,13 +182,13 @@ class Anchors:
     # Runs -------------------------------------------------------------------------------------------------------------
 
     def _baseline(self, key: dict[str, Any]) -> Records:
-        """The mean adapter, by the kernels that the samples go through; the trunk is kept on the way."""
+        """The mean adapter."""
         rows: list[Tensor] = []
         kept: list[Tensor] = []
         for batch in self.scorer.batches:
-            logs = self.scorer.average(batch, MEAN, self._of_mean)
+            logs = self.scorer.baseline(batch)
             guesses = logs.argmax(-1)
-            targets = item_labels(batch) if self.use_labels else guesses
+            targets = item_labels(batch).to(logs.device) if self.use_labels else guesses
             numbers = torch.stack([guesses.cpu(), targets.cpu()], dim=1).double()
             rows.append(torch.cat([_measure(logs, targets, guesses, 0.0), numbers], dim=1))
             if self.keep_probabilities:
@@ -256,22 +246,10 @@ class Anchors:
         batch, at = self.scorer.batches[number], self.positions[number]
         missing = [s for s in sigmas if self.records.at(place, s)[at, 0].isnan().any()]
         guesses, targets = self.records.guesses[at], self.records.targets[at]
-        for sigma, logs in zip(missing, self._log_probabilities(batch, place, missing), strict=True):
+        for sigma, logs in zip(missing, self.scorer.log_probabilities(batch, place, missing), strict=True):
             self.records.at(place, sigma)[at] = _measure(logs, targets.to(logs.device), guesses.to(logs.device), sigma)
             if self.keep_probabilities:
                 self.records.probabilities[place, sigma][at] = _probabilities(logs)
-
-    def _log_probabilities(self, batch: Batch, place: Place, sigmas: Sequence[float]) -> list[Tensor]:
-        """Log mean probability (items, C) at each sigma; small heads take all sigmas in one fused batch."""
-        if not sigmas:
-            return []
-        if self.classes > MANY_CLASSES:
-            return [self.scorer.average(batch, self._samples([s]), place) for s in sigmas]
-        return list(self.scorer.averages(batch, self._samples(sigmas), len(sigmas), place))
-
-    def _samples(self, sigmas: Sequence[float]) -> SampleBatch:
-        numbers, antithetic, mode = self.noise
-        return self.adapter.batch(numbers, list(sigmas), antithetic, mode)
 
     # Between ranks ----------------------------------------------------------------------------------------------------
 

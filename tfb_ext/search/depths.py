@@ -104,12 +104,10 @@ def search_places(adapter: BayesianAdapter, run: Anchors, plan: Plan, places: Se
     return tried
 
 
-def choose(tried: list[AtDepth], samples: int) -> tuple[AtDepth, tuple[DepthResult, ...]]:
+def choose(tried: list[AtDepth]) -> tuple[AtDepth, tuple[DepthResult, ...]]:
     """The depth and span to take and what was found at each."""
     verdicts, run = tried[0].verdicts, tried[0].run
-    shares = {h.place: run.share(h.place) for h in tried}
-    # One forward for what all samples share; with a span the blocks below run on its tokens too.
-    forwards = {p: (1 if p.span is not None else 1 - share) + samples * share for p, share in shares.items()}
+    forwards = {h.place: run.forwards(h.place) for h in tried}
     score, sign = ("entropy", -1.0) if verdicts.criterion.tolerated else ("nll", 1.0)
     scores = {h.place: float("inf") if h.chosen is None else sign * getattr(h.chosen, score) for h in tried}
     accepted = [h for h in tried if h.satisfied] or tried

@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ..checks import check_count, check_number, check_sigma
+from ..checks import check_choice, check_count, check_number, check_sigma
+from ..errors import refusal
+from ..posterior.config import BY
 
 MetricName = Literal["nll", "accuracy", "flips", "brier"]
 MetricFunction = Callable[[Tensor, Tensor], Tensor]
@@ -54,9 +56,11 @@ class Options:
     bracket: tuple[float, float] | None = None
     steps: int | None = None
     early_stop: float | None = None
+    by: str = "samples"
 
     def check(self) -> None:
         """Raise ``ValueError`` for a value outside what ``search_sigma`` documents."""
+        check_choice("by", self.by, BY)
         for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
             if value not in (None, *allowed) and not (name == "metric" and callable(value)):
@@ -86,10 +90,18 @@ class Options:
                     "None. Fix: metric='nll', 'brier', 'accuracy' or 'flips'"
                 )
 
+        if self.by == "linear":
+            if self.early_stop is not None:
+                expected = "None with by='linear', which knows all anchors after one pass"
+                raise refusal("early_stop", self.early_stop, expected, "leave it out")
+            if self.recipe == "official":
+                expected = "'auto' or 'paper' with by='linear': the authors' code draws samples"
+                raise refusal("recipe", "'official'", expected, "by='samples'")
+
     @property
     def given(self) -> dict[str, Any]:
         """What is not left to the recipe, in the order of the arguments."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("recipe", "early_stop")}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("recipe", "early_stop", "by")}
         return {name: value for name, value in named.items() if value is not None}
 
 

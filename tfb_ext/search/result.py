@@ -60,7 +60,7 @@ class DepthResult:
         nll, accuracy, flips, entropy: of the evaluation at ``sigma``.
         score: what they are compared by: NLL, or with a tolerance minus the entropy that it bought; lower is better.
         behind: ``score`` minus that of the best, and its paired standard error over anchors.
-        forwards: cost of a prediction with the search's samples, in forwards of the plain model.
+        forwards: cost of a prediction with the search's samples, or by linear, in forwards of the plain model.
     """
 
     depth: int | str
@@ -91,6 +91,8 @@ class SigmaSearch:
         evaluations: every sigma tried at the chosen depth, ascending.
         baseline: the mean adapter (sigma 0).
         bracket: the interval that was looked at in the end.
+        by: what the anchors were predicted by, ``"samples"`` or ``"linear"``.
+        samples: at every sigma; 0 by linear.
         reason: why the recipe chose this metric and objective.
         stop: why the search ended.
         depth: random blocks from the top, ``"all"`` or ``"head"``; the chosen one, if there was a choice.
@@ -108,6 +110,7 @@ class SigmaSearch:
     interval: tuple[float, float]
     evaluations: tuple[Evaluation, ...]
     baseline: Evaluation
+    by: str
     recipe: str
     metric: str
     tolerance: float
@@ -150,6 +153,11 @@ class SigmaSearch:
         return self.criterion.band(self.baseline.value)
 
     @property
+    def predicted(self) -> str:
+        """What the anchors were predicted by, in words."""
+        return "linear" if self.by == "linear" else f"{self.samples} samples"
+
+    @property
     def rule(self) -> str:
         """The criterion in words."""
         return str(self.criterion)
@@ -183,6 +191,7 @@ class SigmaSearch:
             )
         try:
             depths = raw.get("depths")
+            raw.setdefault("by", "samples")  # of a file from before there was another
             for part in (raw, *(depths if isinstance(depths, list) else ())):
                 if isinstance(part, dict):
                     part.setdefault("span", "all")  # of a file from before there were spans
@@ -201,14 +210,14 @@ class SigmaSearch:
 
     def summary(self) -> dict[str, Any]:
         """The part that is worth keeping in ``tfb_config.json``."""
-        keep = "recipe metric tolerance bound objective method mode span samples anchors labelled reason stop confidence".split()
+        keep = "by recipe metric tolerance bound objective method mode span samples anchors labelled reason stop confidence".split()
         kept: dict[str, Any] = for_json({name: getattr(self, name) for name in keep})
         return kept | {"interval": for_json(list(self.interval))}
 
     def __str__(self) -> str:
         low, high = self.interval
         lines = [
-            f"sigma = {self.sigma:.4g}   ({self.recipe}: {self.rule}; {self.method}, {self.samples} samples, "
+            f"sigma = {self.sigma:.4g}   ({self.recipe}: {self.rule}; {self.method}, {self.predicted}, "
             f"{self.anchors} anchors, depth {self.depth}, span {self.span}, {self.seconds:.1f} s)",
             f"  why:  {self.reason}",
             f"  stop: {self.stop}",
