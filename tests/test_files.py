@@ -48,7 +48,7 @@ def test_missing_file(tmp_path: Path) -> None:
         (b"", "is not valid JSON"),
         (b"\xff\xfe\x00", "is not valid JSON"),
         (b"[1, 2]", "holds a list, expected a JSON object"),
-        (b"{}", "format_version is None, expected an integer from 1 to 5"),
+        (b"{}", "format_version is None, expected an integer from 1 to 6"),
         (b'{"alpha": 16, "peft_type": "LORA"}', "format_version is None"),
         (b'{"format_version": "1"}', "format_version is '1', expected an integer"),
         (b'{"format_version": true}', "format_version is True, expected an integer"),
@@ -65,7 +65,7 @@ def test_damaged_file(tmp_path: Path, content: bytes, words: str) -> None:
 def test_newer_file(tmp_path: Path) -> None:
     raw = {"format_version": FORMAT_VERSION + 1, "package_version": "9.8.7"}
     (tmp_path / CONFIG_NAME).write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=r"has format_version 6, this tfb_ext .* reads up to 5; upgrade.*9\.8\.7"):
+    with pytest.raises(ConfigError, match=r"has format_version 7, this tfb_ext .* reads up to 6; upgrade.*9\.8\.7"):
         TFBConfig.read(tmp_path)
 
 

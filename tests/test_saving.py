@@ -225,7 +225,7 @@ def test_the_span_is_saved_and_restored(span: Any, tmp_path: Path) -> None:
     adapter = tfb_ext.bayesianize(zoo.peft_model("llama"), sigma=0.2, span=span)
     path = adapter.save_pretrained(tmp_path) / "tfb_config.json"
     raw = json.loads(path.read_text())
-    assert (raw["format_version"], raw["span"]) == (5, span)
+    assert (raw["format_version"], raw["span"]) == (6, span)
     loaded = tfb_ext.load(zoo.peft_model("llama").unload(), tmp_path)
     assert loaded.span == span
     batch = zoo.inputs(2)

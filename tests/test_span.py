@@ -43,7 +43,7 @@ def passes(adapter: Any, batch: dict[str, Tensor], counts: list[int], samples: l
             for part in (slice(0, start), slice(start, None)):
                 if not ids[:, part].shape[1]:
                     continue
-                saved = sampled_copy(adapter, sample, adapter.sigma, adapter.random_layers) if part.stop is None else {}
+                saved = sampled_copy(adapter, sample, adapter.sigma, adapter.random_layers) if part.stop is None else []
                 try:
                     with torch.no_grad():
                         out = model(
@@ -51,9 +51,8 @@ def passes(adapter: Any, batch: dict[str, Tensor], counts: list[int], samples: l
                             attention_mask=torch.ones_like(ids[:, : part.stop]),
                         )  # fmt: skip
                 finally:
-                    layers = lora_layers(adapter)
-                    for layer, weight in saved.items():
-                        layers[layer].get_base_layer().weight = weight
+                    for module, weight in saved:
+                        module.weight = weight
                 cache = cache_of(out)
                 logits.append(torch.log_softmax(out.logits.float(), -1))
             parts.append(logits[-1] if logits[-1].dim() == 2 else torch.cat(logits, 1))

@@ -157,18 +157,27 @@ def lora_layers(adapter: Any) -> dict[str, Any]:
     return {name: modules[name] for name in adapter.layers}
 
 
-def sampled_copy(adapter: Any, sample: int, sigma: float, random: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """Write sample ``k``'s weights into the random layers' base weights (float32 models); returns what to restore."""
-    saved: dict[str, nn.Parameter] = {}
+def sampled_copy(adapter: Any, sample: int, sigma: float, random: tuple[str, ...]) -> list[tuple[nn.Module, Any]]:
+    """Write sample ``k``'s weights into the random layers' base weights, or of quantised bases into PEFT's own ``A`` and ``B``
+    (both float32); returns the modules and their old weights."""
+    saved: list[tuple[nn.Module, Any]] = []
     layers = lora_layers(adapter)
     for name in random:
         module = layers[name]
         basis, mean = adapter.sample_weights(name, sample, sigma)
-        delta = module.scaling[adapter.name] * (basis.double() @ mean.double())
+        down, up = module.lora_A[adapter.name], module.lora_B[adapter.name]
         base = module.get_base_layer()
-        plain = (module.lora_B[adapter.name].weight.double() @ module.lora_A[adapter.name].weight.double()).cpu()
+        if type(getattr(base, "weight", None)) is not nn.Parameter or base.weight.itemsize == 1:
+            saved += [(down, down.weight), (up, up.weight)]
+            down.weight, up.weight = (
+                nn.Parameter(written.to(own.weight), requires_grad=False)
+                for written, own in ((mean, down), (basis, up))
+            )
+            continue
+        delta = module.scaling[adapter.name] * (basis.double() @ mean.double())
+        plain = (up.weight.double() @ down.weight.double()).cpu()
         change = (delta - module.scaling[adapter.name] * plain).to(base.weight.device)
-        saved[name] = base.weight
+        saved.append((base, base.weight))
         written = (base.weight.double() + (change.T if module.fan_in_fan_out else change)).to(base.weight.dtype)
         base.weight = nn.Parameter(written, requires_grad=False)  # this layer's alone, where others share the old one
     return saved
@@ -179,15 +188,15 @@ def separate_passes(
 ) -> Tensor:
     """The oracle: for each sample, write its weights into the model, call it, restore. Stacked (S, ...)."""
     random = adapter.random_layers if random is None else random
-    outputs, layers = [], lora_layers(adapter)
+    outputs = []
     for sample in samples:
         saved = sampled_copy(adapter, sample, sigma, random)
         try:
             with torch.no_grad():
                 outputs.append(call())
         finally:
-            for name, weight in saved.items():
-                layers[name].get_base_layer().weight = weight
+            for module, weight in saved:
+                module.weight = weight
     return torch.stack(outputs)
 
 

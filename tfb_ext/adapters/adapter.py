@@ -21,6 +21,7 @@ from ..forward.layouts import Guard
 from ..posterior.canonical import LayerPosterior, canonical_name
 from ..posterior.config import FORMAT_VERSION, By, check_mode
 from .attached import Attached
+from .base import base_kind
 from .contexts import SamplingContexts
 from .depth import Depth as Depth
 from .depth import Place as Place
@@ -59,6 +60,8 @@ class BayesianAdapter(SamplingContexts):
         search: summary of the search that chose sigma, kept in the saved file.
         by: what sigma was searched by, ``"samples"`` or ``"linear"`` (:meth:`gaussian`); ``None`` where it was set by hand, which says
             that it holds for both. It is not the best sigma of the other, so a prediction by that warns.
+        searched_on: :attr:`base_kind` of the model that sigma was searched on; ``None`` where it was set by hand. A prediction on
+            another warns.
         guard: whether the first context at a depth compares the model with separate passes, see :mod:`tfb_ext.forward.guard`.
     """
 
@@ -83,6 +86,7 @@ class BayesianAdapter(SamplingContexts):
         self.seed, self.antithetic = check_seed(seed), antithetic
         self.search: dict[str, Any] | None = None
         self.by: By | None = None
+        self.searched_on: str | None = None
         self._sigma = None if sigma is None else check_sigma(sigma)
         self.attached = Attached(model, name, anatomy, modules, family, self)
         self.guard, self._guard = guard, Guard(self.attached)
@@ -100,7 +104,7 @@ class BayesianAdapter(SamplingContexts):
 
     @sigma.setter
     def sigma(self, value: float) -> None:
-        self._sigma, self.by = check_sigma(value), None
+        self._sigma, self.by, self.searched_on = check_sigma(value), None, None
         self._sigma_scalings = self.attached.scalings()
 
     @property
@@ -216,6 +220,12 @@ class BayesianAdapter(SamplingContexts):
                 f"search_sigma(adapter, anchors, by={by!r}), or say that it holds by adapter.sigma = or sigma=",
                 stacklevel=4,
             )
+        if by is not None and self.searched_on not in (self.base_kind, None):
+            warnings.warn(
+                f"sigma: got {self.sigma:.4g}, searched on base weights {self.searched_on!r}, expected one searched on {self.base_kind!r}, as "
+                "this model's are. Fix: search_sigma on this model, or say that it holds by adapter.sigma = or sigma=",
+                stacklevel=4,
+            )
         return self.sigma
 
     def refresh(self) -> None:
@@ -257,6 +267,11 @@ class BayesianAdapter(SamplingContexts):
         from ..prediction.gaussian import gaussian
 
         return gaussian(self, data, batch_size=batch_size, progress=progress)
+
+    @property
+    def base_kind(self) -> str:
+        """How the base weights of the adapter's layers are quantised, such as ``"bitsandbytes nf4"``; ``"float"`` where they are not."""
+        return ", ".join(sorted({base_kind(module) for module in self.attached.modules.values()}))
 
     @property
     def is_sampling(self) -> bool:

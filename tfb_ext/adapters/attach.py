@@ -146,7 +146,7 @@ def _restore(bayesian: BayesianAdapter, config: TFBConfig, path: Path) -> None:
             f"{path}: sigma was chosen for other weights than those of adapter {bayesian.name!r}{scaling} (their SHA-256 differs); "
             "search sigma again, or set fingerprint to null if the weights were only converted"
         )
-    bayesian.search, bayesian.by = config.search, config.by
+    bayesian.search, bayesian.by, bayesian.searched_on = config.search, config.by, config.searched_on
     try:
         bayesian.depth, bayesian.span = config.depth, config.span
     except ValueError as error:

@@ -1,23 +1,115 @@
-"""Products by kind of base layer: which PEFT layers and base layers are served, and how the base multiplies."""
+"""Products by kind of base layer: which PEFT layers and base layers are served, what they are called, and how the base multiplies.
+
+A plain linear base accumulates onto the update, see :func:`is_plain`. A quantised one runs by its library's own product, and the
+update is added to its output in place. No library is imported here: a kind is known by the names of its classes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-# PEFT's layer classes whose forward is: the base layer's output, plus every active adapter's update. By exact class, since
-# a subclass may compute something else.
-SUPPORTED: tuple[type[LoraLayer], ...] = (LoraLinear,)
+HALF = (torch.bfloat16, torch.float16)
 
 
-def float_type(layer: Any) -> torch.dtype:
-    """Type of a LoRA layer's base weight; torch's dynamically quantised layers have none, and compute in float32."""
-    dtype: torch.dtype = getattr(layer.get_base_layer().weight, "dtype", torch.float32)
-    return dtype
+@dataclass(frozen=True)
+class Kind:
+    """The quantised base layers of one library.
+
+    Attributes:
+        library: its name.
+        base: where its base layers' class, or that of their weights, is from: the beginning of the class's full name.
+        lora: PEFT's class of the layers over them, whose forward is: the base layer's output, plus every active adapter's update.
+            By exact name, since a subclass may compute something else.
+        scheme: of a base layer, how its weight is quantised.
+        tested: schemes that a test holds to separate passes -> where that runs.
+    """
+
+    library: str
+    base: str
+    lora: str
+    scheme: Callable[[Any], str]
+    tested: dict[str, str]
+
+
+def _torchao(base: Any) -> str:
+    weight = base.weight
+    kind = getattr(weight, "target_dtype", None) or getattr(weight, "qdata", weight).dtype
+    dynamic = getattr(weight, "act_quant_kwargs", None) or getattr(weight, "activation_quantization", None)
+    return str(kind).removeprefix("torch.") + (" dynamic" if dynamic else "")
+
+
+def _bits(base: Any) -> str:
+    return f"{base.bits} bits"
+
+
+CI, HERE, NOT = "CPU, in CI", "CPU, where the library is installed", "not tested"
+PLAIN_LORA = "peft.tuners.lora.layer.Linear"
+KINDS = (
+    Kind(
+        "bitsandbytes",
+        "bitsandbytes.nn.modules.Linear4bit",
+        "peft.tuners.lora.bnb.Linear4bit",
+        lambda base: base.weight.quant_type,
+        {"nf4": CI, "fp4": CI, "nf4, double quantisation": CI},
+    ),
+    Kind(
+        "bitsandbytes",
+        "bitsandbytes.nn.modules.Linear8bitLt",
+        "peft.tuners.lora.bnb.Linear8bitLt",
+        lambda base: "int8",
+        {"int8": CI},
+    ),
+    Kind(
+        "torchao",
+        "torchao.",
+        "peft.tuners.lora.torchao.TorchaoLoraLinear",
+        _torchao,
+        {"int8": HERE, "int8 dynamic": HERE, "int4": HERE, "float8_e4m3fn": HERE, "float8_e4m3fn dynamic": NOT},
+    ),
+    Kind("GPTQ (GPT-QModel)", "gptqmodel.", "peft.tuners.lora.gptq.GPTQLoraLinear", _bits, {"4 bits": HERE}),
+    Kind("AWQ (GPT-QModel)", "gptqmodel.", "peft.tuners.lora.awq.AwqLoraLinear", _bits, {"4 bits": HERE}),
+    Kind(
+        "HQQ", "hqq.", "peft.tuners.lora.hqq.HqqLoraLinear", lambda base: f"{base.meta['nbits']} bits", {"4 bits": HERE}
+    ),
+    Kind(
+        "optimum-quanto",
+        "optimum.quanto.",
+        PLAIN_LORA,
+        lambda base: base.weight_qtype.name,
+        {"qint8": HERE, "qint4": HERE},
+    ),
+    Kind("transformers", "transformers.integrations.finegrained_fp8.", PLAIN_LORA, lambda base: "fp8", {"fp8": NOT}),
+)
+# Every PEFT layer class that is served. The plain one may stand over other kinds of base layers too: it calls them as they are.
+SERVED = tuple(dict.fromkeys((PLAIN_LORA, *(kind.lora for kind in KINDS))))
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def base_kind(layer: Any) -> str:
+    """How a LoRA layer's base weight is quantised, in words; ``"float"`` where it is not."""
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    lora = {full_name(cls) for cls in type(layer).__mro__}
+    for kind in KINDS:
+        if kind.lora in lora and any(full_name(type(part)).startswith(kind.base) for part in (base, weight)):
+            return f"{kind.library} {kind.scheme(base)}"
+    return "float" if float_type(layer) is not None else type(base).__name__
+
+
+def float_type(layer: Any) -> torch.dtype | None:
+    """Type of a LoRA layer's base weight, and of its output; ``None`` for a quantised one, whose output has its input's type."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    plain = type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.float64, *HALF)
+    return weight.dtype if plain else None
 
 
 def is_plain(base: nn.Module) -> bool:
@@ -50,3 +142,49 @@ def linear_columns(linear: Any, x: Tensor, columns: Tensor) -> Tensor:
     """Output features ``columns`` of a plain linear layer: ``x`` (..., n) -> (..., len(columns))."""
     bias = None if linear.bias is None else linear.bias.index_select(0, columns)
     return nn.functional.linear(x, linear.weight.index_select(0, columns), bias)
+
+
+# Derivatives ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Inside, no layer is packed for a product that has no derivative.
+
+    bitsandbytes 0.50 packs 4-bit weights so on CPUs with AVX512-BF16, at the first call without gradients (``nn/modules.py``, line
+    613), and unpacks them as here where it saves them (line 599).
+    """
+    layers: list[Any] = [m for m in model.modules() if vars(m).get("support_avx512bf16_for_cpu")]
+    try:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = False
+            weight = layer.weight
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):
+                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+                weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                    weight.data, weight.quant_state
+                )
+        yield
+    finally:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True
+
+
+def has_derivative(base: Any, x: Tensor) -> bool:
+    """Whether gradients through ``base`` are those of the product that it computes, tried on one row of ``x`` (..., n).
+
+    Of a linear layer ``f`` with ``v = f(x) - f(0)``, the gradient of ``<v, f>`` has the product ``|v|^2`` with x. Rounded
+    activations and weights change that by some per cent; a gradient that stops at a rounding is wholly wrong.
+    """
+    x = x.detach().reshape(-1, x.shape[-1])[:1].clone()
+    with torch.enable_grad():
+        given = x.requires_grad_()
+        out = base(given)
+        v = (out - base(torch.zeros_like(x))).detach()
+        if not out.requires_grad:
+            return False
+        (gradient,) = torch.autograd.grad(out, given, v, allow_unused=True)
+    wanted = float(v.double().square().sum())
+    found = 0.0 if gradient is None else float((gradient.double() * x.detach().double()).sum())
+    return abs(found - wanted) <= 0.2 * wanted

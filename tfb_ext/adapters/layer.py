@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import SamplingError
 from ..posterior.canonical import LayerPosterior
-from .base import SUPPORTED, accumulates, float_type, is_plain
+from .base import HALF, accumulates, float_type, is_plain
 from .samples import MEAN
 from .state import SamplingState, SharedInput
 
@@ -91,7 +91,9 @@ def plain_class(module: Any) -> Any:
 
 def _bound_to(cls: type, value: Any) -> Any:
     """A bound ``forward`` of a sampled layer (accelerate keeps one) as that of another class; anything else as it is."""
-    ours = getattr(value, "__func__", None) in (SampledLayer.forward, *(c.forward for c in SUPPORTED))  # type: ignore[attr-defined]
+    if not isinstance(value, MethodType):
+        return value
+    ours = value.__func__ in (SampledLayer.forward, getattr(plain_class(value.__self__), "forward", None))
     return MethodType(cls.forward, value.__self__) if ours else value  # type: ignore[attr-defined]
 
 
@@ -142,8 +144,7 @@ class SampledUpdate:
         self.owner = weakref.ref(owner)
         module.tfb_updates[self.adapter] = self
         if self.values:  # of a copy
-            for name, value in zip(self.buffers, self.values, strict=True):
-                module.register_buffer(name, value, persistent=False)
+            self._keep(*self.values)
         else:
             self.write(posterior)
 
@@ -154,13 +155,15 @@ class SampledUpdate:
             device = next(
                 (module._buffers[n].device for n in self.buffers if n in module._buffers), torch.device("cpu")
             )
-        # The products round the basis to the base's type, so it is kept in that. M + sigma E is rounded once, as a sum.
+        # The products round the basis to the output's type, so it is kept in that. M + sigma E is rounded once, as a sum.
         self.base_type = float_type(module)
-        half = self.base_type in (torch.bfloat16, torch.float16)
-        basis = posterior.basis.to(device, self.base_type if half else torch.float32)
-        self.values = (basis, posterior.mean.to(device))
-        for name, value in zip(self.buffers, self.values, strict=True):
-            module.register_buffer(name, value, persistent=False)
+        basis = posterior.basis.to(device, self.base_type if self.base_type in HALF else torch.float32)
+        self._keep(basis, posterior.mean.to(device))
+
+    def _keep(self, *values: Tensor) -> None:
+        self.values = values
+        for name, value in zip(self.buffers, values, strict=True):
+            self.module.register_buffer(name, value, persistent=False)
 
     def restore_types(self, posterior: LayerPosterior) -> None:
         """Make the buffers anew where the model was moved or converted (``model.to(dtype)``), which may have rounded them."""
@@ -306,6 +309,10 @@ class SampledUpdate:
         sigma, samples, seed = batch.tensors(x.device)
         scaling = module.scaling[self.adapter]  # the layer's own: PEFT's rescaling helpers change it
         basis, mean = (getattr(module, name) for name in self.buffers)
+        if self.base_type is None and result.dtype in HALF and basis.dtype == torch.float32:
+            if not torch.compiler.is_compiling():  # the type of a quantised base's outputs is seen here first
+                self._keep(basis.to(result.dtype), mean)
+            basis = basis.to(result.dtype)
         features = basis.shape[0]
         bias = module.lora_B[self.adapter].bias
         if columns is not None:

@@ -30,6 +30,7 @@ def config_of(adapter: BayesianAdapter) -> TFBConfig:
         depth=adapter.depth,
         span=adapter.span,
         by=adapter.by,
+        searched_on=adapter.searched_on,
         layers=adapter.layers,
         base_model=peft_config.base_model_name_or_path,
         search=adapter.search,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from .base import SUPPORTED
+from .base import SERVED, full_name
 from .layer import SampledLayer, plain_class, updates_of
 from .state import SamplingState
 
@@ -31,10 +31,10 @@ def check_layer(name: str, module: Any, adapter: str, own: SamplingState | None 
             f"adapter {adapter!r} uses PEFT's {type(variant).__name__}, whose update is not B A x",
             "only plain LoRA (with rsLoRA, rank patterns, lora_bias, PiSSA, OLoRA, LoftQ) has a TFB posterior",
         )
-    if plain_class(module) not in SUPPORTED:
+    if full_name(plain_class(module)) not in SERVED:
         refuse(
             "this kind of LoRA layer is not supported",
-            f"supported: {', '.join(cls.__module__ + '.' + cls.__name__ for cls in SUPPORTED)}; "
+            f"supported: {', '.join(SERVED)}; "
             "train the adapter without this module in target_modules",
         )
     # accelerate's hooks keep the bound method that they call, which becomes ours; other wrappers keep it where nobody finds it.

@@ -299,7 +299,7 @@ def head_columns(head: Any, hidden: Tensor, columns: Tensor) -> Tensor:
     """
     columns = columns.to(hidden.device)
     if "forward" not in head.__dict__:  # accelerate's offloading brings the weights in for the length of a forward only
-        if type(head) is nn.Linear:
+        if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
             return linear_columns(head, hidden, columns)
         update = head.tfb_open if isinstance(head, SampledLayer) else None
         if update is not None and update.multiplies_plainly(hidden) and head.active_adapters == [update.adapter]:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import BayesianAdapter
+from ..adapters.base import base_kind, has_derivative, unpacked
 from ..adapters.layer import SampledUpdate
+from ..errors import SamplingError
 
 
 class Call(NamedTuple):
@@ -77,10 +79,12 @@ def recording(adapter: BayesianAdapter, modules: Mapping[str, nn.Module]) -> Ite
     """Inside, gradients are on from the first of these layers that a call of the model reaches; by layer, its calls."""
     seen: dict[str, list[Call]] = {name: [] for name in modules}
     with ExitStack() as undo:
+        undo.enter_context(unpacked(adapter.anatomy.model))
         undo.enter_context(directly(adapter, seen))
+        tried: set[str] = set()
         for name, module in modules.items():
             undo.callback(module.register_forward_pre_hook(_gradients_on).remove)
-            undo.callback(module.register_forward_hook(partial(_keep, seen[name])).remove)
+            undo.callback(module.register_forward_hook(partial(_keep, seen[name], tried)).remove)
         yield seen
 
 
@@ -88,11 +92,22 @@ def _gradients_on(module: nn.Module, args: tuple[Any, ...]) -> None:
     torch.set_grad_enabled(True)
 
 
-def _keep(calls: list[Call], module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Note a layer's call; what the model goes on with is a copy, so that nothing is written into what is noted."""
+def _keep(calls: list[Call], tried: set[str], module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Note a layer's call; what the model goes on with is a copy, so that nothing is written into what is noted.
+
+    ``tried``: kinds of base layers that are known to have derivatives.
+    """
     direct: DirectLayer | None = vars(module).get("tfb_open")
     if direct is not None and direct.took:
         return output
+    kind = base_kind(module)
+    if kind not in tried and args[0].numel():
+        if kind != "float" and not has_derivative(module.get_base_layer(), args[0]):
+            raise SamplingError(
+                f"by='linear' on base weights {kind!r}, expected ones whose product has derivatives: the activations are rounded without. "
+                "Fix: by='samples', or a base whose weights alone are quantised"
+            )
+        tried.add(kind)
     output = output if output.requires_grad else output.detach().requires_grad_()
     calls.append(Call(args[0].detach(), output, False))
     return output.clone()

@@ -16,8 +16,9 @@ from ..errors import ConfigError
 from ..files import CONFIG_NAME, read_json_object, write_atomically
 
 # Version 2 added the family: a reader of version 1 would take every family for "low-rank". From version 3 on the fingerprint is
-# of the layers' scaling too. Version 4 added the span, version 5 what sigma was searched by.
-FORMAT_VERSION = 5
+# of the layers' scaling too. Version 4 added the span, version 5 what sigma was searched by,
+# version 6 how the base weights were quantised that it was searched on.
+FORMAT_VERSION = 6
 MODES = ("weight", "flipout", "token")
 FAMILIES = ("low-rank", "constant", "full-rank")
 # What a prediction is averaged by: posterior samples, or outputs that are Gaussian to first order.
@@ -53,6 +54,7 @@ class TFBConfig:
         depth: number of random blocks from the top, ``"all"`` or ``"head"``.
         span: random tokens, ``"all"``, ``"answer"`` or a number of last ones; before format 4 ``"all"``.
         by: what sigma was searched by, ``"samples"`` or ``"linear"``; ``None`` where no search set it.
+        searched_on: how the base weights were quantised that sigma was searched on (``"float"``: not), ``None`` where that is not known.
         layers: canonical names of the Bayesian layers.
         base_model: the base model's name as PEFT recorded it.
         family: variance family; files of format 1 have none and mean ``"low-rank"``.
@@ -73,6 +75,7 @@ class TFBConfig:
     family: str = "low-rank"
     span: int | str = "all"
     by: By | None = None
+    searched_on: str | None = None
     search: dict[str, Any] | None = None
     fingerprint: str | None = None
     package_version: str = __version__
@@ -156,6 +159,7 @@ _FIELDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("depth", _is_depth, "a positive number of blocks, 'all' or 'head'"),
     ("span", _is_span, "a positive number of tokens, 'all' or 'answer'"),
     ("by", lambda v: v is None or v in BY, "'samples' or 'linear' or null"),
+    ("searched_on", lambda v: isinstance(v, str | None), "a kind of base weights or null"),
     ("layers", _is_layers, "a list of layer names"),
     ("fingerprint", lambda v: isinstance(v, str | None), "a SHA-256 in hexadecimal or null"),
     ("base_model", lambda v: isinstance(v, str | None), "the base model's name or null"),

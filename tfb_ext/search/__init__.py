@@ -172,7 +172,7 @@ def search_sigma(
     if checkpoint is not None and ranks.rank == 0:
         result.save(checkpoint)
     if apply:
-        adapter.sigma, adapter.by = result.sigma, by
+        adapter.sigma, adapter.by, adapter.searched_on = result.sigma, by, adapter.base_kind
         adapter.search = result.summary()
         adapter.mode = mode
         if depth is not None:
