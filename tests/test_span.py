@@ -12,7 +12,7 @@ import small_sets
 import torch
 import transformers as tf
 from torch import Tensor
-from zoo import CAUSAL, DEVICES, average, batch_for, bayesian, inputs, lora_layers, sampled_copy, slow_but
+from zoo import CAUSAL, DEVICES, average, batch_for, bayesian, inputs, sampled_copy, slow_but
 
 import tfb_ext
 from tfb_ext.forward import batches

@@ -6,8 +6,7 @@ update is added to its output in place. No library is imported here: a kind is k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +89,11 @@ KINDS = (
 SERVED = tuple(dict.fromkeys((PLAIN_LORA, *(kind.lora for kind in KINDS))))
 
 
+def support_table() -> list[tuple[str, str, str, str]]:
+    """Of every scheme of :data:`KINDS`: library, scheme, PEFT's class of layer, and where it is tested."""
+    return [(k.library, scheme, k.lora.rpartition(".")[2], where) for k in KINDS for scheme, where in k.tested.items()]
+
+
 def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -107,7 +111,7 @@ def base_kind(layer: Any) -> str:
 
 def float_type(layer: Any) -> torch.dtype | None:
     """Type of a LoRA layer's base weight, and of its output; ``None`` for a quantised one, whose output has its input's type."""
-    weight = getattr(layer.get_base_layer(), "weight", None)
+    weight: Any = getattr(layer.get_base_layer(), "weight", None)
     plain = type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.float64, *HALF)
     return weight.dtype if plain else None
 
@@ -144,47 +148,20 @@ def linear_columns(linear: Any, x: Tensor, columns: Tensor) -> Tensor:
     return nn.functional.linear(x, linear.weight.index_select(0, columns), bias)
 
 
-# Derivatives ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def unpacked(model: nn.Module) -> Iterator[None]:
-    """Inside, no layer is packed for a product that has no derivative.
-
-    bitsandbytes 0.50 packs 4-bit weights so on CPUs with AVX512-BF16, at the first call without gradients (``nn/modules.py``, line
-    613), and unpacks them as here where it saves them (line 599).
-    """
-    layers: list[Any] = [m for m in model.modules() if vars(m).get("support_avx512bf16_for_cpu")]
-    try:
-        for layer in layers:
-            layer.support_avx512bf16_for_cpu = False
-            weight = layer.weight
-            if getattr(weight.quant_state, "packing_format_for_cpu", False):
-                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-                weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
-                    weight.data, weight.quant_state
-                )
-        yield
-    finally:
-        for layer in layers:
-            layer.support_avx512bf16_for_cpu = True
-
-
 def has_derivative(base: Any, x: Tensor) -> bool:
     """Whether gradients through ``base`` are those of the product that it computes, tried on one row of ``x`` (..., n).
 
-    Of a linear layer ``f`` with ``v = f(x) - f(0)``, the gradient of ``<v, f>`` has the product ``|v|^2`` with x. Rounded
-    activations and weights change that by some per cent; a gradient that stops at a rounding is wholly wrong.
+    Of a linear layer ``f`` with ``v = f(x) - f(0)``, the gradient of ``<v, f>`` has the product ``|v|^2`` with x. Rounding changes
+    that by some per cent; a gradient that stops at rounded activations (torchao's dynamic kinds), or at a product of packed weights
+    (bitsandbytes' 4 bits on CPUs with AVX512-BF16), is wholly wrong.
     """
-    x = x.detach().reshape(-1, x.shape[-1])[:1].clone()
+    x = x.detach().reshape(-1, x.shape[-1])[:1].clone().requires_grad_()
     with torch.enable_grad():
-        given = x.requires_grad_()
-        out = base(given)
-        v = (out - base(torch.zeros_like(x))).detach()
+        out = base(x)
+        v = (out - base(x * 0.0)).detach()
         if not out.requires_grad:
             return False
-        (gradient,) = torch.autograd.grad(out, given, v, allow_unused=True)
+        (gradient,) = torch.autograd.grad(out, x, v, allow_unused=True)
     wanted = float(v.double().square().sum())
     found = 0.0 if gradient is None else float((gradient.double() * x.detach().double()).sum())
     return abs(found - wanted) <= 0.2 * wanted

@@ -34,8 +34,7 @@ def check_layer(name: str, module: Any, adapter: str, own: SamplingState | None 
     if full_name(plain_class(module)) not in SERVED:
         refuse(
             "this kind of LoRA layer is not supported",
-            f"supported: {', '.join(SERVED)}; "
-            "train the adapter without this module in target_modules",
+            f"supported: {', '.join(SERVED)}; train the adapter without this module in target_modules",
         )
     # accelerate's hooks keep the bound method that they call, which becomes ours; other wrappers keep it where nobody finds it.
     own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))

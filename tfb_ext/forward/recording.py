@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import BayesianAdapter
-from ..adapters.base import base_kind, has_derivative, unpacked
+from ..adapters.base import base_kind, has_derivative
 from ..adapters.layer import SampledUpdate
 from ..errors import SamplingError
 
@@ -79,7 +79,6 @@ def recording(adapter: BayesianAdapter, modules: Mapping[str, nn.Module]) -> Ite
     """Inside, gradients are on from the first of these layers that a call of the model reaches; by layer, its calls."""
     seen: dict[str, list[Call]] = {name: [] for name in modules}
     with ExitStack() as undo:
-        undo.enter_context(unpacked(adapter.anatomy.model))
         undo.enter_context(directly(adapter, seen))
         tried: set[str] = set()
         for name, module in modules.items():
@@ -104,8 +103,8 @@ def _keep(calls: list[Call], tried: set[str], module: Any, args: tuple[Any, ...]
     if kind not in tried and args[0].numel():
         if kind != "float" and not has_derivative(module.get_base_layer(), args[0]):
             raise SamplingError(
-                f"by='linear' on base weights {kind!r}, expected ones whose product has derivatives: the activations are rounded without. "
-                "Fix: by='samples', or a base whose weights alone are quantised"
+                f"by='linear' on base weights {kind!r}, expected ones whose product has derivatives: this one's stop at a rounding, or are "
+                "not computed. Fix: by='samples', or a base whose weights alone are quantised"
             )
         tried.add(kind)
     output = output if output.requires_grad else output.detach().requires_grad_()

@@ -1,0 +1,246 @@
+"""On quantised base layers: samples are those of separate passes, the mean is PEFT's, and the table of what is served is true."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_sets
+import torch
+import zoo
+from quantised import QUANTISE, quantised
+from torch import Tensor
+
+import tfb_ext
+from tfb_ext.adapters.base import KINDS, NOT, support_table
+from tfb_ext.errors import SamplingError
+
+SAMPLES, SIGMA = 4, 0.05
+TYPES = [torch.float32, torch.bfloat16]
+NF4 = ("bitsandbytes", "nf4, double quantisation")
+SUPPORT = Path(__file__).resolve().parents[1] / "docs" / "support.md"
+
+
+def bayesian(kind: tuple[str, str] = NF4, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the libraries say of themselves
+        return tfb_ext.bayesianize(quantised(*kind, dtype=dtype), **{"sigma": SIGMA, **options})
+
+
+def logs(adapter: Any, batch: dict[str, Tensor]) -> Tensor:
+    return torch.log_softmax(adapter.model(**batch).logits.float(), -1)[batch["attention_mask"].bool()]
+
+
+def samples(adapter: Any, batch: dict[str, Tensor]) -> Tensor:
+    with adapter.predictive(SAMPLES, keep_samples=True) as view:
+        adapter.model(**batch)
+    return view.sample_outputs[:, batch["attention_mask"].bool()].float()
+
+
+def passes(adapter: Any, batch: dict[str, Tensor]) -> Tensor:
+    return zoo.separate_passes(adapter, list(range(SAMPLES)), SIGMA, lambda: logs(adapter, batch))
+
+
+def rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", QUANTISE, ids=" ".join)
+def test_samples_equal_separate_passes(kind: tuple[str, str], dtype: torch.dtype) -> None:
+    adapter, batch = bayesian(kind, dtype), zoo.inputs()
+    expected = passes(adapter, batch)
+    spread = rms(expected - expected.mean(0))
+    # Activations rounded to 8 bits turn differences in the last place into whole steps; half precision rounds anyway.
+    rounds = dtype == torch.bfloat16 or "dynamic" in kind[1] or kind == ("bitsandbytes", "int8") or "AWQ" in kind[0]
+    assert rms(samples(adapter, batch) - expected) <= (0.05 * spread if rounds else 1e-5)
+    assert spread > 0.1
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", QUANTISE, ids=" ".join)
+def test_the_mean_is_pefts(kind: tuple[str, str], dtype: torch.dtype) -> None:
+    """Outside a context, and below the first random block inside one."""
+    model, batch = quantised(*kind, dtype=dtype), zoo.inputs()
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        plain = model(**batch, output_hidden_states=True)
+        adapter = tfb_ext.bayesianize(model, sigma=SIGMA, depth=1)
+        assert torch.equal(model(**batch).logits, plain.logits)
+    adapter.anatomy.blocks[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with adapter.predictive(2):
+        seen.clear()  # the guard's
+        model(**batch)
+    assert torch.equal(
+        seen[0], torch.cat([plain.hidden_states[-2]] * 2) if len(seen[0]) > 3 else plain.hidden_states[-2]
+    )
+
+
+def test_the_adapters_type_does_not_widen_the_activations() -> None:
+    """The adapter is in float32, the compute type bfloat16: PEFT would widen the input of every layer."""
+    adapter, batch = bayesian(dtype=torch.bfloat16), zoo.inputs()
+    with adapter.predictive(SAMPLES), zoo.Operators() as operators:
+        adapter.model(**batch)
+    assert operators.dtypes == {torch.bfloat16}
+
+
+def test_activations_wider_than_the_compute_type() -> None:
+    """As ``prepare_model_for_kbit_training`` leaves them: the update keeps what the base's product rounds."""
+    model = quantised(*NF4, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    adapter = tfb_ext.bayesianize(model, sigma=SIGMA)
+    layer = zoo.lora_layers(adapter)[adapter.layers[0]]
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        base = layer.base_layer(x)
+        basis, mean = adapter.sample_weights(adapter.layers[0], 0)
+        expected = base.double() + layer.scaling["default"] * (x.double() @ mean.double().T @ basis.double().T)
+        with adapter.sampling([0]):
+            found = layer(x)
+    assert base.dtype == torch.float32 and torch.allclose(found.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [NF4, ("bitsandbytes", "int8")], ids=" ".join)
+@pytest.mark.parametrize("depth", ["all", 2])
+def test_spans(kind: tuple[str, str], depth: Any) -> None:
+    """The answer's token alone is random: of a last token, samples by the prompt's keys and values of the mean."""
+    adapter = bayesian(kind, depth=depth, span="answer")
+    batch = zoo.inputs(padded=False)
+    with adapter.predictive(SAMPLES, keep_samples=True) as view:
+        adapter.model(**batch, logits_to_keep=1)
+    found = view.sample_outputs[:, :, -1].float()
+    name = "past_key_values"
+    start = {n: v[:, :-1] for n, v in batch.items()}
+    last = {**{n: v[:, -1:] for n, v in batch.items()}, "attention_mask": batch["attention_mask"]}
+
+    def call() -> Tensor:
+        cache = caches.pop(0)
+        return torch.log_softmax(adapter.model(**last, **{name: cache}).logits[:, -1].float(), -1)
+
+    with torch.no_grad():  # before any sample's weights are in the model
+        caches = [getattr(adapter.model(**start, use_cache=True), name) for _ in range(SAMPLES)]
+    expected = zoo.separate_passes(adapter, list(range(SAMPLES)), SIGMA, call)
+    assert rms(found - expected) <= 0.05 * rms(expected - expected.mean(0))
+
+
+def test_generation() -> None:
+    adapter, prompt = bayesian(), zoo.prompt(2)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with adapter.predictive(SAMPLES):
+        eager = adapter.model.generate(**prompt, **options)
+        static = adapter.model.generate(**prompt, **options, cache_implementation="static", disable_compile=True)
+    assert torch.equal(eager, static)
+    found = tfb_ext.generate(adapter, prompt, samples=SAMPLES, **options)
+    assert torch.equal(found.sequences, eager)
+    new = eager[:, 6:, None]
+    full = {"input_ids": eager, "attention_mask": torch.nn.functional.pad(prompt["attention_mask"], (0, 5), value=1)}
+    full["position_ids"] = (full["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+    def call() -> Tensor:
+        return torch.log_softmax(adapter.model(**full).logits[:, 5:-1], -1).gather(2, new)[..., 0]
+
+    expected = zoo.separate_passes(adapter, list(range(SAMPLES)), SIGMA, call)
+    torch.testing.assert_close(found.sample_log_probabilities, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_prediction_and_search_by_samples() -> None:
+    adapter, data = bayesian(sigma=None), small_sets.encoded(6)
+    data = small_sets.labelled(adapter, data, 3)
+    found = tfb_ext.search_sigma(adapter, data, samples=2, progress=False, tolerance=0.2, metric="nll", steps=2)
+    assert adapter.sigma == found.sigma and adapter.searched_on == adapter.base_kind == "bitsandbytes nf4"
+    predicted = tfb_ext.predict(adapter, data, samples=SAMPLES, sigma=SIGMA).sample_probabilities
+    expected = zoo.separate_passes(adapter, list(range(SAMPLES)), SIGMA, small_sets.answers(adapter, data))
+    torch.testing.assert_close(predicted, expected.to(predicted), atol=1e-5, rtol=1e-4)
+
+
+# Without samples ------------------------------------------------------------------------------------------------------
+
+
+def test_derivatives() -> None:
+    """bitsandbytes' 4-bit product has them: the covariance is that of the same weights in floating point."""
+    adapter, data = bayesian(), small_sets.encoded(5)
+    found = adapter.gaussian(data)
+    for module in zoo.lora_layers(adapter).values():
+        with torch.no_grad():
+            weight = module.base_layer(torch.eye(module.in_features)).T.contiguous()
+        plain = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+        plain.weight.data = weight
+        module.base_layer = plain
+    twin = adapter.gaussian(data)
+    scale = float(twin.covariance.abs().max())
+    torch.testing.assert_close(found.mean, twin.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.covariance, twin.covariance, atol=1e-4 * scale, rtol=0)
+
+
+def test_a_product_that_loses_derivatives_is_refused() -> None:
+    """As bitsandbytes' of weights that it packed for a CPU with AVX512-BF16, at the first call without gradients."""
+    adapter = bayesian()
+    for module in zoo.lora_layers(adapter).values():
+        module.base_layer.forward = partial(_without_derivatives, module.base_layer.forward)
+    with pytest.raises(SamplingError, match="by='linear' on base weights 'bitsandbytes nf4'.*Fix: by='samples'"):
+        adapter.gaussian(small_sets.encoded(3))
+
+
+def _without_derivatives(product: Any, x: Tensor) -> Tensor:
+    return product(x).detach()
+
+
+def test_8_bits_by_linear() -> None:
+    """Its activations are rounded, and its derivatives are the product's without: the covariance is close to that of samples."""
+    adapter, data = bayesian(("bitsandbytes", "int8")), small_sets.encoded(5)
+    found = adapter.gaussian(data).covariance
+    logits = tfb_ext.predict(adapter, data, 256, sigma=1e-2).sample_probabilities.double().log()
+    half = (logits[::2] - logits[1::2]) / 2e-2
+    half = half - half.mean(-1, keepdim=True)
+    sampled = half.square().mean(0)
+    centred = found - found.mean(1, keepdim=True)
+    centred = (centred - centred.mean(2, keepdim=True)).diagonal(dim1=1, dim2=2)
+    assert ((sampled / centred).log().abs() < 0.7).all()
+
+
+def test_a_product_without_derivatives_is_refused() -> None:
+    adapter = bayesian(("torchao", "int8 dynamic"))
+    with pytest.raises(SamplingError, match="by='linear' on base weights 'torchao int8 dynamic'.*Fix: by='samples'"):
+        adapter.gaussian(small_sets.encoded(3))
+
+
+# What is said -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", QUANTISE, ids=" ".join)
+def test_kinds_are_named(kind: tuple[str, str]) -> None:
+    assert bayesian(kind).base_kind == f"{kind[0]} {kind[1].partition(',')[0]}"
+
+
+def test_sigma_of_another_base_warns(tmp_path: Path) -> None:
+    adapter = bayesian()
+    adapter.searched_on = adapter.base_kind  # as a search leaves it
+    adapter.save_pretrained(tmp_path)
+    assert tfb_ext.load(quantised(*NF4).unload(), tmp_path).searched_on == "bitsandbytes nf4"
+    loaded = tfb_ext.load(quantised("bitsandbytes", "int8").unload(), tmp_path)
+    with pytest.warns(
+        UserWarning, match="searched on base weights 'bitsandbytes nf4', expected one searched on 'bitsandbytes int8'"
+    ):
+        loaded.batch(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded.batch(2, sigma=SIGMA)
+        loaded.sigma = SIGMA
+        loaded.batch(2)
+
+
+def test_the_table_is_what_is_tested() -> None:
+    tested = {(library, scheme) for library, scheme, _, where in support_table() if where != NOT}
+    assert tested == set(QUANTISE)
+    assert {k.lora for k in KINDS} >= {"peft.tuners.lora.bnb.Linear4bit"}
+    rows = [f"| {' | '.join(row)} |" for row in support_table()]
+    assert "\n".join(rows) in SUPPORT.read_text(encoding="utf-8"), "docs/support.md: run python tests/test_quantised.py"
+
+
+if __name__ == "__main__":
+    print("\n".join(f"| {' | '.join(row)} |" for row in support_table()))
