@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ import small_sets
 import torch
 import zoo
 from quantised import QUANTISE, quantised
+from small_folders import Folders
 from torch import Tensor
 
 import tfb_ext
-from tfb_ext.adapters.base import KINDS, NOT, support_table
+from tfb_ext.adapters.base import NOT, support_table
+from tfb_ext.app.loading import load_adapter
 from tfb_ext.errors import SamplingError
 
 SAMPLES, SIGMA = 4, 0.05
@@ -234,10 +237,76 @@ def test_sigma_of_another_base_warns(tmp_path: Path) -> None:
         loaded.batch(2)
 
 
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_the_command_line_loads_in_few_bits(load_in: str, llama: Folders, tfb: Any, tmp_path: Path) -> None:
+    """A search says on what base it was; a checkpoint that is quantised already is taken as it is."""
+    kind = f"bitsandbytes {'nf4' if load_in == '4bit' else 'int8'}"
+    saved, small = tmp_path / "saved", ("--dtype", "float32", "--device", "cpu", "--samples", "2")
+    status, _, said = tfb(
+        "search",
+        "-a",
+        llama.adapter,
+        "-d",
+        llama.anchors,
+        *small,
+        "--load-in",
+        load_in,
+        "--save",
+        saved,
+        "--steps",
+        "2",
+    )
+    assert status == 0, said
+    assert json.loads((saved / "tfb_config.json").read_text())["searched_on"] == kind
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="sigma: got")
+        status, out, said = tfb("predict", "-a", saved, "-d", llama.test, *small, "--load-in", load_in, "--json")
+    assert status == 0, said
+    with pytest.warns(UserWarning, match=f"searched on base weights '{kind}', expected one searched on 'float'"):
+        status, plain, said = tfb("predict", "-a", saved, "-d", llama.test, *small, "--json")
+    assert status == 0 and plain != out
+    loaded = load_adapter(str(llama.adapter), device="cpu", dtype="float32", load_in=load_in)
+    base = tmp_path / "base"
+    loaded.model.unload().save_pretrained(base)
+    loaded.tokenizer.save_pretrained(base)
+    again = tfb("predict", "-a", saved, "-d", llama.test, *small, "--base", base, "--json")
+    assert again[0] == 0, again[2]
+    for item, other in zip(documents(again[1]), documents(out), strict=True):
+        assert item["probabilities"] == pytest.approx(other["probabilities"], abs=2e-2)
+    status, _, said = tfb("predict", "-a", saved, "-d", llama.test, *small, "--base", base, "--load-in", load_in)
+    assert status != 0 and "for a checkpoint that is quantised already (bitsandbytes)" in said.replace("\n", " ")
+
+
+def documents(text: str) -> Any:
+    found = json.loads(text)
+    return found if isinstance(found, list) else next(v for v in found.values() if isinstance(v, list))
+
+
+def test_other_ways_to_load_are_refused(llama: Folders, tfb: Any) -> None:
+    status, _, said = tfb("predict", "-a", llama.adapter, "-d", llama.test, "--load-in", "2bit", "--device", "cpu")
+    assert status != 0 and "error: load_in: got '2bit', expected 4bit or 8bit. Fix: leave it out" in said.replace(
+        "\n", " "
+    )
+
+
+def test_a_device_map(llama: Folders) -> None:
+    loaded = load_adapter(str(llama.adapter), dtype="float32", device_map="cpu")
+    adapter = tfb_ext.bayesianize(loaded.model, sigma=SIGMA)
+    twin = tfb_ext.bayesianize(load_adapter(str(llama.adapter), device="cpu", dtype="float32").model, sigma=SIGMA)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    assert torch.equal(samples(adapter, batch), samples(twin, batch))
+
+
+def test_the_table_is_shown(tfb: Any) -> None:
+    status, out, _ = tfb("info", "--support", "--json")
+    assert status == 0
+    assert [tuple(row.values()) for row in json.loads(out)["quantised bases"]] == support_table()
+    assert "AwqLoraLinear" in tfb("info", "--support")[1] and "AwqLoraLinear" not in tfb("info")[1]
+
+
 def test_the_table_is_what_is_tested() -> None:
     tested = {(library, scheme) for library, scheme, _, where in support_table() if where != NOT}
     assert tested == set(QUANTISE)
-    assert {k.lora for k in KINDS} >= {"peft.tuners.lora.bnb.Linear4bit"}
     rows = [f"| {' | '.join(row)} |" for row in support_table()]
     assert "\n".join(rows) in SUPPORT.read_text(encoding="utf-8"), "docs/support.md: run python tests/test_quantised.py"
 

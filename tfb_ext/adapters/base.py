@@ -89,6 +89,9 @@ KINDS = (
 SERVED = tuple(dict.fromkeys((PLAIN_LORA, *(kind.lora for kind in KINDS))))
 
 
+SUPPORT_COLUMNS = ("library", "weights", "PEFT's layer", "tested")
+
+
 def support_table() -> list[tuple[str, str, str, str]]:
     """Of every scheme of :data:`KINDS`: library, scheme, PEFT's class of layer, and where it is tested."""
     return [(k.library, scheme, k.lora.rpartition(".")[2], where) for k in KINDS for scheme, where in k.tested.items()]

@@ -220,11 +220,15 @@ class Info(Format):
     """What is installed and built here, and what an adapter folder holds."""
 
     adapter: Path | None = option(None, "An adapter folder with a saved posterior.", kind=typer.Argument)
+    support: bool = option(
+        False, "Also: which quantised base models are served, and where that is tested.", "--support"
+    )
 
     def run(self) -> None:
         import torch
 
         from .. import ops
+        from ..adapters.base import SUPPORT_COLUMNS, support_table
         from ..posterior.config import TFBConfig
         from .loading import device_name, versions
 
@@ -241,9 +245,14 @@ class Info(Format):
         for part in ("extension", "adapter"):
             for name, value in document.get(part, {}).items():
                 rows.append((f"{part}: {name}", f"{len(value)} layers" if name == "layers" else str(value)))
+        served = support_table() if self.support else []
+        if served:
+            document["quantised bases"] = [dict(zip(SUPPORT_COLUMNS, row, strict=True)) for row in served]
         with Output(self.json) as output:
             output.document(document)
             output.table(Table("", (), rows))
+            if served:
+                output.table(Table("Quantised base models", SUPPORT_COLUMNS, served))
 
 
 for command in (Demo, Search, Evaluate, Predict, Generate, Info):

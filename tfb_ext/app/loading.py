@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 
 from .. import __version__
 from ..adapters.loading import AdapterFiles, attach_adapter, read_adapter
-from ..errors import TFBError, UnsupportedModelError
+from ..errors import TFBError, UnsupportedModelError, refusal
 from .demo.assets import BASE_MODEL, base_model_dir
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMO = "demo"
+LOAD_IN = ("4bit", "8bit")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -92,7 +94,13 @@ def versions() -> dict[str, str]:
 
 
 def load_adapter(
-    adapter: str, base: str | None = None, device: str = "auto", dtype: str = "auto", classes: int | None = None
+    adapter: str,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    classes: int | None = None,
+    load_in: str | None = None,
+    device_map: str | None = None,
 ) -> Loaded:
     """A base model with a trained LoRA adapter, and the tokenizer.
 
@@ -102,6 +110,8 @@ def load_adapter(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
         dtype: of the base model: ``auto``, ``float32``, ``bfloat16``, ``float16``.
         classes: number of classes, for adapters with a classification head.
+        load_in: quantise the base model by bitsandbytes: ``"4bit"`` (nf4, double quantisation) or ``"8bit"``.
+        device_map: where its layers go, as transformers takes it (``"auto"``), instead of ``device``.
 
     The tokenizer is the one beside the adapter where there is one; the embeddings get a row for every token that it or the
     adapter's file has (as PEFT's ``AutoPeftModel``).
@@ -114,17 +124,24 @@ def load_adapter(
     files = read_adapter(folder)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     name = base or files.config.get("base_model_name_or_path")
     if not name:
         raise UnsupportedModelError(f"{folder}: the adapter does not name its base model; pass --base")
     source = base_model_dir() if base is None and name == BASE_MODEL else name
     model_class, head = _model_class(files)
-    with _in_words(f"{name}: the base model cannot be loaded", "restore its files, or pass another with --base"):
-        extra = {"num_labels": classes} if head and classes is not None else {}
+    words = f"{name}: the base model cannot be loaded", "restore its files, or pass another with --base"
+    with _in_words(*words):
+        config = AutoConfig.from_pretrained(source)
+    found = getattr(config, "quantization_config", None)
+    settings = {} if load_in is None else _quantisation(found, load_in, kind)
+    if found is not None or settings or device_map is not None:  # such weights are made in their place
+        settings["device_map"] = device_map or {"": place}
+    with _in_words(*words):
+        extra: dict[str, Any] = {"num_labels": classes} if head and classes is not None else {}
         try:
-            model = model_class.from_pretrained(source, dtype=kind, **extra)
+            model = model_class.from_pretrained(source, dtype=kind, **extra, **settings)
         except RuntimeError as error:  # transformers' message only points at a report that it logs
             if not extra:
                 raise
@@ -139,8 +156,25 @@ def load_adapter(
     if head and model.config.pad_token_id is None:
         padding = tokenizer.pad_token_id
         model.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
-    attached = attach_adapter(model.to(place), files, base=str(name))
+    attached = attach_adapter(model if settings else model.to(place), files, base=str(name))
     return Loaded(attached, tokenizer, head, folder, str(name), own)
+
+
+def _quantisation(found: Any, load_in: str, dtype: torch.dtype) -> dict[str, Any]:
+    """How the base model is to be quantised, as ``from_pretrained`` takes it; ``found``: how it is already."""
+    from transformers import BitsAndBytesConfig
+
+    if load_in not in LOAD_IN:
+        raise refusal("load_in", repr(load_in), " or ".join(LOAD_IN), "leave it out for the weights as they are")
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise refusal(
+            "load_in", f"{load_in!r} for a checkpoint that is quantised already ({method})", "none", "leave it out"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise refusal("load_in", f"{load_in!r} without bitsandbytes", "it installed", "pip install bitsandbytes")
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(**{f"load_in_{load_in}": True}, **four)}
 
 
 def _model_class(files: AdapterFiles) -> tuple[Any, bool]:

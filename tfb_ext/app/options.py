@@ -154,6 +154,10 @@ class Model(Runs):
     adapter: str = option(..., "PEFT adapter folder, or 'demo' for the packaged one.", "--adapter", "-a")
     base: str | None = option(None, "Base model; default: the one the adapter names.", "--base", "-b")
     seed: int | None = option(None, "Noise seed; default: the saved one, else 0.")
+    load_in: str | None = option(None, "Quantise the base model by bitsandbytes: 4bit (nf4) or 8bit.", "--load-in")
+    device_map: str | None = option(
+        None, "Where its layers go, instead of --device: auto, balanced, ...", "--device-map"
+    )
 
     def open(self, examples: list[Example] | None = None) -> tuple[Loaded, BayesianAdapter]:
         """The model with its posterior: the saved one where the folder has it."""
@@ -162,7 +166,7 @@ class Model(Runs):
         from .loading import load_adapter
 
         classes = None if examples is None else len(examples[0].choices)
-        loaded = load_adapter(self.adapter, self.base, self.device, self.dtype, classes=classes)
+        loaded = load_adapter(self.adapter, self.base, self.device, self.dtype, classes, self.load_in, self.device_map)
         saved = (loaded.adapter / CONFIG_NAME).is_file()
         bayesian = load(loaded.model, loaded.adapter) if saved else bayesianize(loaded.model)
         if self.seed is not None:
