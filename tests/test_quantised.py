@@ -161,6 +161,17 @@ def test_prediction_and_search_by_samples() -> None:
     torch.testing.assert_close(predicted, expected.to(predicted), atol=1e-5, rtol=1e-4)
 
 
+def test_a_quantised_head_is_asked_whole() -> None:
+    """Its weight has no rows to pick: predictions are those of the model's own calls."""
+    adapter, data = bayesian(("torchao", "int8")), small_sets.encoded(4)
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(adapter.anatomy.head, Int8WeightOnlyConfig())
+    expected = zoo.separate_passes(adapter, [0, 1], SIGMA, small_sets.answers(adapter, data))
+    found = tfb_ext.predict(adapter, data, samples=2, sigma=SIGMA).sample_probabilities
+    torch.testing.assert_close(found, expected.to(found), atol=1e-5, rtol=1e-4)
+
+
 # Without samples ------------------------------------------------------------------------------------------------------
 
 
