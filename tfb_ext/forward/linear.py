@@ -76,12 +76,12 @@ def linearised(
         GuardError: samples at the adapter's depth and span are not what separate passes give.
         SamplingError: inside a sampling context, in training mode, or the adapter is merged, off or not active.
     """
-    with _ready(adapter, adapter.place):
+    with ready(adapter, adapter.place):
         return Linear(adapter, data, adapter.place, batch_size=batch_size, kind=kind).moments(progress)
 
 
 @contextmanager
-def _ready(adapter: BayesianAdapter, place: Place) -> Iterator[None]:
+def ready(adapter: BayesianAdapter, place: Place) -> Iterator[None]:
     """Inside, graphs may be recorded, whatever the caller's mode."""
     check_free(adapter.attached)
     adapter.attached.check_ready()
@@ -142,7 +142,7 @@ class Linear(Batches):
 
     def of(self, batch: Batch, place: Place) -> Moments:
         """Of one batch's items at any place that is not deeper than the first."""
-        with _ready(self.adapter, place):
+        with ready(self.adapter, place):
             self._at(place)
             mean, covariance, *classes = self._whole(batch)
         return Moments(mean, covariance, classes[0] if classes else None)
