@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters.adapter import BayesianAdapter
 from ..forward.batch import Batch
@@ -26,10 +26,11 @@ def linear_sigma(adapter: BayesianAdapter, sigma: float | None) -> float:
 class _Tokens(Linear):
     """Log probabilities of the tokens of a row that ``part`` names, and of all its tokens together where ``whole``, as outputs."""
 
-    part, whole = slice(0), False
+    count, part, whole = 0, slice(0), False
 
     def items(self, values: Tensor | None, batch: Batch, stacked: bool = False) -> Tensor:
         assert values is not None
+        values = nn.functional.pad(values, (max(self.count - values.shape[1], 0), 0))  # rows that are all shorter
         own = values[:, self.part]
         return torch.cat([own, values.sum(1, keepdim=True)], 1) if self.whole else own
 
@@ -49,6 +50,7 @@ def token_variances(
     """
     model, count = adapter.anatomy.model, sequences.shape[1] - start
     linear = _Tokens(adapter, [], adapter.place, may_be_empty=True)
+    linear.count = count
     most = BATCH_CUDA if sequences.is_cuda else BATCH_CPU
     parts: list[Tensor] = []
     with torch.inference_mode(False), torch.no_grad():

@@ -80,7 +80,7 @@ class Generation:
             ValueError: there are no samples, see ``standard_deviation``.
         """
         if self.expected_deviation is not None:
-            expected = "samples: it is about every token of the vocabulary, and by='linear' about the emitted ones alone"
+            expected = "samples: it needs the whole vocabulary, and by='linear' looks at the emitted tokens alone"
             raise refusal("epistemic", "a generation by='linear'", expected, "standard_deviation, or by='samples'")
         return (self.total - self.aleatoric).clamp(min=0)
 
@@ -109,7 +109,8 @@ class Generation:
     @property
     def uncertainties(self) -> tuple[str, ...]:
         """Names of what is known of every token; the last is how much of it is the model's own."""
-        return ("total", "aleatoric", "epistemic") if self.expected_deviation is None else ("total", "standard_deviation")
+        own = ("aleatoric", "epistemic") if self.expected_deviation is None else ("standard_deviation",)
+        return ("total", *own)
 
     @property
     def sequence_scores(self) -> Tensor:

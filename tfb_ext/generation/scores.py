@@ -38,7 +38,12 @@ class Scores:
 
 
 def score_tokens(
-    adapter: BayesianAdapter, sequences: Tensor, mask: Tensor, start: int, batch: SampleBatch | None, alternatives: int = 5
+    adapter: BayesianAdapter,
+    sequences: Tensor,
+    mask: Tensor,
+    start: int,
+    batch: SampleBatch | None,
+    alternatives: int = 5,
 ) -> Scores:
     """Every sample's probabilities of the tokens from position ``start`` on; the mean adapter's without ``batch``.
 
