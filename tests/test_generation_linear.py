@@ -148,15 +148,15 @@ def test_a_row_is_what_it_is_alone(pads: list[int], count: int, span: Any, seed:
 def test_one_backward_a_token(span: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the rows; and one for the whole answer. Prompts that end with their random tokens have no graph."""
     adapter, batch = zoo.compared(zoo.bayesian("llama", sigma=0.1, span=span)), zoo.prompt(4)
-    generate(adapter, batch)
+    end = int(generate(adapter, batch).tokens[1, 2])
     backward, calls, lengths = torch.autograd.grad, [], []
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **o: calls.append(1) or backward(*a, **o))
     hook = adapter.anatomy.blocks[0].register_forward_hook(
         lambda module, args, out: lengths.append(args[0].shape[1]) if torch.is_grad_enabled() else None
     )
-    generate(adapter, batch)
+    found = generate(adapter, batch, eos_token_id=end)
     hook.remove()
-    assert len(calls) == NEW + 1
+    assert len(calls) == NEW + 1 and sorted(set(found.lengths.tolist()))[0] < NEW == found.lengths.max()
     assert lengths == [PROMPT + NEW - 1 if span == "all" else NEW]
 
 
