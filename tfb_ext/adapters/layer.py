@@ -9,7 +9,7 @@ go this way too, as the mean. Any other base runs as PEFT runs it, and the updat
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -21,7 +21,7 @@ from .. import ops
 from ..errors import SamplingError
 from ..posterior.canonical import LayerPosterior
 from .base import SUPPORTED, accumulates, float_type, is_plain
-from .samples import MEAN
+from .samples import MEAN, SampleBatch
 from .state import SamplingState, SharedInput
 
 # PEFT's layers are nn.Modules whose attributes carry no types, so functions here take them as Any.
@@ -262,9 +262,21 @@ class SampledUpdate:
             batch, items = state.batch, state.items
             for update in together if state.seen is not None else (self,):
                 state.check_rows(update.name, x)
+        recording = None if state.recording is None else state.recording.get(self)
+        if recording is not None:
+            outputs = recording.group(x, together)
+        else:
+            outputs = self.outputs(together, x, batch, *(items[1:] if items is not None else (0, 0)))
+        return SharedInput(x, version, dict(zip((u.name for u in together), outputs, strict=True)))
+
+    @staticmethod
+    def outputs(
+        together: Sequence[SampledUpdate], x: Tensor, batch: SampleBatch, lead: int = 0, each: int = 0
+    ) -> list[Tensor]:
+        """Outputs (..., m) of layers on plain bases that read ``x`` (..., n), whose rows are as in :func:`tfb_ext.ops.update_group`."""
         sigma, samples, seed = batch.tensors(x.device)
         bases = [u.module._modules["base_layer"]._parameters for u in together]
-        outputs = ops.update_group(
+        return ops.update_group(
             x if x.stride(-1) == 1 else x.contiguous(),
             [u.module._buffers[u.buffers[1]] for u in together],
             [u.module._buffers[u.buffers[0]] for u in together],
@@ -276,10 +288,10 @@ class SampledUpdate:
             [u.layer for u in together],
             batch.mode,
             batch.antithetic,
-            *(items[1:] if items is not None else (0, 0)),
+            lead,
+            each,
             [base["weight"] for base in bases],
         )
-        return SharedInput(x, version, dict(zip((u.name for u in together), outputs, strict=True)))
 
     def _join(self, x: Tensor, version: int) -> None:
         """Learn that this layer reads what the layer before it read, so that the next forward reads it once for both."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters.adapter import BayesianAdapter, Place
+from ..adapters.layer import SampledUpdate
 from ..errors import SamplingError, refusal
 from .anatomy import CLASSIFIER_HEADS, Kind
 from .batch import Batch, labelled_lengths, mask_of
@@ -31,7 +32,7 @@ from .contexts import check_free
 from .engine import MANY_CLASSES, Request, answer_lengths
 from .gradients import by_token, jointly
 from .memory import Memory
-from .recording import Call, directly, recording
+from .recording import Call, Recording, by_kernels, recording
 from .rows import at_targets
 from .tail import Tail, tail_of
 
@@ -62,8 +63,9 @@ class _Outputs:
 
     values: Tensor
     rows: Tensor
-    seen: dict[str, list[Call]]  # by layer
-    random: Tensor  # (B, N) bool
+    recording: Recording
+    random: Tensor  # (B, N) bool, and whether all are
+    everything: bool
 
 
 def linearised(
@@ -126,8 +128,7 @@ class Linear(Batches):
 
     def _at(self, place: Place) -> None:
         self.place, attached = place, self.adapter.attached
-        pairs = zip(attached.updates, attached.posteriors, strict=True)
-        self.layers = {u.name: (u, p) for u, p in pairs if u.block >= place.first}
+        self.updates = [u for u in attached.updates if u.block >= place.first]
 
     def moments(self, progress: bool) -> Moments:
         parts: list[tuple[Tensor, ...]] = []
@@ -179,8 +180,7 @@ class Linear(Batches):
         elif batch.columns is not None and batch.targets is None and "logits_to_keep" in self._accepts:
             if bool(mask[:, -1].all()):  # where the answers are read from
                 inputs = inputs | {"logits_to_keep": 1}
-        modules = {name: update.module for name, (update, _) in self.layers.items()}
-        with recording(self.adapter, modules) as seen, torch.no_grad():
+        with by_kernels(self.adapter), recording(self.adapter, self.updates) as calls:
             logits = self.model(**inputs).logits
         with torch.enable_grad():
             logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -195,7 +195,7 @@ class Linear(Batches):
                 values = self.items(logits, batch)
                 numbers = torch.arange(len(batch), device=logits.device).view(-1, *[1] * (logits.dim() - 1))
                 rows = self.items(numbers.expand(*logits.shape[:-1], 1), batch)[:, 0]
-        return _Outputs(values, rows, seen, random)
+        return _Outputs(values, rows, calls, random, bool(random.all()))
 
     def random_tokens(self, batch: Batch, place: Place) -> int:
         """Of all rows of a batch."""
@@ -230,7 +230,7 @@ class Linear(Batches):
         rest: dict[str, Any] = {n: v for n, v in inputs.items() if n not in of_tokens}
         rest |= {"use_cache": True, cache_argument(self.model): DynamicCache()}
         one = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
-        with torch.no_grad(), directly(self.adapter):
+        with by_kernels(self.adapter):
             self.model(**{n: v[:, : tokens - tail] for n, v in of_tokens.items()}, **rest | one)
         last = {n: v if n == "attention_mask" else v[:, -tail:] for n, v in of_tokens.items()}
         return {**last, **rest}
@@ -264,42 +264,34 @@ class Linear(Batches):
 
     def _covariance(self, found: _Outputs, values: Tensor, chosen: Tensor, rows_per_item: int) -> Tensor:
         """(I, C, C) of the items ``chosen``, no two of a row; the outputs of one item may be those of several rows."""
-        rows, random = found.rows[chosen], found.random
-        calls = [(name, call) for name, those in found.seen.items() for call in those]
-        full_rank = self.adapter.family == "full-rank"
-        bases = {name: None if full_rank else self.layers[name][1].basis.to(call.at.device) for name, call in calls}
-        scalings = {name: self.layers[name][0].module.scaling[self.adapter.name] for name in found.seen}
+        rows, calls = found.rows[chosen], found.recording.calls
         gradients: list[list[Tensor]] = [[] for _ in calls]
         for column in range(values.shape[1]):
             with torch.enable_grad():
                 total = values[chosen, column].sum()
-            parts = torch.autograd.grad(total, [call.at for _, call in calls], retain_graph=True, allow_unused=True)
-            for (name, call), kept, part in zip(calls, gradients, parts, strict=True):
-                part, basis = torch.zeros_like(call.at) if part is None else part, bases[name]
-                part = part.float()
-                if not call.direct:
-                    part = scalings[name] * (part if basis is None else part @ basis)
-                kept.append(self._by_row(name, part, random)[rows.to(part.device)])
-        layers: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for (name, call), kept in zip(calls, gradients, strict=True):
-            x = self._by_row(name, call.x.float(), random)[rows.to(call.x.device)]
-            g = torch.stack(kept, 1)
-            layers[name].append((x.unflatten(0, (-1, rows_per_item)), g.unflatten(0, (-1, rows_per_item))))
-        width = values.shape[1] * rows_per_item
-        covariance = torch.zeros(len(chosen) // rows_per_item, width, width, dtype=torch.float64, device=values.device)
-        products = by_token if self.by_token else jointly
-        for those in layers.values():
-            x, g = torch.cat([x for x, _ in those], 2), torch.cat([g for _, g in those], 3)
-            covariance += products(x, g).to(covariance)
-        return covariance
+            for call, kept, part in zip(calls, gradients, found.recording.gradients(total), strict=True):
+                kept.append(self._by_row(call, part, found)[rows.to(part.device)])
+        layers: dict[SampledUpdate, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        inputs: dict[int, Tensor] = {}  # of layers that share theirs
+        for call, kept in zip(calls, gradients, strict=True):
+            if id(call.x) not in inputs:
+                x = self._by_row(call, call.x.float(), found)[rows.to(call.x.device)]
+                inputs[id(call.x)] = x.unflatten(0, (-1, rows_per_item))
+            g = torch.stack(kept, 1) * call.update.module.scaling[self.adapter.name]
+            layers[call.update].append((inputs[id(call.x)], g.unflatten(0, (-1, rows_per_item))))
+        joined = [
+            those[0] if len(those) == 1 else (torch.cat([x for x, _ in those], 2), torch.cat([g for _, g in those], 3))
+            for those in layers.values()
+        ]
+        return (by_token if self.by_token else jointly)(joined).to(values.device)
 
-    def _by_row(self, name: str, value: Tensor, random: Tensor) -> Tensor:
+    def _by_row(self, call: Call, value: Tensor, found: _Outputs) -> Tensor:
         """(B, K, ...) of a layer's input or output, 0 where nothing is random; pooled rows are one position each.
 
         Raises:
             SamplingError: it has no such rows.
         """
-        rows, tokens = random.shape
+        name, (rows, tokens) = call.update.name, found.random.shape
         if value.dim() == 2 and value.shape[0] == rows:
             return value[:, None]
         if value.dim() == 2 and value.shape[0] == rows * tokens:
@@ -307,7 +299,7 @@ class Linear(Batches):
         kept = value.shape[1] if value.dim() == 3 and value.shape[0] == rows else 0
         # A head may be given the last positions alone.
         if kept == tokens or (0 < kept < tokens and name == self.adapter.anatomy.head_name):
-            return value.masked_fill(~random[:, -kept:, None].to(value.device), 0)
+            return value if found.everything else value.masked_fill(~found.random[:, -kept:, None].to(value.device), 0)
         raise SamplingError(
             f"layer {name!r} has an input or output of shape {tuple(value.shape)}, expected {rows} rows of {tokens} tokens first. Fix: "
             "by='samples', or train the adapter without it in target_modules"
