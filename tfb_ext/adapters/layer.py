@@ -262,11 +262,9 @@ class SampledUpdate:
             batch, items = state.batch, state.items
             for update in together if state.seen is not None else (self,):
                 state.check_rows(update.name, x)
-        recording = None if state.recording is None else state.recording.get(self)
-        if recording is not None:
-            outputs = recording.group(x, together)
-        else:
-            outputs = self.outputs(together, x, batch, *(items[1:] if items is not None else (0, 0)))
+        recording = (state.recording or {}).get(self)
+        places = items[1:] if items is not None else ()
+        outputs = recording.group(x, together) if recording else self.outputs(together, x, batch, *places)
         return SharedInput(x, version, dict(zip((u.name for u in together), outputs, strict=True)))
 
     @staticmethod
