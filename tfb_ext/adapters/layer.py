@@ -272,7 +272,6 @@ class SampledUpdate:
         together: Sequence[SampledUpdate], x: Tensor, batch: SampleBatch, lead: int = 0, each: int = 0
     ) -> list[Tensor]:
         """Outputs (..., m) of layers on plain bases that read ``x`` (..., n), whose rows are as in :func:`tfb_ext.ops.update_group`."""
-        sigma, samples, seed = batch.tensors(x.device)
         bases = [u.module._modules["base_layer"]._parameters for u in together]
         return ops.update_group(
             x if x.stride(-1) == 1 else x.contiguous(),
@@ -280,9 +279,7 @@ class SampledUpdate:
             [u.module._buffers[u.buffers[0]] for u in together],
             [base["bias"] for base in bases],
             [u.module.scaling[u.adapter] for u in together],
-            sigma,
-            samples,
-            seed,
+            *batch.tensors(x.device),
             [u.layer for u in together],
             batch.mode,
             batch.antithetic,
