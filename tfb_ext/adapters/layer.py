@@ -262,7 +262,7 @@ class SampledUpdate:
             batch, items = state.batch, state.items
             for update in together if state.seen is not None else (self,):
                 state.check_rows(update.name, x)
-        recording = (state.recording or {}).get(self)
+        recording = state.recording.get(self) if state.recording else None  # of every call: no dictionary made for it
         places = items[1:] if items is not None else ()
         outputs = recording.group(x, together) if recording else self.outputs(together, x, batch, *places)
         return SharedInput(x, version, dict(zip((u.name for u in together), outputs, strict=True)))

@@ -46,8 +46,8 @@ class Recording:
         """Outputs (..., m) of layers that read ``x`` (..., n), with a derivative of their own."""
         if self._anchor is None:  # so that the first layers, whose input has no graph, are in it
             self._anchor = torch.zeros((), device=x.device, requires_grad=True)
-        calls = [Call(update, x.detach()) for update in updates]
-        calls = [Call(call.update, calls[0].x) for call in calls]
+        own = x.detach()
+        calls = [Call(update, own) for update in updates]
         self.calls += calls
         self._own.update(updates)
         outputs: Sequence[Tensor] = _Layers.apply(x, self._anchor, calls)
@@ -72,14 +72,17 @@ class Recording:
         parts = torch.autograd.grad(total, at, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
         for call, part in zip(others, parts[len(parts) - len(others) :], strict=True):
             if part is not None:
-                basis = call.update.module._buffers[call.update.buffers[0]]
-                call.gradient = part.float() if call.update.full_rank else part.float() @ basis.float()
+                call.gradient = part.float() if call.update.full_rank else part.float() @ _basis(call).float()
         return [_zero(call) if call.gradient is None else call.gradient.float() for call in self.calls]
 
 
+def _basis(call: Call) -> Any:
+    return call.update.module._buffers[call.update.buffers[0]]
+
+
 def _zero(call: Call) -> Tensor:
-    basis = call.update.module._buffers[call.update.buffers[0]]
-    return call.x.new_zeros(*call.x.shape[:-1], basis.shape[0 if call.update.full_rank else 1], dtype=torch.float32)
+    width = _basis(call).shape[0 if call.update.full_rank else 1]
+    return call.x.new_zeros(*call.x.shape[:-1], width, dtype=torch.float32)
 
 
 class _Layers(torch.autograd.Function):
@@ -91,8 +94,7 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, calls: list[Call]) -> tuple[Tensor, ...]:
         ctx.calls = calls
-        first, *others = (call.update for call in calls)
-        return tuple(first.outputs([first, *others], x, MEAN))
+        return tuple(SampledUpdate.outputs([call.update for call in calls], x, MEAN))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
