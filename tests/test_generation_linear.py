@@ -177,11 +177,11 @@ def test_rows_are_halved_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> N
     adapter, batch = zoo.bayesian("llama", sigma=0.1, depth=2), zoo.prompt(3)
     whole, outputs, asked = generate(adapter, batch), forward_linear.Linear._outputs, []
 
-    def tight(self: Any, rows: Any) -> Any:
+    def tight(self: Any, rows: Any, *args: Any) -> Any:
         asked.append(len(rows))
         if len(rows) > 1:
             raise torch.OutOfMemoryError
-        return outputs(self, rows)
+        return outputs(self, rows, *args)
 
     monkeypatch.setattr(forward_linear.Linear, "_outputs", tight)
     cut = generate(adapter, batch)

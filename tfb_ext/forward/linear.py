@@ -11,14 +11,15 @@ is drawn anew for every token (modes ``"token"`` and ``"flipout"``) leaves the t
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..adapters.adapter import BayesianAdapter, Place
@@ -31,13 +32,16 @@ from .caches import cache_argument
 from .contexts import check_free
 from .engine import MANY_CLASSES, Request, answer_lengths
 from .gradients import by_token, jointly
-from .memory import Memory
+from .graphs import Graph, capturable, describe, has_hooks
+from .memory import Memory, room_for_tokens
 from .recording import Call, Recording, by_kernels, recording
 from .rows import at_targets
 from .tail import Tail, tail_of
 
 # Of more outputs, the largest of each item are random: every one costs a backward pass.
 MOST_OUTPUTS = 64
+# A batch's shape is captured when it was met so often, which takes about as long as a graph saves then; so many are kept.
+MEETINGS, GRAPHS = 3, 4
 # What a batch may hold for its prompt to be run apart, each (rows, tokens).
 _PLAIN = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
 
@@ -58,20 +62,46 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class _Plan:
+    """How a batch is run: what of it the host must know.
+
+    Attributes:
+        tail: so many last tokens are run apart from the prompt before them, which has no graph; 0 for one call.
+        everything: whether all tokens that have a graph are random.
+        padded: whether any token is masked.
+        alone: whether each row has one item.
+        rows_per_item: as of the batch.
+    """
+
+    tail: int
+    everything: bool
+    padded: bool
+    alone: bool
+    rows_per_item: int
+
+
+@dataclass(frozen=True)
 class _Outputs:
-    """Of a batch that was run, with a graph: (M, D) outputs, and (M,) the row of each."""
+    """Of a batch that was run, with a graph: (M, D) outputs, and (M,) the row of each; ``None`` if these are the rows."""
 
     values: Tensor
-    rows: Tensor
+    rows: Tensor | None
     recording: Recording
-    random: Tensor  # (B, N) bool, and whether all are
-    everything: bool
+    random: Tensor  # (B, N) bool, of the tokens that have a graph
+    plan: _Plan
 
 
 def linearised(
-    adapter: BayesianAdapter, data: Data, kind: Kind, batch_size: int | None = None, progress: bool = False
+    adapter: BayesianAdapter,
+    data: Data,
+    kind: Kind,
+    batch_size: int | None = None,
+    progress: bool = False,
+    centred: bool = False,
 ) -> Moments:
     """The mean and covariance of every item's outputs: logits of its classes or labels, log probabilities of sequences, or values.
+
+    With ``centred`` the covariance may be that of the outputs less their mean, which is all that a softmax sees of them.
 
     Raises:
         ValueError: empty data, a head of another kind, more than 1024 classes, or choices that are scored by their tokens.
@@ -79,21 +109,24 @@ def linearised(
         SamplingError: inside a sampling context, in training mode, or the adapter is merged, off or not active.
     """
     with ready(adapter, adapter.place):
-        return Linear(adapter, data, adapter.place, batch_size=batch_size, kind=kind).moments(progress)
+        linear = Linear(adapter, data, adapter.place, centred, batch_size=batch_size, kind=kind)
+        return linear.moments(progress)
 
 
 @contextmanager
-def ready(adapter: BayesianAdapter, place: Place) -> Iterator[None]:
-    """Inside, graphs may be recorded, whatever the caller's mode."""
+def ready(adapter: BayesianAdapter, place: Place | None) -> Iterator[None]:
+    """Inside, graphs may be recorded, whatever the caller's mode; ``None`` for a place that was ready before."""
     check_free(adapter.attached)
-    adapter.attached.check_ready()
+    if place is not None:
+        adapter.attached.check_ready()
     with torch.inference_mode(False), torch.no_grad():
         adapter.attached.check_call()
         if not adapter.attached.is_on:
             raise SamplingError(
                 f"adapter {adapter.name!r} is switched off (disable_adapter), expected it on: nothing is random. Fix: leave the with block"
             )
-        adapter.check_place(place)
+        if place is not None:
+            adapter.check_place(place)
         yield
 
 
@@ -102,10 +135,17 @@ class Linear(Batches):
 
     Args:
         place: what is random; for several, that with most.
+        centred: whether of a softmax's outputs the covariance is that of their differences from their mean, of which there is one
+            less, so that two classes take one backward pass.
         options: of :class:`~tfb_ext.forward.batches.Batches`.
+
+    Attributes:
+        replayed: batches that were a CUDA graph's replay.
     """
 
-    def __init__(self, adapter: BayesianAdapter, data: Data, place: Place, **options: Any) -> None:
+    def __init__(
+        self, adapter: BayesianAdapter, data: Data, place: Place, centred: bool = False, **options: Any
+    ) -> None:
         # A graph keeps what a forward holds for one block at a time.
         options |= {"samples": max(1, len(adapter.anatomy.blocks) - place.first), "span": place.span, "share": False}
         with torch.inference_mode(False):
@@ -124,6 +164,11 @@ class Linear(Batches):
             )
         self.memory = Memory(self.device)
         self.by_token = adapter.mode != "weight"
+        self.centred = centred and self.kind == "categorical"
+        self.replayed = 0
+        self._ready: set[Place] = set()
+        self._graphs: dict[Hashable, Graph] = {}
+        self._met: Counter[Hashable] = Counter()
         self._at(place)
 
     def _at(self, place: Place) -> None:
@@ -143,7 +188,8 @@ class Linear(Batches):
 
     def of(self, batch: Batch, place: Place) -> Moments:
         """Of one batch's items at any place that is not deeper than the first."""
-        with ready(self.adapter, place):
+        with ready(self.adapter, None if place in self._ready else place):
+            self._ready.add(place)
             self._at(place)
             mean, covariance, *classes = self._whole(batch)
         return Moments(mean, covariance, classes[0] if classes else None)
@@ -161,27 +207,82 @@ class Linear(Batches):
             raise torch.OutOfMemoryError(
                 f"one item of {batch.rows_per_item} choices does not fit into memory. Fix: free some, or shorten the rows"
             )
-        found = self.memory.once(lambda: self._outputs(batch))
-        return self.memory.once(lambda: self._moments(found, batch.rows_per_item))
+        planned = self.memory.once(lambda: self._planned(batch))
+        found = self.memory.once(lambda: self._by_graph(*planned))
+        return tuple(part.to("cpu", copy=True) for part in found)  # the next replay writes to it
+
+    # Graphs -------------------------------------------------------------------------------------------------------------
+
+    def _by_graph(self, batch: Batch, random: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
+        """:meth:`_moments` by a CUDA graph, where batches of one shape are met so often that capturing one pays: the host takes longer
+        for a few tokens forward and backward than the GPU."""
+        inputs = dict(batch.inputs)
+        if plan.tail and not plan.padded:  # which cannot be looked at while a graph is captured
+            inputs.pop("attention_mask", None)
+        tensors: dict[str, Any] = {
+            "inputs": inputs,
+            "labels": batch.labels,
+            "targets": batch.targets,
+            "columns": batch.columns,
+        }
+        tensors["random"] = random
+        kind = describe(tensors) if plan.alone and batch.inputs["input_ids"].numel() <= self._room_of_graphs else None
+        if kind is None or has_hooks(self.model):
+            return self._moments(batch, random, plan)
+        kind = (self.place, plan, kind)
+        self._met[kind] += 1
+        if kind not in self._graphs and self._met[kind] <= MEETINGS:
+            return self._moments(batch, random, plan)
+        if kind not in self._graphs:
+
+            def run(own: dict[str, Any]) -> tuple[Tensor, ...]:
+                return self._moments(replace(batch, **{n: own[n] for n in own if n != "random"}), own["random"], plan)
+
+            while len(self._graphs) >= GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[kind] = Graph(run, tensors)
+        with by_kernels(self.adapter):
+            self.replayed += 1
+            found: tuple[Tensor, ...] = self._graphs[kind].replay(tensors)
+            return found
+
+    @cached_property
+    def _room_of_graphs(self) -> int:
+        """Tokens of a batch that a graph may hold: its memory is kept."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if len({t.device for t in tensors}) != 1 or not capturable(self.device):
+            return 0
+        return room_for_tokens(self.model, self.device) // GRAPHS
 
     # Forward ------------------------------------------------------------------------------------------------------------
 
-    def _outputs(self, batch: Batch) -> _Outputs:
-        mask, tokens = mask_of(batch).bool(), batch.inputs["input_ids"].shape[1]
-        random, inputs = torch.ones_like(mask), _own(batch.inputs)  # what nothing depends on has no gradient
+    def _planned(self, batch: Batch) -> tuple[Batch, Tensor, _Plan]:
+        """A batch as it is run, and (B, N) which of the tokens that have a graph are random."""
+        mask, tail = mask_of(batch).bool(), 0
+        inputs = _own(batch.inputs)  # what nothing depends on has no gradient
+        random = torch.ones_like(mask)
         if self.place.span is not None:
             found = tail_of(mask, self._counts(batch, self.place.span))
-            random, tail = mask & ~found.seen, found.slots
+            random = mask & ~found.seen
             if self._ends_together(batch, found):
-                inputs = self._after_prompt(inputs, tail, tokens)
+                tail = found.slots
                 of_tokens = {n: getattr(batch, n) for n in ("labels", "targets")}
                 cut = {n: v[:, -tail:] for n, v in of_tokens.items() if v is not None and v.dim() == 2}
                 batch, random = replace(batch, **cut), random[:, -tail:]
         elif batch.columns is not None and batch.targets is None and "logits_to_keep" in self._accepts:
             if bool(mask[:, -1].all()):  # where the answers are read from
                 inputs = inputs | {"logits_to_keep": 1}
+        alone = batch.targets is not None or batch.columns is not None
+        alone = alone or not (self.labels_tokens or batch.token_labelled)
+        everything, whole = torch.stack([random.all(), mask.all()]).tolist()
+        plan = _Plan(tail, everything, not whole, alone, batch.rows_per_item)
+        return replace(batch, inputs=inputs), random, plan
+
+    def _outputs(self, batch: Batch, random: Tensor, plan: _Plan) -> _Outputs:
+        inputs = self._after_prompt(batch.inputs, plan.tail) if plan.tail else batch.inputs
         with by_kernels(self.adapter), recording(self.adapter, self.updates) as calls:
             logits = self.model(**inputs).logits
+        rows = None
         with torch.enable_grad():
             logits = logits if logits.dtype == torch.float64 else logits.float()
             if batch.columns is not None:
@@ -190,12 +291,12 @@ class Linear(Batches):
                 values = self.items(at_targets(torch.log_softmax(logits, -1)[None], batch.targets)[0], batch)
                 if self.sequences is not None and self.sequences.by_length:
                     values = values / (batch.targets != IGNORED).sum(-1, keepdim=True)
-                rows = torch.arange(len(batch), device=values.device)
             else:
                 values = self.items(logits, batch)
-                numbers = torch.arange(len(batch), device=logits.device).view(-1, *[1] * (logits.dim() - 1))
-                rows = self.items(numbers.expand(*logits.shape[:-1], 1), batch)[:, 0]
-        return _Outputs(values, rows, calls, random, bool(random.all()))
+                if not plan.alone:
+                    numbers = torch.arange(len(batch), device=logits.device).view(-1, *[1] * (logits.dim() - 1))
+                    rows = self.items(numbers.expand(*logits.shape[:-1], 1), batch)[:, 0]
+        return _Outputs(values, rows, calls, random, plan)
 
     def random_tokens(self, batch: Batch, place: Place) -> int:
         """Of all rows of a batch."""
@@ -222,67 +323,81 @@ class Linear(Batches):
         pools = self.adapter.anatomy.head_name in CLASSIFIER_HEADS  # at the last token that is no padding token
         return not pools or pad is None or not bool((ids[:, -1] == pad).any())
 
-    def _after_prompt(self, inputs: dict[str, Any], tail: int, tokens: int) -> dict[str, Any]:
+    def _after_prompt(self, inputs: dict[str, Any], tail: int) -> dict[str, Any]:
         """The last columns' arguments, with the keys and values of those before, which are run without a graph."""
         from transformers import DynamicCache
 
         of_tokens = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
         rest: dict[str, Any] = {n: v for n, v in inputs.items() if n not in of_tokens}
         rest |= {"use_cache": True, cache_argument(self.model): DynamicCache()}
-        one = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
+        none = {"logits_to_keep": inputs["input_ids"].new_empty(0)} if "logits_to_keep" in self._accepts else {}
         with by_kernels(self.adapter):
-            self.model(**{n: v[:, : tokens - tail] for n, v in of_tokens.items()}, **rest | one)
+            self.model(**{n: v[:, :-tail] for n, v in of_tokens.items()}, **rest | none)
         last = {n: v if n == "attention_mask" else v[:, -tail:] for n, v in of_tokens.items()}
         return {**last, **rest}
 
     # Backward -----------------------------------------------------------------------------------------------------------
 
-    def _moments(self, found: _Outputs, rows_per_item: int) -> tuple[Tensor, ...]:
-        values, rows = found.values, found.rows
-        mean = values.detach()
+    def _moments(self, batch: Batch, random: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
+        """On the model's device, mean, covariance and, of many, the classes of a batch's items."""
+        found = self._outputs(batch, random, plan)
+        values, each = found.values, plan.rows_per_item
+        mean, count = values.detach(), values.shape[1]
         classes: tuple[Tensor, ...] = ()
-        if values.shape[1] > MOST_OUTPUTS:
-            classes = (mean.topk(MOST_OUTPUTS, dim=1).indices,)
-            with torch.enable_grad():
+        differences = self.centred and each == 1 and 1 < count <= MOST_OUTPUTS
+        with torch.enable_grad():
+            if count > MOST_OUTPUTS:
+                classes = (mean.topk(MOST_OUTPUTS, dim=1).indices,)
                 values = values.gather(1, classes[0])
-        width = values.shape[1] * rows_per_item
-        covariance = torch.zeros(len(values) // rows_per_item, width, width, dtype=torch.float64, device=mean.device)
-        if values.requires_grad:
+            elif differences:
+                values = values[:, 1:] - values[:, :1]
+        width = values.shape[1] * each
+        covariance = torch.zeros(len(values) // each, width, width, dtype=torch.float64, device=mean.device)
+        if not values.requires_grad:
+            pass
+        elif found.rows is None:
+            covariance = self._covariance(found, values, None)
+        else:
             # One item of every row at a time: rows do not see each other, so a sum over them has the gradient of each.
-            same = rows[:, None] == rows
+            same = found.rows[:, None] == found.rows
             place = same.tril(-1).sum(1)
             for turn in range(int(place.max()) + 1 if len(place) else 0):
                 chosen = (place == turn).nonzero()[:, 0]
-                part = self._covariance(found, values, chosen, rows_per_item)
-                if rows_per_item > 1:
-                    covariance = part
-                else:
-                    covariance[chosen] = part
-        if rows_per_item > 1:
-            mean = mean.view(-1, rows_per_item)
-        return tuple(part.cpu() for part in (mean.double(), covariance, *classes))
+                covariance[chosen] = self._covariance(found, values, chosen)
+        if differences:
+            spread = (
+                nn.functional.pad(torch.eye(width, dtype=torch.float64, device=mean.device), (0, 0, 1, 0)) - 1 / count
+            )
+            covariance = spread @ covariance @ spread.mT
+        return mean.double().view(-1, count * each), covariance, *classes
 
-    def _covariance(self, found: _Outputs, values: Tensor, chosen: Tensor, rows_per_item: int) -> Tensor:
-        """(I, C, C) of the items ``chosen``, no two of a row; the outputs of one item may be those of several rows."""
-        rows, calls = found.rows[chosen], found.recording.calls
+    def _covariance(self, found: _Outputs, values: Tensor, chosen: Tensor | None) -> Tensor:
+        """(I, C, C) of the items ``chosen``, no two of a row; of all, the outputs of one item may be those of several rows."""
+        calls, each = found.recording.calls, found.plan.rows_per_item
+
+        def of_items(call: Call, value: Tensor) -> Tensor:
+            value = self._by_row(call, value, found)
+            return value if chosen is None or found.rows is None else value[found.rows[chosen].to(value.device)]
+
         gradients: list[list[Tensor]] = [[] for _ in calls]
         for column in range(values.shape[1]):
             with torch.enable_grad():
-                total = values[chosen, column].sum()
+                total = (values if chosen is None else values[chosen])[:, column].sum()
             for call, kept, part in zip(calls, gradients, found.recording.gradients(total), strict=True):
-                kept.append(self._by_row(call, part, found)[rows.to(part.device)])
+                kept.append(of_items(call, part))
         layers: dict[SampledUpdate, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         inputs: dict[int, Tensor] = {}  # of layers that share theirs
         for call, kept in zip(calls, gradients, strict=True):
             if id(call.x) not in inputs:
-                x = self._by_row(call, call.x.float(), found)[rows.to(call.x.device)]
-                inputs[id(call.x)] = x.unflatten(0, (-1, rows_per_item))
-            g = torch.stack(kept, 1) * call.update.module.scaling[self.adapter.name]
-            layers[call.update].append((inputs[id(call.x)], g.unflatten(0, (-1, rows_per_item))))
-        joined = [
-            those[0] if len(those) == 1 else (torch.cat([x for x, _ in those], 2), torch.cat([g for _, g in those], 3))
-            for those in layers.values()
-        ]
+                inputs[id(call.x)] = of_items(call, call.x).unflatten(0, (-1, each))
+            g = kept[0][:, None] if len(kept) == 1 else torch.stack(kept, 1)
+            layers[call.update].append((inputs[id(call.x)], g.unflatten(0, (-1, each))))
+        joined = []
+        for update, those in layers.items():
+            x, g = (
+                part[0] if len(part) == 1 else torch.cat(part, 2 + n) for n, part in enumerate(zip(*those, strict=True))
+            )
+            joined.append((x, g, update.module.scaling[self.adapter.name]))
         return (by_token if self.by_token else jointly)(joined).to(values.device)
 
     def _by_row(self, call: Call, value: Tensor, found: _Outputs) -> Tensor:
@@ -299,7 +414,11 @@ class Linear(Batches):
         kept = value.shape[1] if value.dim() == 3 and value.shape[0] == rows else 0
         # A head may be given the last positions alone.
         if kept == tokens or (0 < kept < tokens and name == self.adapter.anatomy.head_name):
-            return value if found.everything else value.masked_fill(~found.random[:, -kept:, None].to(value.device), 0)
+            return (
+                value
+                if found.plan.everything
+                else value.masked_fill(~found.random[:, -kept:, None].to(value.device), 0)
+            )
         raise SamplingError(
             f"layer {name!r} has an input or output of shape {tuple(value.shape)}, expected {rows} rows of {tokens} tokens first. Fix: "
             "by='samples', or train the adapter without it in target_modules"

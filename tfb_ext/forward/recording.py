@@ -64,7 +64,7 @@ class Recording:
         return output.clone()
 
     def gradients(self, total: Tensor) -> list[Tensor]:
-        """Of every call, the gradient of ``total`` () as :class:`Call` has it, float32; the graph stays."""
+        """Of every call, the gradient of ``total`` () as :class:`Call` has it; the graph stays."""
         others = [call for call in self.calls if call.at is not None]
         for call in self.calls:
             call.gradient = None
@@ -73,7 +73,7 @@ class Recording:
         for call, part in zip(others, parts[len(parts) - len(others) :], strict=True):
             if part is not None:
                 call.gradient = part.float() if call.update.full_rank else part.float() @ _basis(call).float()
-        return [_zero(call) if call.gradient is None else call.gradient.float() for call in self.calls]
+        return [_zero(call) if call.gradient is None else call.gradient for call in self.calls]
 
 
 def _basis(call: Call) -> Any:

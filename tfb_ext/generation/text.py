@@ -22,8 +22,9 @@ from ..adapters.adapter import BayesianAdapter
 from ..checks import check_choice, check_count
 from ..errors import SamplingError
 from ..forward.caches import cache_argument
+from ..forward.graphs import capturable
 from ..posterior.config import BY, By
-from .decoding import capturable, captured_decoding, open_decoding
+from .decoding import captured_decoding, open_decoding
 from .linear import linear_sigma, token_variances
 from .options import assistant, check_model, check_options, check_ours, check_room, resolved, with_length
 from .prompts import Prompts, encode_prompts, vocabulary

@@ -132,11 +132,17 @@ def gaussian(
     batch_size: int | None = None,
     progress: bool = False,
     kind: Kind | None = None,
+    centred: bool = False,
 ) -> Gaussian:
-    """Every item's outputs as a Gaussian, see :meth:`tfb_ext.BayesianAdapter.gaussian`; ``kind`` is what the head must be."""
+    """Every item's outputs as a Gaussian, see :meth:`tfb_ext.BayesianAdapter.gaussian`.
+
+    Args:
+        kind: what the head must be.
+        centred: whether classes' logits may be taken less their mean, as a softmax takes them: a backward pass less.
+    """
     kind = adapter.anatomy.kind if kind is None else kind
     started = time.perf_counter()
-    found = linearised(adapter, data, kind, batch_size, progress)
+    found = linearised(adapter, data, kind, batch_size, progress, centred)
     choices = tuple(getattr(data, "choices", ())) if kind != "regression" else ()
     seconds = time.perf_counter() - started
     return Gaussian(found.mean, found.covariance, found.classes, kind, choices, seconds)

@@ -85,8 +85,7 @@ class Linearised(Linear):
     key = {"samples": "none, by linear", "seed": None, "antithetic": None}
 
     def __init__(self, adapter: BayesianAdapter, data: Data, places: Sequence[Place], **options: Any) -> None:
-        adapter.attached.check_ready()
-        super().__init__(adapter, data, places[0], **options)
+        super().__init__(adapter, data, places[0], centred=True, **options)
         self._deepest = places[0]
         self._known: dict[tuple[Hashable, Place], Gaussian] = {}
         self.tokens_run = 0
@@ -100,8 +99,8 @@ class Linearised(Linear):
         return [self._gaussian(batch, place).averages(sigma)[0].log() for sigma in sigmas]
 
     def forwards(self, place: Place, share: float) -> float:
-        """Of the plain model, for a prediction: one, and for each output a backward pass of the random part."""
-        return 1 + share * (1 if self.sequences is not None else min(self.classes, MOST_OUTPUTS))
+        """Of the plain model, for a prediction: one, and for each difference of outputs a backward pass of the random part."""
+        return 1 + share * (1 if self.sequences is not None else max(1, min(self.classes - 1, MOST_OUTPUTS)))
 
     def _gaussian(self, batch: Batch, place: Place) -> Gaussian:
         if (batch.key, place) not in self._known:
