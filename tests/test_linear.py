@@ -13,11 +13,11 @@ import test_decoding
 import test_heads
 import torch
 import zoo
-from torch import Tensor
+from torch import Tensor, nn
 
 import tfb_ext
 from tfb_ext.errors import GuardError, SamplingError
-from tfb_ext.forward import gradients, linear
+from tfb_ext.forward import gradients, linear, recording
 from tfb_ext.prediction import Gaussian, MultiLabelPrediction, Prediction, RegressionPrediction
 from tfb_ext.research import head_gaussian
 
@@ -100,6 +100,34 @@ def test_equals_finite_differences(name: str, span: Any, depth: Any, monkeypatch
 
 def norm(weight: Tensor, x: Tensor) -> Tensor:
     return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_derivative_of_the_layers(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By gradcheck in float64, the kernels' forward replaced by the same sum in plain arithmetic."""
+    adapter = tfb_ext.bayesianize(zoo.peft_model("qwen2", target_modules=["q_proj", "k_proj", "v_proj"]))
+    updates = [u for u in adapter.attached.updates if u.block == 1][: 3 if grouped else 1]
+    weights = {}
+    for update in updates:
+        layer = update.module.base_layer.double()
+        basis, mean = (update.module._buffers[name].double() for name in update.buffers)
+        update.module.scaling[adapter.name] = 0.7
+        weights[update] = layer.weight + 0.7 * basis @ mean, layer.bias
+
+    def plain(together: Any, x: Tensor, *_: Any) -> list[Tensor]:
+        return [nn.functional.linear(x, *weights[update]) for update in together]
+
+    monkeypatch.setattr(recording.SampledUpdate, "outputs", plain)
+    x = torch.randn(2, 3, weights[updates[0]][0].shape[1], dtype=torch.float64, requires_grad=True)
+    anchor = torch.zeros((), requires_grad=True)
+    calls = [recording.Call(update, x.detach()) for update in updates]
+    assert torch.autograd.gradcheck(lambda x: recording._Layers.apply(x, anchor, calls), (x,))
+    outputs = recording._Layers.apply(x, anchor, calls)
+    given = [torch.randn_like(y) for y in outputs]
+    torch.autograd.backward(outputs, given)
+    for call, d in zip(calls, given, strict=True):
+        basis = call.update.module._buffers[call.update.buffers[0]].double()
+        torch.testing.assert_close(call.gradient, d @ basis)
 
 
 # Heads --------------------------------------------------------------------------------------------------------------------
@@ -349,7 +377,9 @@ def test_batches_of_one_shape_become_a_graph(
         monkeypatch.setattr(linear, "room_for_tokens", lambda *_: 1000)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", test_decoding.Recorder)
         monkeypatch.setattr(torch.cuda, "graph", test_decoding.recorded)
-        monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor=None: True)  # as where a GPU captures
+        monkeypatch.setattr(
+            "transformers.masking_utils.is_tracing", lambda tensor=None: True
+        )  # as where a GPU captures
     adapter = zoo.bayesian(name, "cuda" if where == "cuda" else "cpu", span=span, depth=depth, **options)
     data = small_sets.encoded(8, head=name == "llama-cls")
     data = replace(data, token_ids=[list(range(11 + i, 18 + i)) for i in range(8)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,9 +41,9 @@ def capturable(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def has_hooks(model: nn.Module) -> bool:
-    """Whether any part has forward hooks, which a replay would not call."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+def has_hooks(parts: Iterable[nn.Module]) -> bool:
+    """Whether any of these modules has forward hooks, which a replay would not call."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 def describe(value: Any) -> Hashable | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,7 @@ from ..adapters.adapter import BayesianAdapter, Place
 from ..adapters.layer import SampledUpdate
 from ..errors import SamplingError, refusal
 from .anatomy import CLASSIFIER_HEADS, Kind
+from .attention import NotCausalError, attending_causally
 from .batch import Batch, labelled_lengths, mask_of
 from .batches import IGNORED, Batches, Data, head_outputs, original_order
 from .caches import cache_argument
@@ -165,6 +166,7 @@ class Linear(Batches):
         self.memory = Memory(self.device)
         self.by_token = adapter.mode != "weight"
         self.centred = centred and self.kind == "categorical"
+        self._is_causal = True  # until a layer says otherwise
         self.replayed = 0
         self._ready: set[Place] = set()
         self._graphs: dict[Hashable, Graph] = {}
@@ -216,18 +218,11 @@ class Linear(Batches):
     def _by_graph(self, batch: Batch, random: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
         """:meth:`_moments` by a CUDA graph, where batches of one shape are met so often that capturing one pays: the host takes longer
         for a few tokens forward and backward than the GPU."""
-        inputs = dict(batch.inputs)
-        if plan.tail and not plan.padded:  # which cannot be looked at while a graph is captured
-            inputs.pop("attention_mask", None)
-        tensors: dict[str, Any] = {
-            "inputs": inputs,
-            "labels": batch.labels,
-            "targets": batch.targets,
-            "columns": batch.columns,
+        tensors = {name: getattr(batch, name) for name in ("inputs", "labels", "targets", "columns")} | {
+            "random": random
         }
-        tensors["random"] = random
         kind = describe(tensors) if plan.alone and batch.inputs["input_ids"].numel() <= self._room_of_graphs else None
-        if kind is None or has_hooks(self.model):
+        if kind is None or has_hooks(self._parts):
             return self._moments(batch, random, plan)
         kind = (self.place, plan, kind)
         self._met[kind] += 1
@@ -245,6 +240,10 @@ class Linear(Batches):
             self.replayed += 1
             found: tuple[Tensor, ...] = self._graphs[kind].replay(tensors)
             return found
+
+    @cached_property
+    def _parts(self) -> list[nn.Module]:
+        return list(self.model.modules())
 
     @cached_property
     def _room_of_graphs(self) -> int:
@@ -279,8 +278,8 @@ class Linear(Batches):
         return replace(batch, inputs=inputs), random, plan
 
     def _outputs(self, batch: Batch, random: Tensor, plan: _Plan) -> _Outputs:
-        inputs = self._after_prompt(batch.inputs, plan.tail) if plan.tail else batch.inputs
-        with by_kernels(self.adapter), recording(self.adapter, self.updates) as calls:
+        inputs = self._after_prompt(batch.inputs, plan) if plan.tail else batch.inputs
+        with by_kernels(self.adapter), recording(self.adapter, self.updates) as calls, self._attending(plan):
             logits = self.model(**inputs).logits
         rows = None
         with torch.enable_grad():
@@ -323,7 +322,11 @@ class Linear(Batches):
         pools = self.adapter.anatomy.head_name in CLASSIFIER_HEADS  # at the last token that is no padding token
         return not pools or pad is None or not bool((ids[:, -1] == pad).any())
 
-    def _after_prompt(self, inputs: dict[str, Any], tail: int) -> dict[str, Any]:
+    def _attending(self, plan: _Plan) -> AbstractContextManager[None]:
+        plain = self._is_causal and not plan.padded and plan.tail in (0, 1)
+        return attending_causally(self.model, len(self.adapter.anatomy.blocks)) if plain else nullcontext()
+
+    def _after_prompt(self, inputs: dict[str, Any], plan: _Plan) -> dict[str, Any]:
         """The last columns' arguments, with the keys and values of those before, which are run without a graph."""
         from transformers import DynamicCache
 
@@ -331,16 +334,20 @@ class Linear(Batches):
         rest: dict[str, Any] = {n: v for n, v in inputs.items() if n not in of_tokens}
         rest |= {"use_cache": True, cache_argument(self.model): DynamicCache()}
         none = {"logits_to_keep": inputs["input_ids"].new_empty(0)} if "logits_to_keep" in self._accepts else {}
-        with by_kernels(self.adapter):
-            self.model(**{n: v[:, :-tail] for n, v in of_tokens.items()}, **rest | none)
-        last = {n: v if n == "attention_mask" else v[:, -tail:] for n, v in of_tokens.items()}
+        with by_kernels(self.adapter), self._attending(plan):
+            self.model(**{n: v[:, : -plan.tail] for n, v in of_tokens.items()}, **rest | none)
+        last = {n: v if n == "attention_mask" else v[:, -plan.tail :] for n, v in of_tokens.items()}
         return {**last, **rest}
 
     # Backward -----------------------------------------------------------------------------------------------------------
 
     def _moments(self, batch: Batch, random: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
         """On the model's device, mean, covariance and, of many, the classes of a batch's items."""
-        found = self._outputs(batch, random, plan)
+        try:
+            found = self._outputs(batch, random, plan)
+        except NotCausalError:
+            self._is_causal = False
+            found = self._outputs(batch, random, plan)
         values, each = found.values, plan.rows_per_item
         mean, count = values.detach(), values.shape[1]
         classes: tuple[Tensor, ...] = ()
