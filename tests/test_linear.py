@@ -353,7 +353,7 @@ def test_a_prompt_has_no_graph_and_nor_have_blocks_below() -> None:
         for block in adapter.anatomy.blocks
     ]
     assert_same(adapter.gaussian(data), found)
-    assert seen == [*[(4, False)] * 4, *[(1, False)] * 2, *[(1, True)] * 2]
+    assert seen == [*[(4, False)] * 3, *[(1, False)] * 2, *[(1, True)] * 2]
     adapter.span = "all"
     adapter.gaussian(data)
     assert seen[-4:] == [(5, False)] * 2 + [(5, True)] * 2

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,7 @@ from .anatomy import CLASSIFIER_HEADS, Kind
 from .attention import NotCausalError, attending_causally
 from .batch import Batch, labelled_lengths, mask_of
 from .batches import IGNORED, Batches, Data, head_outputs, original_order
-from .caches import cache_argument
+from .caches import FilledError, cache_argument, filling_cache
 from .contexts import check_free
 from .engine import MANY_CLASSES, Request, answer_lengths
 from .gradients import by_token, jointly
@@ -236,10 +236,10 @@ class Linear(Batches):
             while len(self._graphs) >= GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[kind] = Graph(run, tensors)
-        with by_kernels(self.adapter):
-            self.replayed += 1
+        self.replayed += 1
+        with self.adapter.attached.state.one_call():
             found: tuple[Tensor, ...] = self._graphs[kind].replay(tensors)
-            return found
+        return found
 
     @cached_property
     def _parts(self) -> list[nn.Module]:
@@ -258,23 +258,23 @@ class Linear(Batches):
     def _planned(self, batch: Batch) -> tuple[Batch, Tensor, _Plan]:
         """A batch as it is run, and (B, N) which of the tokens that have a graph are random."""
         mask, tail = mask_of(batch).bool(), 0
+        whole = bool(mask.all())
         inputs = _own(batch.inputs)  # what nothing depends on has no gradient
         random = torch.ones_like(mask)
         if self.place.span is not None:
             found = tail_of(mask, self._counts(batch, self.place.span))
             random = mask & ~found.seen
-            if self._ends_together(batch, found):
+            if self._ends_together(batch, found, whole):
                 tail = found.slots
                 of_tokens = {n: getattr(batch, n) for n in ("labels", "targets")}
                 cut = {n: v[:, -tail:] for n, v in of_tokens.items() if v is not None and v.dim() == 2}
                 batch, random = replace(batch, **cut), random[:, -tail:]
         elif batch.columns is not None and batch.targets is None and "logits_to_keep" in self._accepts:
-            if bool(mask[:, -1].all()):  # where the answers are read from
+            if whole or bool(mask[:, -1].all()):  # where the answers are read from
                 inputs = inputs | {"logits_to_keep": 1}
         alone = batch.targets is not None or batch.columns is not None
         alone = alone or not (self.labels_tokens or batch.token_labelled)
-        everything, whole = torch.stack([random.all(), mask.all()]).tolist()
-        plan = _Plan(tail, everything, not whole, alone, batch.rows_per_item)
+        plan = _Plan(tail, bool(random.all()), not whole, alone, batch.rows_per_item)
         return replace(batch, inputs=inputs), random, plan
 
     def _outputs(self, batch: Batch, random: Tensor, plan: _Plan) -> _Outputs:
@@ -308,15 +308,15 @@ class Linear(Batches):
         lengths = mask_of(batch).sum(1)
         return torch.full_like(lengths, span) if answers is None else span - 1 + answers.to(lengths)
 
-    def _ends_together(self, batch: Batch, tail: Tail) -> bool:
+    def _ends_together(self, batch: Batch, tail: Tail, whole: bool) -> bool:
         """Whether the prompt can be run by itself: all random tokens are in the last columns, where all items are."""
         inputs, mask = batch.inputs, mask_of(batch)
         ids = inputs["input_ids"]
         tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
         plain = tensors.keys() <= _PLAIN and all(v.shape == ids.shape for v in tensors.values())
-        if not plain or tail.columns is not None or tail.slots >= ids.shape[1] or not bool(mask[:, -1].all()):
+        if not plain or tail.columns is not None or tail.slots >= ids.shape[1]:
             return False
-        if "position_ids" not in inputs and not bool(mask.all()):
+        if not whole and ("position_ids" not in inputs or not bool(mask[:, -1].all())):
             return False  # where positions begin is the model's own rule
         pad = self.model.config.get_text_config().pad_token_id
         pools = self.adapter.anatomy.head_name in CLASSIFIER_HEADS  # at the last token that is no padding token
@@ -328,14 +328,14 @@ class Linear(Batches):
 
     def _after_prompt(self, inputs: dict[str, Any], plan: _Plan) -> dict[str, Any]:
         """The last columns' arguments, with the keys and values of those before, which are run without a graph."""
-        from transformers import DynamicCache
-
+        cache = filling_cache(len(self.adapter.anatomy.blocks))
         of_tokens = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
         rest: dict[str, Any] = {n: v for n, v in inputs.items() if n not in of_tokens}
-        rest |= {"use_cache": True, cache_argument(self.model): DynamicCache()}
+        rest |= {"use_cache": True, cache_argument(self.model): cache}
         none = {"logits_to_keep": inputs["input_ids"].new_empty(0)} if "logits_to_keep" in self._accepts else {}
-        with by_kernels(self.adapter), self._attending(plan):
+        with suppress(FilledError), by_kernels(self.adapter), self._attending(plan):
             self.model(**{n: v[:, : -plan.tail] for n, v in of_tokens.items()}, **rest | none)
+        del cache.update
         last = {n: v if n == "attention_mask" else v[:, -plan.tail :] for n, v in of_tokens.items()}
         return {**last, **rest}
 

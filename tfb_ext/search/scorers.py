@@ -14,7 +14,7 @@ from ..forward.batch import Batch
 from ..forward.batches import Data
 from ..forward.engine import MANY_CLASSES, Scorer
 from ..forward.linear import MOST_OUTPUTS, Linear
-from ..prediction.gaussian import Gaussian
+from ..prediction.gaussian import Gaussian, device_of
 
 
 class Sampled(Scorer):
@@ -107,6 +107,6 @@ class Linearised(Linear):
             found = self.of(batch, place)
             self.tokens_run += self.random_tokens(batch, place)
             self._known[batch.key, place] = Gaussian(
-                found.mean, found.covariance, found.classes, self.kind, (), seconds=0.0
+                found.mean, found.covariance, found.classes, self.kind, (), 0.0, device_of(self.adapter)
             )
         return self._known[batch.key, place]
