@@ -175,7 +175,7 @@ def test_long_answers_are_several_passes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rows_are_halved_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, batch = zoo.bayesian("llama", sigma=0.1, depth=2), zoo.prompt(3)
-    whole, outputs, asked = generate(adapter, batch), forward_linear.Linear._outputs, []
+    whole, outputs, asked = generate(adapter, batch), forward_linear.Linear.outputs, []
 
     def tight(self: Any, rows: Any, *args: Any) -> Any:
         asked.append(len(rows))
@@ -183,7 +183,7 @@ def test_rows_are_halved_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> N
             raise torch.OutOfMemoryError
         return outputs(self, rows, *args)
 
-    monkeypatch.setattr(forward_linear.Linear, "_outputs", tight)
+    monkeypatch.setattr(forward_linear.Linear, "outputs", tight)
     cut = generate(adapter, batch)
     assert asked[0] == 3 and asked.count(1) == 3
     torch.testing.assert_close(cut.standard_deviation, whole.standard_deviation, atol=1e-6, rtol=1e-4)

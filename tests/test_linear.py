@@ -404,8 +404,8 @@ def test_batches_of_one_shape_become_a_graph(
 def test_a_softmax_needs_one_backward_pass_less(classes: int, span: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, data = zoo.bayesian("llama", span=span), small_sets.encoded(4)
     data = replace(data, choices=data.choices[:classes], choice_ids=data.choice_ids[:classes], labels=[0] * 4)
-    whole, passes, before = adapter.gaussian(data), [], linear.Recording.gradients
-    monkeypatch.setattr(linear.Recording, "gradients", lambda *args: passes.append(1) or before(*args))
+    whole, passes, before = adapter.gaussian(data), [], recording.Recording.gradients
+    monkeypatch.setattr(recording.Recording, "gradients", lambda *args: passes.append(1) or before(*args))
     found = tfb_ext.predict(adapter, data, by="linear", sigma=0.2)
     assert len(passes) == classes - 1
     torch.testing.assert_close(found.probabilities, whole.predict(0.2).probabilities, atol=1e-5, rtol=0)

@@ -63,7 +63,7 @@ def test_attention_without_a_mask_is_attention(name: str, span: Any, monkeypatch
         with linear.ready(adapter, adapter.place):
             run = linear.Linear(adapter, rows, adapter.place, batch_size=3)
             found = run.moments(False)
-            attended.append(run._is_causal)
+            attended.append(run.is_causal)
             with monkeypatch.context() as patch:
                 patch.setattr(linear.Linear, "_attending", lambda *_: nullcontext())
                 expected = linear.Linear(adapter, rows, adapter.place, batch_size=3).moments(False)

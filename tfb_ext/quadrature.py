@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ def _trapezoid(spread: float) -> tuple[Tensor, Tensor]:
     return z[:, None], weights / weights.sum()
 
 
+@lru_cache(8)
 def _sobol(points: int, dimensions: int, seed: int) -> tuple[Tensor, Tensor]:
     uniform = SobolEngine(dimensions, scramble=True, seed=seed).draw(points, dtype=torch.float64)
     smallest = torch.finfo(torch.float64).eps

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,26 +25,22 @@ from tqdm.auto import tqdm
 from ..adapters.adapter import BayesianAdapter, Place
 from ..adapters.layer import SampledUpdate
 from ..errors import SamplingError, refusal
-from .anatomy import CLASSIFIER_HEADS, Kind
-from .attention import NotCausalError, attending_causally
-from .batch import Batch, labelled_lengths, mask_of
-from .batches import IGNORED, Batches, Data, head_outputs, original_order
-from .caches import FilledError, cache_argument, filling_cache
+from .anatomy import Kind
+from .attention import NotCausalError
+from .batch import Batch
+from .batches import Data, head_outputs, original_order
 from .contexts import check_free
-from .engine import MANY_CLASSES, Request, answer_lengths
+from .engine import MANY_CLASSES
 from .gradients import by_token, jointly
 from .graphs import Graph, capturable, describe, has_hooks
 from .memory import Memory, room_for_tokens
-from .recording import Call, Recording, by_kernels, recording
-from .rows import at_targets
-from .tail import Tail, tail_of
+from .recording import Call
+from .tail_forward import Outputs, Plan, TailForward
 
 # Of more outputs, the largest of each item are random: every one costs a backward pass.
 MOST_OUTPUTS = 64
 # A batch's shape is captured when it was met so often, which takes about as long as a graph saves then; so many are kept.
 MEETINGS, GRAPHS = 3, 4
-# What a batch may hold for its prompt to be run apart, each (rows, tokens).
-_PLAIN = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
 
 
 @dataclass(frozen=True)
@@ -60,36 +56,6 @@ class Moments:
     mean: Tensor
     covariance: Tensor
     classes: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How a batch is run: what of it the host must know.
-
-    Attributes:
-        tail: so many last tokens are run apart from the prompt before them, which has no graph; 0 for one call.
-        everything: whether all tokens that have a graph are random.
-        padded: whether any token is masked.
-        alone: whether each row has one item.
-        rows_per_item: as of the batch.
-    """
-
-    tail: int
-    everything: bool
-    padded: bool
-    alone: bool
-    rows_per_item: int
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """Of a batch that was run, with a graph: (M, D) outputs, and (M,) the row of each; ``None`` if these are the rows."""
-
-    values: Tensor
-    rows: Tensor | None
-    recording: Recording
-    random: Tensor  # (B, N) bool, of the tokens that have a graph
-    plan: _Plan
 
 
 def linearised(
@@ -131,7 +97,7 @@ def ready(adapter: BayesianAdapter, place: Place | None) -> Iterator[None]:
         yield
 
 
-class Linear(Batches):
+class Linear(TailForward):
     """Runs a data set's batches with a graph from the first random layer on.
 
     Args:
@@ -166,16 +132,11 @@ class Linear(Batches):
         self.memory = Memory(self.device)
         self.by_token = adapter.mode != "weight"
         self.centred = centred and self.kind == "categorical"
-        self._is_causal = True  # until a layer says otherwise
         self.replayed = 0
         self._ready: set[Place] = set()
         self._graphs: dict[Hashable, Graph] = {}
         self._met: Counter[Hashable] = Counter()
-        self._at(place)
-
-    def _at(self, place: Place) -> None:
-        self.place, attached = place, self.adapter.attached
-        self.updates = [u for u in attached.updates if u.block >= place.first]
+        self.at(place)
 
     def moments(self, progress: bool) -> Moments:
         parts: list[tuple[Tensor, ...]] = []
@@ -192,7 +153,7 @@ class Linear(Batches):
         """Of one batch's items at any place that is not deeper than the first."""
         with ready(self.adapter, None if place in self._ready else place):
             self._ready.add(place)
-            self._at(place)
+            self.at(place)
             mean, covariance, *classes = self._whole(batch)
         return Moments(mean, covariance, classes[0] if classes else None)
 
@@ -209,24 +170,24 @@ class Linear(Batches):
             raise torch.OutOfMemoryError(
                 f"one item of {batch.rows_per_item} choices does not fit into memory. Fix: free some, or shorten the rows"
             )
-        planned = self.memory.once(lambda: self._planned(batch))
+        planned = self.memory.once(lambda: self.planned(batch))
         found = self.memory.once(lambda: self._by_graph(*planned))
         return tuple(part.to("cpu", copy=True) for part in found)  # the next replay writes to it
 
     # Graphs -------------------------------------------------------------------------------------------------------------
 
-    def _by_graph(self, batch: Batch, random: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
+    def _by_graph(self, batch: Batch, random: Tensor, plan: Plan) -> tuple[Tensor, ...]:
         """:meth:`_moments` by a CUDA graph, where batches of one shape are met so often that capturing one pays: the host takes longer
         for a few tokens forward and backward than the GPU."""
         tensors = {name: getattr(batch, name) for name in ("inputs", "labels", "targets", "columns")} | {
             "random": random
         }
         kind = describe(tensors) if plan.alone and batch.inputs["input_ids"].numel() <= self._room_of_graphs else None
-        if kind is None or has_hooks(self._parts):
+        if kind is None:
             return self._moments(batch, random, plan)
         kind = (self.place, plan, kind)
         self._met[kind] += 1
-        if kind not in self._graphs and self._met[kind] <= MEETINGS:
+        if kind not in self._graphs and (self._met[kind] <= MEETINGS or has_hooks(self._parts)):
             return self._moments(batch, random, plan)
         if kind not in self._graphs:
 
@@ -236,9 +197,11 @@ class Linear(Batches):
             while len(self._graphs) >= GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[kind] = Graph(run, tensors)
-        self.replayed += 1
         with self.adapter.attached.state.one_call():
             found: tuple[Tensor, ...] = self._graphs[kind].replay(tensors)
+        if has_hooks(self._parts):  # looked at while the GPU works: they are to be called
+            return self._moments(batch, random, plan)
+        self.replayed += 1
         return found
 
     @cached_property
@@ -253,101 +216,15 @@ class Linear(Batches):
             return 0
         return room_for_tokens(self.model, self.device) // GRAPHS
 
-    # Forward ------------------------------------------------------------------------------------------------------------
-
-    def _planned(self, batch: Batch) -> tuple[Batch, Tensor, _Plan]:
-        """A batch as it is run, and (B, N) which of the tokens that have a graph are random."""
-        mask, tail = mask_of(batch).bool(), 0
-        whole = bool(mask.all())
-        inputs = _own(batch.inputs)  # what nothing depends on has no gradient
-        random = torch.ones_like(mask)
-        if self.place.span is not None:
-            found = tail_of(mask, self._counts(batch, self.place.span))
-            random = mask & ~found.seen
-            if self._ends_together(batch, found, whole):
-                tail = found.slots
-                of_tokens = {n: getattr(batch, n) for n in ("labels", "targets")}
-                cut = {n: v[:, -tail:] for n, v in of_tokens.items() if v is not None and v.dim() == 2}
-                batch, random = replace(batch, **cut), random[:, -tail:]
-        elif batch.columns is not None and batch.targets is None and "logits_to_keep" in self._accepts:
-            if whole or bool(mask[:, -1].all()):  # where the answers are read from
-                inputs = inputs | {"logits_to_keep": 1}
-        alone = batch.targets is not None or batch.columns is not None
-        alone = alone or not (self.labels_tokens or batch.token_labelled)
-        plan = _Plan(tail, bool(random.all()), not whole, alone, batch.rows_per_item)
-        return replace(batch, inputs=inputs), random, plan
-
-    def _outputs(self, batch: Batch, random: Tensor, plan: _Plan) -> _Outputs:
-        inputs = self._after_prompt(batch.inputs, plan) if plan.tail else batch.inputs
-        with by_kernels(self.adapter), recording(self.adapter, self.updates) as calls, self._attending(plan):
-            logits = self.model(**inputs).logits
-        rows = None
-        with torch.enable_grad():
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            if batch.columns is not None:
-                logits = logits.index_select(-1, batch.columns)
-            if batch.targets is not None:
-                values = self.items(at_targets(torch.log_softmax(logits, -1)[None], batch.targets)[0], batch)
-                if self.sequences is not None and self.sequences.by_length:
-                    values = values / (batch.targets != IGNORED).sum(-1, keepdim=True)
-            else:
-                values = self.items(logits, batch)
-                if not plan.alone:
-                    numbers = torch.arange(len(batch), device=logits.device).view(-1, *[1] * (logits.dim() - 1))
-                    rows = self.items(numbers.expand(*logits.shape[:-1], 1), batch)[:, 0]
-        return _Outputs(values, rows, calls, random, plan)
-
-    def random_tokens(self, batch: Batch, place: Place) -> int:
-        """Of all rows of a batch."""
-        lengths = mask_of(batch).sum(1)
-        return int((lengths if place.span is None else self._counts(batch, place.span).minimum(lengths)).sum())
-
-    def _counts(self, batch: Batch, span: int) -> Tensor:
-        """(B,) random tokens of each row that is long enough: the span, and what of an answer follows where it is read from."""
-        answers = answer_lengths(Request(batch.inputs, targets=batch.targets, answers=labelled_lengths(batch)))
-        lengths = mask_of(batch).sum(1)
-        return torch.full_like(lengths, span) if answers is None else span - 1 + answers.to(lengths)
-
-    def _ends_together(self, batch: Batch, tail: Tail, whole: bool) -> bool:
-        """Whether the prompt can be run by itself: all random tokens are in the last columns, where all items are."""
-        inputs, mask = batch.inputs, mask_of(batch)
-        ids = inputs["input_ids"]
-        tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
-        plain = tensors.keys() <= _PLAIN and all(v.shape == ids.shape for v in tensors.values())
-        if not plain or tail.columns is not None or tail.slots >= ids.shape[1]:
-            return False
-        if not whole and ("position_ids" not in inputs or not bool(mask[:, -1].all())):
-            return False  # where positions begin is the model's own rule
-        pad = self.model.config.get_text_config().pad_token_id
-        pools = self.adapter.anatomy.head_name in CLASSIFIER_HEADS  # at the last token that is no padding token
-        return not pools or pad is None or not bool((ids[:, -1] == pad).any())
-
-    def _attending(self, plan: _Plan) -> AbstractContextManager[None]:
-        plain = self._is_causal and not plan.padded and plan.tail in (0, 1)
-        return attending_causally(self.model, len(self.adapter.anatomy.blocks)) if plain else nullcontext()
-
-    def _after_prompt(self, inputs: dict[str, Any], plan: _Plan) -> dict[str, Any]:
-        """The last columns' arguments, with the keys and values of those before, which are run without a graph."""
-        cache = filling_cache(len(self.adapter.anatomy.blocks))
-        of_tokens = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
-        rest: dict[str, Any] = {n: v for n, v in inputs.items() if n not in of_tokens}
-        rest |= {"use_cache": True, cache_argument(self.model): cache}
-        none = {"logits_to_keep": inputs["input_ids"].new_empty(0)} if "logits_to_keep" in self._accepts else {}
-        with suppress(FilledError), by_kernels(self.adapter), self._attending(plan):
-            self.model(**{n: v[:, : -plan.tail] for n, v in of_tokens.items()}, **rest | none)
-        del cache.update
-        last = {n: v if n == "attention_mask" else v[:, -plan.tail :] for n, v in of_tokens.items()}
-        return {**last, **rest}
-
     # Backward -----------------------------------------------------------------------------------------------------------
 
-    def _moments(self, batch: Batch, random: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
+    def _moments(self, batch: Batch, random: Tensor, plan: Plan) -> tuple[Tensor, ...]:
         """On the model's device, mean, covariance and, of many, the classes of a batch's items."""
         try:
-            found = self._outputs(batch, random, plan)
+            found = self.outputs(batch, random, plan)
         except NotCausalError:
-            self._is_causal = False
-            found = self._outputs(batch, random, plan)
+            self.is_causal = False
+            found = self.outputs(batch, random, plan)
         values, each = found.values, plan.rows_per_item
         mean, count = values.detach(), values.shape[1]
         classes: tuple[Tensor, ...] = ()
@@ -378,7 +255,7 @@ class Linear(Batches):
             covariance = spread @ covariance @ spread.mT
         return mean.double().view(-1, count * each), covariance, *classes
 
-    def _covariance(self, found: _Outputs, values: Tensor, chosen: Tensor | None) -> Tensor:
+    def _covariance(self, found: Outputs, values: Tensor, chosen: Tensor | None) -> Tensor:
         """(I, C, C) of the items ``chosen``, no two of a row; of all, the outputs of one item may be those of several rows."""
         calls, each = found.recording.calls, found.plan.rows_per_item
 
@@ -407,7 +284,7 @@ class Linear(Batches):
             joined.append((x, g, update.module.scaling[self.adapter.name]))
         return (by_token if self.by_token else jointly)(joined).to(values.device)
 
-    def _by_row(self, call: Call, value: Tensor, found: _Outputs) -> Tensor:
+    def _by_row(self, call: Call, value: Tensor, found: Outputs) -> Tensor:
         """(B, K, ...) of a layer's input or output, 0 where nothing is random; pooled rows are one position each.
 
         Raises:
@@ -434,8 +311,3 @@ class Linear(Batches):
 
 def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(map(torch.cat, zip(*parts, strict=True)))
-
-
-def _own(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments as a graph can keep them."""
-    return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}

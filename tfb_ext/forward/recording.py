@@ -72,16 +72,24 @@ class Recording:
         parts = torch.autograd.grad(total, at, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
         for call, part in zip(others, parts[len(parts) - len(others) :], strict=True):
             if part is not None:
-                call.gradient = part.float() if call.update.full_rank else part.float() @ _basis(call).float()
+                call.gradient = part.float() if call.update.full_rank else part.float() @ _posterior(call)[0].float()
         return [_zero(call) if call.gradient is None else call.gradient for call in self.calls]
 
 
-def _basis(call: Call) -> Any:
-    return call.update.module._buffers[call.update.buffers[0]]
+def _posterior(call: Call) -> tuple[Any, Any]:
+    """Basis and mean."""
+    basis, mean = (call.update.module._buffers[name] for name in call.update.buffers)
+    return basis, mean
+
+
+def _plain(call: Call) -> tuple[Any, float]:
+    """The base layer's weight, and the adapter's scaling."""
+    module = call.update.module
+    return module._modules["base_layer"]._parameters["weight"], module.scaling[call.update.adapter]
 
 
 def _zero(call: Call) -> Tensor:
-    width = _basis(call).shape[0 if call.update.full_rank else 1]
+    width = _posterior(call)[0].shape[0 if call.update.full_rank else 1]
     return call.x.new_zeros(*call.x.shape[:-1], width, dtype=torch.float32)
 
 
@@ -93,21 +101,19 @@ class _Layers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, calls: list[Call]) -> tuple[Tensor, ...]:
-        ctx.calls = calls
+        ctx.layers = [(call, *(part.to(x.dtype) for part in _posterior(call)), *_plain(call)) for call in calls]
         return tuple(SampledUpdate.outputs([call.update for call in calls], x, MEAN))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         total: Tensor | None = None
-        for call, given in zip(ctx.calls, gradients, strict=True):
-            d, module = given.flatten(0, -2), call.update.module
-            basis, mean = (module._buffers[name].to(d.dtype) for name in call.update.buffers)
+        for (call, basis, mean, weight, scaling), given in zip(ctx.layers, gradients, strict=True):
+            d = given.flatten(0, -2)
             part = d @ basis
             call.gradient = given if call.update.full_rank else part.view(*given.shape[:-1], -1)
             if ctx.needs_input_grad[0]:
-                weight = module._modules["base_layer"]._parameters["weight"]
                 total = d @ weight if total is None else total.addmm_(d, weight)
-                total.addmm_(part, mean, alpha=module.scaling[call.update.adapter])
+                total.addmm_(part, mean, alpha=scaling)
         return None if total is None else total.view(*gradients[0].shape[:-1], -1), None, None
 
 
