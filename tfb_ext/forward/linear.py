@@ -110,6 +110,8 @@ class Linear(TailForward):
         replayed: batches that were a CUDA graph's replay.
     """
 
+    work = 4.0  # a batch is also some passes of few tokens, which the host takes long to launch
+
     def __init__(
         self, adapter: BayesianAdapter, data: Data, place: Place, centred: bool = False, **options: Any
     ) -> None:
