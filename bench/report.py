@@ -298,6 +298,7 @@ def headline(models: Rows) -> str:
 def demo_table(runs: list[dict[str, Any]]) -> str:
     """The README's table of the demonstration: means and ranges over adapters and noise seeds."""
     first = runs[0]
+    runs, linear = ([run for run in runs if run.get("by", "samples") == by] for by in ("samples", "linear"))
     depths = list(dict.fromkeys(run["depth"] for run in runs))
     each = len(runs) // len(depths)
     lines = [
@@ -321,6 +322,8 @@ def demo_table(runs: list[dict[str, Any]]) -> str:
     for depth in depths:
         named = "all blocks random" if depth == "all" else f"upper {depth} blocks random"
         lines.append(line(f"TFB, {named}", [r["tfb"] for r in runs if r["depth"] == depth], True))
+    if linear:
+        lines.append(line("TFB without samples, the answer's token random", [r["tfb"] for r in linear], True))
     return "\n".join(lines)
 
 
