@@ -1,4 +1,4 @@
-"""The tables of the README, docs/performance.md and docs/span.md and the plots, out of ``bench/results/*.json``.
+"""The tables of the README, docs/performance.md, docs/span.md and docs/linear.md and the plots, out of ``bench/results/*.json``.
 
 python -m bench.report            writes all of them (needs matplotlib)
 python -m bench.report --check    says whether the tables are those of the results; writes nothing
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .rows import Rows, by_case, load, load_if_there, milliseconds, ratio, table
 from .test_kernels import IN_FEATURES, OUT_FEATURES, RANKS, TOKENS
 
 PERFORMANCE = "docs/performance.md"
-SPAN = "docs/span.md"
+SPAN, LINEAR = "docs/span.md", "docs/linear.md"
 
 # What a row is called and what it is measured against; a case whose ratio is baseline / value is "faster".
 FORWARDS = (
@@ -85,6 +86,16 @@ SPANS = (
 SPANS_IN_SHORT = (
     "span_128 span_128_rows span_512 span_512_s64 span_2048 generate_span generate_span_one search_span search_span_early"
 ).split()
+# Without samples; all are in docs/linear.md.
+LINEARS = (
+    ('**8 prompts of 128 tokens, `span="answer"`**, batches of one shape', "linear_answer"),
+    ("8 prompts of 512 tokens, the same", "linear_answer_512"),
+    ("the same, peak memory from the first batch on", "linear_memory"),
+    ('8 prompts of 128 tokens, `span="all"`, batches of one shape', "linear_all"),
+    ('one call of `predict` for 8 prompts of 128, `span="answer"`', "linear_answer_call"),
+    ('the same, `span="all"`', "linear_all_call"),
+    ("**the whole search for sigma**, 500 anchors of 128 tokens, four classes (times faster)", "linear_search"),
+)
 SEARCHES = (
     ("all blocks random, the same six evaluations", "search_all"),
     ("upper quarter of the blocks random, the same six evaluations", "search_quarter"),
@@ -170,22 +181,22 @@ def span_table(rows: Rows) -> list[str]:
             "",
             "![cost against samples that differ on the answer alone](../bench/results/span.svg)",
         ]
-    return [*lines, "", span_source([row for _, row in cases])]
+    return [*lines, "", source([row for _, row in cases])]
 
 
-def span_source(rows: list[dict[str, Any]]) -> str:
+def source(rows: list[dict[str, Any]], file: str = "span.json") -> str:
     """Which code the rows are of: they need not be of one run."""
     commits, versions = ({row[key]: None for row in rows} for key in ("commit", "transformers"))
     return (
         f"Measured at {' and '.join(commit[:7] for commit in commits)} with transformers {' and '.join(versions)} "
-        "([`span.json`](../bench/results/span.json) names each row's commit; [the notes](../bench/NOTES.md) say what "
+        f"([`{file}`](../bench/results/{file}) names each row's commit; [the notes](../bench/NOTES.md) say what "
         "limits each)."
     )
 
 
-def span_page(rows: Rows) -> str:
-    """The short table of docs/span.md."""
-    cases = [(label, rows[case]) for label, case in SPANS if case in SPANS_IN_SHORT and case in rows]
+def short_table(rows: Rows, named: Sequence[tuple[str, str]], file: str) -> str:
+    """The table of docs/span.md or docs/linear.md."""
+    cases = [(label, rows[case]) for label, case in named if case in rows]
     if not cases:
         return ""
     devices = ", ".join(dict.fromkeys(row["device"] for _, row in cases))
@@ -194,7 +205,7 @@ def span_page(rows: Rows) -> str:
     for label, row in cases:
         of, digits = row["of"].replace(" 1 rows", " 1 row"), 1 if row.get("unit") == "s" else 2
         lines.append(f"| {label} | {of} | {ratio(row, digits)} |")
-    return "\n".join([*lines, "", span_source([row for _, row in cases])])
+    return "\n".join([*lines, "", source([row for _, row in cases], file)])
 
 
 def section(
@@ -287,6 +298,7 @@ def headline(models: Rows) -> str:
 def demo_table(runs: list[dict[str, Any]]) -> str:
     """The README's table of the demonstration: means and ranges over adapters and noise seeds."""
     first = runs[0]
+    runs, linear = ([run for run in runs if run.get("by", "samples") == by] for by in ("samples", "linear"))
     depths = list(dict.fromkeys(run["depth"] for run in runs))
     each = len(runs) // len(depths)
     lines = [
@@ -310,6 +322,8 @@ def demo_table(runs: list[dict[str, Any]]) -> str:
     for depth in depths:
         named = "all blocks random" if depth == "all" else f"upper {depth} blocks random"
         lines.append(line(f"TFB, {named}", [r["tfb"] for r in runs if r["depth"] == depth], True))
+    if linear:
+        lines.append(line("TFB without samples, the answer's token random", [r["tfb"] for r in linear], True))
     return "\n".join(lines)
 
 
@@ -320,7 +334,7 @@ def replace_section(page: str, name: str, text: str) -> str:
 
 
 def pages(results: Path) -> dict[Path, str]:
-    """The README, docs/performance.md and docs/span.md with the tables of these results."""
+    """The README and the pages under docs with the tables of these results."""
     models = by_case(load(results / "models.json"))
     summary = json.loads((results / "summary.json").read_text())
     search = by_case(load_if_there(results / "search.json"))
@@ -330,10 +344,15 @@ def pages(results: Path) -> dict[Path, str]:
     tables = section(models, load(results / "kernels.json"), summary, search, generate, spans)
     readme = replace_section((ROOT / "README.md").read_text(), "speed", headline(models))
     readme = replace_section(readme, "demo", demo_table(json.loads((results / "demo.json").read_text())))
+    in_short = [(label, case) for label, case in SPANS if case in SPANS_IN_SHORT]
+    linear = by_case(load_if_there(results / "linear.json"))
     return {
         ROOT / "README.md": readme,
         ROOT / PERFORMANCE: replace_section((ROOT / PERFORMANCE).read_text(), "speed", tables),
-        ROOT / SPAN: replace_section((ROOT / SPAN).read_text(), "span", span_page(spans)),
+        ROOT / SPAN: replace_section((ROOT / SPAN).read_text(), "span", short_table(spans, in_short, "span.json")),
+        ROOT / LINEAR: replace_section(
+            (ROOT / LINEAR).read_text(), "linear", short_table(linear, LINEARS, "linear.json")
+        ),
     }
 
 

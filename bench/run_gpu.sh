@@ -6,19 +6,21 @@
 #   bench/run_gpu.sh [FOLDER] --demo    and demo.json, the figures of the README's first table (three minutes more)
 #   bench/run_gpu.sh [FOLDER] --search  search.json alone, the whole search against the authors', into summary.json (nine minutes)
 #   bench/run_gpu.sh [FOLDER] --generate  generate.json and adaptive.json alone, into summary.json (ten minutes)
+#   bench/run_gpu.sh [FOLDER] --linear  linear.json alone, the predictive in closed form, into summary.json (three minutes)
 #   bench/run_gpu.sh [FOLDER] --span    span.json alone, samples that differ on the answer alone, into summary.json (seven minutes)
 #
 # Rows name the commit: TFB_EXT_COMMIT, or the content of a file .commit beside README.md, or git's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-demo=0 search=0 generate=0 span=0 folder=bench/results
+demo=0 search=0 generate=0 span=0 linear=0 folder=bench/results
 for argument; do
     case $argument in
     --demo) demo=1 ;;
     --search) search=1 ;;
     --generate) generate=1 ;;
     --span) span=1 ;;
+    --linear) linear=1 ;;
     *) folder=$argument ;;
     esac
 done
@@ -40,7 +42,7 @@ train() { # the demonstration's adapter from two other training seeds, a minute 
     done
 }
 if [ "$search" = 1 ]; then
-    suite search 570 bench/test_search.py -k "not span"
+    suite search 570 bench/test_search.py -k "not span and not linear"
     python -m bench.summary "$out/search.json" --out "$out/summary.json" || failed=1
     exit "$failed"
 fi
@@ -49,6 +51,11 @@ if [ "$generate" = 1 ]; then
     python -m bench.summary "$out/generate.json" --out "$out/summary.json" || failed=1
     train && python -m bench.adaptive --sigma 0.04 --out "$out/adaptive.json" || failed=1
     python -m bench.summary "$out/adaptive.json" --out "$out/summary.json" || failed=1
+    exit "$failed"
+fi
+if [ "$linear" = 1 ]; then
+    suite linear 400 bench/test_linear.py bench/test_search.py -k linear
+    python -m bench.summary "$out/linear.json" --out "$out/summary.json" || failed=1
     exit "$failed"
 fi
 if [ "$span" = 1 ]; then

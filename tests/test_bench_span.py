@@ -49,7 +49,8 @@ def test_the_cases_run_and_reach_the_page(tmp_path: Path) -> None:
     assert {row.get("span", "answer") for case, row in rows.items() if case != "span_128_rows"} == {"answer"}
     lines = report.span_table(rows)
     assert sum(line.startswith("| ") for line in lines) == 1 + len(named)
-    page = report.span_page(rows).splitlines()
+    in_short = [row for row in report.SPANS if row[1] in report.SPANS_IN_SHORT]
+    page = report.short_table(rows, in_short, "span.json").splitlines()
     assert sum(line.startswith("| ") for line in page) == 1 + len(set(report.SPANS_IN_SHORT) - searches)
     draw_spans(rows, tmp_path / "span.svg")
     assert (tmp_path / "span.svg").read_text().count("<path") > 20

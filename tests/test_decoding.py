@@ -52,7 +52,7 @@ class Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def recorded(graph: Recorder) -> Iterator[None]:
+def recorded(graph: Recorder, pool: None = None) -> Iterator[None]:
     """``torch.cuda.graph``: what is captured has not run, so what it wrote to memory from before is put back."""
     before = [(t, t.clone()) for t in everything()]
     with graph:

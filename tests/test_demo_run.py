@@ -20,7 +20,7 @@ from tfb_ext.data import Example, encode, read_jsonl
 
 FOUR = {"accuracy", "ece", "nll", "brier"}
 KEYS = {"adapter", "seed", "depth", "span", "sigma", "test_items", "mean", "tfb", "seconds", "device"}
-OPTIONS = DemoOptions(anchors=16, test_items=8, samples=4, search_samples=2)
+OPTIONS = DemoOptions(anchors=16, test_items=8, samples=4, search_samples=2, linear=False)
 
 
 class Stage:
@@ -122,10 +122,27 @@ def test_spans_are_searched_and_measured_apart(stage: Stage, tmp_path: Path) -> 
     assert "depth all, span answer, seed 0" in page
 
 
+def test_once_without_samples(stage: Stage, tmp_path: Path) -> None:
+    said: list[str] = []
+    runs = run_demo(replace(OPTIONS, depths=(2,), linear=True), said.append, progress=False)
+    assert [(r.depth, r.span, r.to_dict()["by"]) for r in runs] == [(2, "all", "samples"), ("all", "answer", "linear")]
+    loaded = stage.load("demo")
+    adapter = tfb_ext.bayesianize(loaded.model, span="answer")
+    anchors, test = (encode(stage.split(n, k), loaded.tokenizer) for n, k in (("anchor", 16), ("test", 8)))
+    found = tfb_ext.search_sigma(adapter, anchors, by="linear", progress=False)
+    assert found.sigma == runs[1].search.sigma
+    assert torch.equal(runs[1].tfb.probabilities, tfb_ext.predict(adapter, test, by="linear").probabilities)
+    assert any(line.startswith("no samples on the test headlines") for line in said)
+    assert result_table(runs).rows[2][0] == "TFB without samples, all blocks, span answer"
+    assert "without samples" in write_report(runs, tmp_path / "out", "tfb demo", 1.0).read_text()
+
+
 def test_sizes_by_the_device(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "ANCHORS_CPU", 12)
     monkeypatch.setattr(run, "TEST_CPU", 6)
-    (made,) = run_demo(DemoOptions(depths=("all",), samples=2, search_samples=2), lambda text: None, progress=False)
+    (made,) = run_demo(
+        DemoOptions(depths=("all",), samples=2, search_samples=2, linear=False), lambda text: None, progress=False
+    )
     assert made.search.anchors == 12 and len(made.labels) == 6
 
 
@@ -181,7 +198,6 @@ def test_command(stage: Stage, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["demo", *options, *files])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
-    assert rows == json.loads((tmp_path / "demo.json").read_text()) and [(r["depth"], r["span"]) for r in rows] == [
-        (2, 2)
-    ]
+    assert rows == json.loads((tmp_path / "demo.json").read_text())
+    assert [(r["depth"], r["span"], r["by"]) for r in rows] == [(2, 2, "samples"), ("all", "answer", "linear")]
     assert (tmp_path / "out" / "report.html").is_file() and "mean adapter" in result.stderr

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import small_sets
+import test_decoding
 import test_heads
 import torch
 import zoo
-from torch import Tensor
+from torch import Tensor, nn
 
 import tfb_ext
 from tfb_ext.errors import GuardError, SamplingError
-from tfb_ext.forward import gradients, linear
+from tfb_ext.forward import gradients, linear, recording
 from tfb_ext.prediction import Gaussian, MultiLabelPrediction, Prediction, RegressionPrediction
 from tfb_ext.research import head_gaussian
 
@@ -99,6 +100,34 @@ def test_equals_finite_differences(name: str, span: Any, depth: Any, monkeypatch
 
 def norm(weight: Tensor, x: Tensor) -> Tensor:
     return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_derivative_of_the_layers(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By gradcheck in float64, the kernels' forward replaced by the same sum in plain arithmetic."""
+    adapter = tfb_ext.bayesianize(zoo.peft_model("qwen2", target_modules=["q_proj", "k_proj", "v_proj"]))
+    updates = [u for u in adapter.attached.updates if u.block == 1][: 3 if grouped else 1]
+    weights = {}
+    for update in updates:
+        layer = update.module.base_layer.double()
+        basis, mean = (update.module._buffers[name].double() for name in update.buffers)
+        update.module.scaling[adapter.name] = 0.7
+        weights[update] = layer.weight + 0.7 * basis @ mean, layer.bias
+
+    def plain(together: Any, x: Tensor, *_: Any) -> list[Tensor]:
+        return [nn.functional.linear(x, *weights[update]) for update in together]
+
+    monkeypatch.setattr(recording.SampledUpdate, "outputs", plain)
+    x = torch.randn(2, 3, weights[updates[0]][0].shape[1], dtype=torch.float64, requires_grad=True)
+    anchor = torch.zeros((), requires_grad=True)
+    calls = [recording.Call(update, x.detach()) for update in updates]
+    assert torch.autograd.gradcheck(lambda x: recording._Layers.apply(x, anchor, calls), (x,))
+    outputs = recording._Layers.apply(x, anchor, calls)
+    given = [torch.randn_like(y) for y in outputs]
+    torch.autograd.backward(outputs, given)
+    for call, d in zip(calls, given, strict=True):
+        basis = call.update.module._buffers[call.update.buffers[0]].double()
+        torch.testing.assert_close(call.gradient, d @ basis)
 
 
 # Heads --------------------------------------------------------------------------------------------------------------------
@@ -324,12 +353,66 @@ def test_a_prompt_has_no_graph_and_nor_have_blocks_below() -> None:
         for block in adapter.anatomy.blocks
     ]
     assert_same(adapter.gaussian(data), found)
-    assert seen == [*[(4, False)] * 4, *[(1, False)] * 2, *[(1, True)] * 2]
+    assert seen == [*[(4, False)] * 3, *[(1, False)] * 2, *[(1, True)] * 2]
     adapter.span = "all"
     adapter.gaussian(data)
     assert seen[-4:] == [(5, False)] * 2 + [(5, True)] * 2
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize("where", ["recorded", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("name", "span", "depth", "options"),
+    [
+        ("llama", "answer", "all", {}), ("llama", "all", 2, {}), ("mistral", 3, 2, {}), ("llama-head", "answer", "head", {}),
+        ("llama-cls", "answer", 2, {}), ("llama", "answer", 2, {"mode": "token"}), ("qwen2", "all", 2, {"family": "full-rank"}),
+    ],
+)  # fmt: skip
+def test_batches_of_one_shape_become_a_graph(
+    where: str, name: str, span: Any, depth: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "recorded":
+        monkeypatch.setattr(linear, "capturable", lambda device: True)
+        monkeypatch.setattr(linear, "room_for_tokens", lambda *_: 1000)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", test_decoding.Recorder)
+        monkeypatch.setattr(torch.cuda, "graph", test_decoding.recorded)
+        monkeypatch.setattr(
+            "transformers.masking_utils.is_tracing", lambda tensor=None: True
+        )  # as where a GPU captures
+    adapter = zoo.bayesian(name, "cuda" if where == "cuda" else "cpu", span=span, depth=depth, **options)
+    data = small_sets.encoded(8, head=name == "llama-cls")
+    data = replace(data, token_ids=[list(range(11 + i, 18 + i)) for i in range(8)])
+    for centred in (False, True):
+        with linear.ready(adapter, adapter.place):
+            once = linear.Linear(adapter, data, adapter.place, centred, batch_size=8).moments(False)
+            run = linear.Linear(adapter, data, adapter.place, centred, batch_size=1)
+            found = run.moments(False)
+        assert run.replayed == 8 - linear.MEETINGS
+        for part in ("mean", "covariance"):
+            one, other = getattr(found, part), getattr(once, part)
+            torch.testing.assert_close(one, other, atol=1e-5 * float(other.abs().max()), rtol=0)
+        # The caller's hooks are called.
+        seen: list[Any] = []
+        hook = adapter.anatomy.blocks[0].register_forward_hook(lambda *args, seen=seen: seen.append(args))
+        run.of(run.batches[0], adapter.place)
+        hook.remove()
+        assert seen and run.replayed == 8 - linear.MEETINGS
+
+
+@pytest.mark.parametrize(("classes", "span"), [(2, "answer"), (3, "all"), (3, "answer")])
+def test_a_softmax_needs_one_backward_pass_less(classes: int, span: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, data = zoo.bayesian("llama", span=span), small_sets.encoded(4)
+    data = replace(data, choices=data.choices[:classes], choice_ids=data.choice_ids[:classes], labels=[0] * 4)
+    whole, passes, before = adapter.gaussian(data), [], recording.Recording.gradients
+    monkeypatch.setattr(recording.Recording, "gradients", lambda *args: passes.append(1) or before(*args))
+    found = tfb_ext.predict(adapter, data, by="linear", sigma=0.2)
+    assert len(passes) == classes - 1
+    torch.testing.assert_close(found.probabilities, whole.predict(0.2).probabilities, atol=1e-5, rtol=0)
+    with linear.ready(adapter, adapter.place):
+        less = linear.Linear(adapter, data, adapter.place, centred=True).moments(False).covariance
+    expected = centred(whole.covariance)
+    torch.testing.assert_close(less, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 def test_half_precision_is_within_its_own_rounding() -> None:

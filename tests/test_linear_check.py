@@ -104,7 +104,9 @@ def test_noise_alone_is_seldom_told(rank: int) -> None:
 def test_the_code_of_the_page_runs() -> None:
     page = (Path(__file__).parents[1] / "docs" / "linear.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names: dict[str, Any] = {"model": zoo.peft_model("llama"), "questions": small_sets.encoded(6)}
+    names: dict[str, Any] = {"model": zoo.peft_model("llama"), "questions": small_sets.encoded(6), "tokenizer": None}
+    names["prompts"] = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "attention_mask": torch.ones(2, 3).long()}
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 1 and names["outputs"].covariance.shape == (6, 3, 3)
+    assert len(blocks) == 2 and names["outputs"].covariance.shape == (6, 3, 3)
+    assert names["found"].standard_deviation.shape == names["found"].log_probabilities.shape

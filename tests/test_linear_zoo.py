@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import zoo
 from peft import LoraConfig, get_peft_model
 
 import tfb_ext
+from tfb_ext.forward import linear
 
 NAMES = [(name, span, depth) for name in zoo.MODELS for span in ("all", "answer", 3) for depth in ("all", 2)]
 NAMES = [row for row in NAMES if row[0] != "bert" or row[1] == "all"]
@@ -45,6 +48,36 @@ def test_equals_the_covariance_of_samples(name: str, span: Any, depth: Any) -> N
 def test_equals_the_covariance_of_many_samples(name: str) -> None:
     adapter = zoo.bayesian(name)
     check(adapter, small_sets.encoded(3, head=name in zoo.CLASSIFIERS), 8000, SIGMAS.get(name, 1e-3))
+
+
+@pytest.mark.parametrize("name", list(zoo.MODELS))
+@pytest.mark.parametrize("span", ["all", "answer"])
+def test_attention_without_a_mask_is_attention(name: str, span: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows without padding; what is not plain causal attention is left to the model."""
+    if name == "bert" and span != "all":
+        return
+    adapter, attended = zoo.bayesian(name, span=span, depth=2), []
+    data = small_sets.encoded(3, head=name in zoo.CLASSIFIERS)
+    for width in (3, 9):  # tokens, of which a window of 4 sees all or not
+        rows = replace(data, token_ids=[list(range(11 + i, 11 + i + width)) for i in range(3)])
+        with linear.ready(adapter, adapter.place):
+            run = linear.Linear(adapter, rows, adapter.place, batch_size=3)
+            found = run.moments(False)
+            attended.append(run.is_causal)
+            with monkeypatch.context() as patch:
+                patch.setattr(linear.Linear, "_attending", lambda *_: nullcontext())
+                expected = linear.Linear(adapter, rows, adapter.place, batch_size=3).moments(False)
+        for part in ("mean", "covariance"):
+            one, other = getattr(found, part), getattr(expected, part)
+            torch.testing.assert_close(one, other, atol=1e-5 * float(other.abs().max()), rtol=0)
+    own = adapter.anatomy.model.config.get_text_config()
+    windowed = getattr(own, "sliding_window", None) is not None
+    if name in ("llama", "qwen2", "gpt2", "llama-head", "llama-cls"):
+        assert attended == [True, True]
+    elif name == "mistral":
+        assert windowed and attended == [True, False]
+    elif name == "bert":
+        assert attended == [False, False]
 
 
 @pytest.mark.parametrize("span", ["all", "answer"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch.quasirandom import SobolEngine
 from .checks import check_count
 
 POINTS = 4096
-# Numbers of a piece of items' logits at all points: 128 MiB.
-PIECE = 2**24
+# Numbers of a piece of items' logits at all points: 32 MiB.
+PIECE = 2**22
 # The trapezoidal rule goes as far as the normal density does in float64.
 _REACH = 8.5
 _MOST_NODES = 2**15
@@ -45,6 +46,7 @@ def softmax_moments(
         z, weights = _trapezoid(float(((factor.amax(-2) - factor.amin(-2)).amax(-1) * scale).max()))
     else:
         z, weights = _sobol(points, directions, seed)
+    z, weights = z.to(mean.device), weights.to(mean.device)
     size = max(1, PIECE // (len(z) * mean.shape[1]))
     averages, entropies = [], []
     for start in range(0, len(mean), size):
@@ -67,6 +69,7 @@ def _trapezoid(spread: float) -> tuple[Tensor, Tensor]:
     return z[:, None], weights / weights.sum()
 
 
+@lru_cache(8)
 def _sobol(points: int, dimensions: int, seed: int) -> tuple[Tensor, Tensor]:
     uniform = SobolEngine(dimensions, scramble=True, seed=seed).draw(points, dtype=torch.float64)
     smallest = torch.finfo(torch.float64).eps

@@ -168,3 +168,14 @@ def has_derivative(base: Any, x: Tensor) -> bool:
     wanted = float(v.double().square().sum())
     found = 0.0 if gradient is None else float((gradient.double() * x.detach().double()).sum())
     return abs(found - wanted) <= 0.2 * wanted
+
+
+def matrix_of(x: Tensor) -> Tensor:
+    """(..., n) as rows that are each in one piece."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def version_of(x: Tensor) -> int:
+    """Changes when ``x`` is written to. Tensors of inference mode and of a trace do not count."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version

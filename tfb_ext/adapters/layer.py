@@ -9,7 +9,7 @@ go this way too, as the mean. Any other base runs as PEFT runs it, and the updat
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import SamplingError
 from ..posterior.canonical import LayerPosterior
-from .base import HALF, accumulates, float_type, is_plain
-from .samples import MEAN
+from .base import HALF, accumulates, float_type, is_plain, matrix_of, version_of
+from .samples import MEAN, SampleBatch
 from .state import SamplingState, SharedInput
 
 # PEFT's layers are nn.Modules whose attributes carry no types, so functions here take them as Any.
@@ -220,7 +220,7 @@ class SampledUpdate:
     def is_shared(self, x: Tensor) -> bool:
         """Whether the layer before read ``x`` for this one too, which was asked then whether it can follow."""
         shared = self.state.shared
-        return shared is not None and shared.x is x and self.name in shared.outputs and shared.version == _version(x)
+        return shared is not None and shared.x is x and self.name in shared.outputs and shared.version == version_of(x)
 
     def multiplies_plainly(self, x: Tensor) -> bool:
         """Whether the base layer's output of ``x`` is one product with a plain weight, whatever a call's beginning found."""
@@ -239,7 +239,7 @@ class SampledUpdate:
 
     def written_first(self, x: Tensor) -> Tensor:
         """The layer's output (..., m) of ``x`` (..., n), by the update, onto which the base product accumulates."""
-        self.state.shared = self._share(x, _version(x))
+        self.state.shared = self._share(x, version_of(x))
         return self.taken(x)
 
     def taken(self, x: Tensor) -> Tensor:
@@ -265,24 +265,31 @@ class SampledUpdate:
             batch, items = state.batch, state.items
             for update in together if state.seen is not None else (self,):
                 state.check_rows(update.name, x)
-        sigma, samples, seed = batch.tensors(x.device)
+        recording = state.recording.get(self) if state.recording else None  # of every call: no dictionary made for it
+        places = items[1:] if items is not None else ()
+        outputs = recording.group(x, together) if recording else self.outputs(together, x, batch, *places)
+        return SharedInput(x, version, dict(zip((u.name for u in together), outputs, strict=True)))
+
+    @staticmethod
+    def outputs(
+        together: Sequence[SampledUpdate], x: Tensor, batch: SampleBatch, lead: int = 0, each: int = 0
+    ) -> list[Tensor]:
+        """Outputs (..., m) of layers on plain bases that read ``x`` (..., n), whose rows are as in :func:`tfb_ext.ops.update_group`."""
         bases = [u.module._modules["base_layer"]._parameters for u in together]
-        outputs = ops.update_group(
+        return ops.update_group(
             x if x.stride(-1) == 1 else x.contiguous(),
             [u.module._buffers[u.buffers[1]] for u in together],
             [u.module._buffers[u.buffers[0]] for u in together],
             [base["bias"] for base in bases],
             [u.module.scaling[u.adapter] for u in together],
-            sigma,
-            samples,
-            seed,
+            *batch.tensors(x.device),
             [u.layer for u in together],
             batch.mode,
             batch.antithetic,
-            *(items[1:] if items is not None else (0, 0)),
+            lead,
+            each,
             [base["weight"] for base in bases],
         )
-        return SharedInput(x, version, dict(zip((u.name for u in together), outputs, strict=True)))
 
     def _join(self, x: Tensor, version: int) -> None:
         """Learn that this layer reads what the layer before it read, so that the next forward reads it once for both."""
@@ -318,7 +325,7 @@ class SampledUpdate:
         if columns is not None:
             basis = basis.index_select(0, columns)
             bias = None if bias is None else bias.index_select(0, columns)
-        rows = _matrix(x).to(result.dtype)
+        rows = matrix_of(x).to(result.dtype)
         drawn = (*(MEAN if self.full_rank else batch).tensors(x.device), self.layer)
         places = () if self.state.items is None else self.state.items[1:]
         z = ops.shrink(rows, mean, *drawn, "weight" if self.full_rank else batch.mode, batch.antithetic, *places)
@@ -337,13 +344,3 @@ class SampledUpdate:
 
 def _nobody() -> None:
     """The owner of a posterior whose adapter is gone."""
-
-
-def _matrix(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _version(x: Tensor) -> int:
-    """Changes when ``x`` is written to. Tensors of inference mode and of a trace do not count."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version

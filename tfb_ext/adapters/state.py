@@ -91,6 +91,8 @@ class SamplingState:
         missed: random layers that ran before the fan, which the model's hook turns into an error.
         shared: computed for the next layers that get the same input.
         last: the layer that read its input last, that input, and its version.
+        recording: by layer, what makes its outputs with derivatives and notes its calls.
+        derived: kinds of base layers that are known to have derivatives.
         turn: lets one call at a time through.
         context: the samples that the open context was opened with.
         number: of this posterior, on the caches that it fills; another after each :meth:`renew`.
@@ -109,6 +111,8 @@ class SamplingState:
         self.missed: list[str] = []
         self.shared: SharedInput | None = None
         self.last: tuple[Any, weakref.ref[Tensor], int] | None = None
+        self.recording: Mapping[Any, Any] | None = None
+        self.derived: set[str] = set()
         self.turn = Turn()
         self.context: SampleBatch | None = None
         self.renew()

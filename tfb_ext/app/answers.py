@@ -6,22 +6,23 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from .options import PATH, Posterior, Predictions, check_samples, check_texts, option, options
-from .pages import UNCERTAINTIES, Table, generation_page
+from .pages import MEASURES, UNCERTAINTIES, Table, generation_page
 from .terminal import Output, shorten, visible
 
 if TYPE_CHECKING:
     from ..generation import Generation
 
 _MOST_NEW_TOKENS = 2**20  # more than any model's context
-# Colours by epistemic uncertainty, nats: from these values on.
-_COLOURS = ((0.0, ""), (0.02, "yellow"), (0.1, "bold dark_orange3"), (0.3, "bold red"))
+# Colours by epistemic uncertainty, or standard deviation of a log probability, nats: from these values on.
+_STYLES = ("", "yellow", "bold dark_orange3", "bold red")
+_FROM = {"epistemic": (0.0, 0.02, 0.1, 0.3), "standard_deviation": (0.0, 0.2, 0.5, 1.0)}
 
 
 @options
@@ -103,6 +104,9 @@ class Predict(Predictions, Posterior):
 class Generate(Posterior):
     """Answer prompts, every token coloured by how much the sampled adapters disagree about it."""
 
+    by: Literal["samples", "linear"] = option(
+        "samples", "samples, or linear: the mean adapter's answer, and how far its tokens' log probabilities vary."
+    )
     prompt: list[str] | None = option(None, "A prompt; repeat for several. Default: standard input.", "--prompt", "-p")
     max_new_tokens: int = option(128, "Longest answer, in tokens.")
     temperature: float | None = option(None, "Sample tokens at this temperature; default: the most probable token.")
@@ -122,9 +126,9 @@ class Generate(Posterior):
         loaded, bayesian = self.open()
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         prompts: Any = [[*first, {"role": "user", "content": text}] for text in texts] if self.chat else texts
-        found = generate(bayesian, prompts, loaded.tokenizer, self.samples, **decoding)
+        found = generate(bayesian, prompts, loaded.tokenizer, self.samples, by=self.by, **decoding)
         with output:
-            place = {"depth": bayesian.depth, "span": bayesian.span}
+            place = {"by": self.by, "depth": bayesian.depth, "span": bayesian.span}
             output.document(found.to_dict() | place | {"prompts": texts})
             if not self.json:
                 output.show(lambda: show_answers(found, texts))
@@ -152,17 +156,19 @@ class Generate(Posterior):
 
 def show_answers(found: Generation, prompts: Sequence[str]) -> None:
     """Print generated texts, every token coloured by its epistemic uncertainty, and what the colours mean."""
-    console = Console()
+    console, measure = Console(), found.uncertainties[-1]
+    colours = list(zip(_FROM[measure], _STYLES, strict=True))
     for row, prompt in enumerate(prompts):
         if len(prompts) > 1:
             console.print(Text(shorten(prompt), "dim"))
         text = Text()
-        for piece, value in zip(found.pieces[row], found.epistemic[row].tolist(), strict=False):
-            text.append(visible(piece), [style for least, style in _COLOURS if value >= least][-1])
+        for piece, value in zip(found.pieces[row], getattr(found, measure)[row].tolist(), strict=False):
+            text.append(visible(piece), [style for least, style in colours if value >= least][-1])
         console.print(text, soft_wrap=True)
-    ramp = ", ".join(f"[{style}]from {least:g}[/]" for least, style in _COLOURS[1:])
+    ramp = ", ".join(f"[{style}]from {least:g}[/]" for least, style in colours[1:])
+    drawn = f"{len(found.samples)} samples" if found.samples else "no samples"
     console.print(
-        f"epistemic uncertainty, nats: below {_COLOURS[1][0]:g}, {ramp}; {len(found.samples)} samples, "
+        f"{MEASURES[measure]}, nats: below {colours[1][0]:g}, {ramp}; {drawn}, "
         f"sigma {found.sigma:.3g}, {found.seconds:.1f} s",
         highlight=False,
     )

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FULL_COLOUR = 0.5  # nats of epistemic uncertainty at which a token's colour is fullest
 UNCERTAINTIES = ("total", "aleatoric", "epistemic")
+# What tokens are coloured by.
+MEASURES = {"epistemic": "epistemic uncertainty", "standard_deviation": "standard deviation of the log probability"}
 METRIC_COLUMNS = ("model", "sigma", "accuracy", "ECE", "NLL", "Brier", "time")
 
 
@@ -79,6 +81,8 @@ def generation_page(
 ) -> None:
     """Write the texts as one HTML file: each token coloured by its epistemic uncertainty, its alternatives on hover.
 
+    Without samples the colour is that of the standard deviation of the token's log probability.
+
     Args:
         generation: made with a tokenizer.
         prompts: one text a prompt; where a prompt has several rows, they follow each other.
@@ -94,27 +98,31 @@ def generation_page(
             f"the generation has {count} texts for {len(prompts)} prompts; expected a generation that was given a tokenizer, "
             "and its prompts"
         )
+    names = generation.uncertainties
     rows = [
         {
             "prompt": prompts[row // (count // len(prompts))],
-            "tokens": [_token(item, at, tokenizer, scale) for at in range(len(item["tokens"]))],
+            "tokens": [_token(item, at, tokenizer, names, scale) for at in range(len(item["tokens"]))],
             "sequence_score": item["sequence_score"],
-            **{name: fmean(item[name] or [0.0]) for name in UNCERTAINTIES},
+            **{name: fmean(item[name] or [0.0]) for name in names},
         }
         for row, item in enumerate(generation.to_dict()["items"])
     ]
-    facts = f"{len(generation.samples)} sampled adapters, sigma = {generation.sigma:.3g}"
-    _write_page(path, "generation.html", title=title, rows=rows, scale=scale, facts=facts)
+    facts = f"{len(generation.samples) or 'No'} sampled adapters, sigma = {generation.sigma:.3g}"
+    shown = {"names": names, "measure": MEASURES[names[-1]], "scale": scale, "facts": facts}
+    _write_page(path, "generation.html", title=title, rows=rows, **shown)
 
 
-def _token(item: dict[str, Any], at: int, tokenizer: PreTrainedTokenizerBase, scale: float) -> dict[str, Any]:
+def _token(
+    item: dict[str, Any], at: int, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], scale: float
+) -> dict[str, Any]:
     chosen = item["tokens"][at]
     listed = dict(zip(item["alternatives"][at], item["alternative_probabilities"][at], strict=True))
     listed.setdefault(chosen, exp(item["log_probabilities"][at]))  # a sampled token may be none of them
     return {
         "text": item["pieces"][at],
-        "share": min(item["epistemic"][at] / scale, 1.0),
-        **{name: item[name][at] for name in UNCERTAINTIES},
+        "share": min(item[names[-1]][at] / scale, 1.0),
+        **{name: item[name][at] for name in names},
         "alternatives": [
             {"text": _shown(str(tokenizer.decode([token]))), "probability": p, "chosen": token == chosen}
             for token, p in listed.items()

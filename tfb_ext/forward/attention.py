@@ -23,6 +23,7 @@ from ..errors import SamplingError
 from .tail import TailCall
 
 NAME = "tfb_tail"
+CAUSAL = "tfb_causal"
 # What transformers' attention functions may be asked for beside plain attention; none of it is done here.
 _OTHER = ("softcap", "position_bias", "s_aux")
 _SDPA = AttentionInterface()["sdpa"]
@@ -40,6 +41,54 @@ def attending(config: Any, name: str, call: TailCall | None = None) -> Iterator[
         yield
     finally:
         settings["_attn_implementation_internal"], _now.call = before, None
+
+
+class NotCausalError(Exception):
+    """Attention is not that of :func:`causal_attention`."""
+
+
+@contextmanager
+def attending_causally(model: Any, layers: int) -> Iterator[None]:
+    """Inside, each of so many layers attends by :func:`causal_attention`, and no mask is made: transformers makes one, and copies keys
+    for it, while a CUDA graph is captured, where it cannot look whether tokens are masked.
+
+    Raises:
+        NotCausalError: a layer that does not.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    other = kinds - {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None)
+    if other or config._attn_implementation != "sdpa" or getattr(config, "use_bidirectional_attention", None):
+        raise NotCausalError
+    with attending(config, CAUSAL):
+        _now.layers = 0
+        yield
+        if _now.layers != layers:
+            raise NotCausalError
+
+
+def causal_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """Attention of whole rows without padding, or of the last token alone: query (B, H, Q, d) -> (B, Q, H, d); differentiable."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    tokens, columns = query.shape[2], key.shape[2]
+    windowed = sliding_window is not None and columns > sliding_window
+    asked = any(other.get(name) is not None for name in _OTHER) or attention_mask is not None
+    if not causal or windowed or asked or tokens not in (1, columns):
+        raise NotCausalError
+    _now.layers += 1
+    shared = query.shape[1] > key.shape[1]
+    return _sdpa(query, key, value, is_causal=tokens > 1, scale=scaling, enable_gqa=shared).transpose(1, 2), None
 
 
 def tail_attention(
@@ -84,3 +133,4 @@ def tail_attention(
 
 
 AttentionInterface.register(NAME, tail_attention)
+AttentionInterface.register(CAUSAL, causal_attention)

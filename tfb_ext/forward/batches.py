@@ -48,6 +48,8 @@ class Batches:
     An item whose choices are scored as sequences is one of C classes, and a row of its batch for each.
     """
 
+    work = 1.0  # of a batch, see room_for_tokens
+
     def __init__(
         self,
         adapter: BayesianAdapter,
@@ -78,7 +80,6 @@ class Batches:
         encoded = data if isinstance(data, Encoded) else None
         self.sequences = encoded if encoded is not None and encoded.choice_tokens is not None else None
         self._choices = len(self.sequences.choices) if self.sequences is not None else 1
-        room = room_for_tokens(self.model, self.device) if self.device.type == "cuda" else 0
         self.encoded = encoded
         self._rows = encoded if self.sequences is None else self.sequences.sequences()
         longest = None if self._rows is None else max(map(len, self._rows.token_ids), default=1)
@@ -97,6 +98,11 @@ class Batches:
         self._shared = share and self.sequences is not None and adapter.shares_prompts()
         self.rows_per_item = 1 if self._shared else self._choices
         self.most_rows = batch_size * self.rows_per_item if batch_size else BATCH_CUDA
+        room = (
+            room_for_tokens(self.model, self.device, self.work)
+            if batch_size is None and self.device.type == "cuda"
+            else 0
+        )
         random = longest if span is None or longest is None else min(span, longest)
         per_row = 1 if longest is None or random is None else longest - random + random * max(samples, 1)
         rows = min(BATCH_CUDA, room // per_row) if room and longest else BATCH_CPU

@@ -248,6 +248,28 @@ def filled_cache(kept: Sequence[Tensor]) -> Any:
     return cache
 
 
+class FilledError(Exception):
+    """A prompt's keys and values are all there: what its last block would go on with is not needed."""
+
+
+def filling_cache(blocks: int) -> Any:
+    """An empty cache that ends the call which fills it, of a model with so many blocks, by :class:`FilledError`; where not all of its
+    layers hold plain keys and values the call ends as usual. Then ``del cache.update``."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache: Any = DynamicCache()
+
+    def update(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        found = DynamicCache.update(cache, keys, values, layer_idx, *args, **kwargs)
+        if layer_idx == blocks - 1 == len(cache.layers) - 1 and all(type(x) is DynamicLayer for x in cache.layers):
+            raise FilledError
+        return found
+
+    cache.update = update
+    return cache
+
+
 def room_of(cache: Any) -> int | None:
     """Columns that a static cache has; ``None`` of one that grows."""
     layers = getattr(cache, "layers", None) or ()

@@ -11,34 +11,36 @@ is drawn anew for every token (modes ``"token"`` and ``"flipout"``) leaves the t
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..adapters.adapter import BayesianAdapter, Place
+from ..adapters.layer import SampledUpdate
 from ..errors import SamplingError, refusal
-from .anatomy import CLASSIFIER_HEADS, Kind
-from .batch import Batch, labelled_lengths, mask_of
-from .batches import IGNORED, Batches, Data, head_outputs, original_order
-from .caches import cache_argument
+from .anatomy import Kind
+from .attention import NotCausalError
+from .batch import Batch
+from .batches import Data, head_outputs, original_order
 from .contexts import check_free
-from .engine import MANY_CLASSES, Request, answer_lengths
+from .engine import MANY_CLASSES
 from .gradients import by_token, jointly
-from .memory import Memory
-from .recording import Call, directly, recording
-from .rows import at_targets
-from .tail import Tail, tail_of
+from .graphs import Graph, capturable, describe, has_hooks
+from .memory import Memory, room_for_tokens
+from .recording import Call
+from .tail_forward import Outputs, Plan, TailForward
 
 # Of more outputs, the largest of each item are random: every one costs a backward pass.
 MOST_OUTPUTS = 64
-# What a batch may hold for its prompt to be run apart, each (rows, tokens).
-_PLAIN = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+# A batch's shape is captured when it was met so often, which takes about as long as a graph saves then; so many are kept.
+MEETINGS, GRAPHS = 3, 4
 
 
 @dataclass(frozen=True)
@@ -56,54 +58,63 @@ class Moments:
     classes: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    """Of a batch that was run, with a graph: (M, D) outputs, and (M,) the row of each."""
-
-    values: Tensor
-    rows: Tensor
-    seen: dict[str, list[Call]]  # by layer
-    random: Tensor  # (B, N) bool
-
-
 def linearised(
-    adapter: BayesianAdapter, data: Data, kind: Kind, batch_size: int | None = None, progress: bool = False
+    adapter: BayesianAdapter,
+    data: Data,
+    kind: Kind,
+    batch_size: int | None = None,
+    progress: bool = False,
+    centred: bool = False,
 ) -> Moments:
     """The mean and covariance of every item's outputs: logits of its classes or labels, log probabilities of sequences, or values.
+
+    With ``centred`` the covariance may be that of the outputs less their mean, which is all that a softmax sees of them.
 
     Raises:
         ValueError: empty data, a head of another kind, more than 1024 classes, or choices that are scored by their tokens.
         GuardError: samples at the adapter's depth and span are not what separate passes give.
         SamplingError: inside a sampling context, in training mode, or the adapter is merged, off or not active.
     """
-    with _ready(adapter, adapter.place):
-        return Linear(adapter, data, adapter.place, batch_size=batch_size, kind=kind).moments(progress)
+    with ready(adapter, adapter.place):
+        linear = Linear(adapter, data, adapter.place, centred, batch_size=batch_size, kind=kind)
+        return linear.moments(progress)
 
 
 @contextmanager
-def _ready(adapter: BayesianAdapter, place: Place) -> Iterator[None]:
-    """Inside, graphs may be recorded, whatever the caller's mode."""
+def ready(adapter: BayesianAdapter, place: Place | None) -> Iterator[None]:
+    """Inside, graphs may be recorded, whatever the caller's mode; ``None`` for a place that was ready before."""
     check_free(adapter.attached)
-    adapter.attached.check_ready()
+    if place is not None:
+        adapter.attached.check_ready()
     with torch.inference_mode(False), torch.no_grad():
         adapter.attached.check_call()
         if not adapter.attached.is_on:
             raise SamplingError(
                 f"adapter {adapter.name!r} is switched off (disable_adapter), expected it on: nothing is random. Fix: leave the with block"
             )
-        adapter.check_place(place)
+        if place is not None:
+            adapter.check_place(place)
         yield
 
 
-class Linear(Batches):
+class Linear(TailForward):
     """Runs a data set's batches with a graph from the first random layer on.
 
     Args:
         place: what is random; for several, that with most.
+        centred: whether of a softmax's outputs the covariance is that of their differences from their mean, of which there is one
+            less, so that two classes take one backward pass.
         options: of :class:`~tfb_ext.forward.batches.Batches`.
+
+    Attributes:
+        replayed: batches that were a CUDA graph's replay.
     """
 
-    def __init__(self, adapter: BayesianAdapter, data: Data, place: Place, **options: Any) -> None:
+    work = 4.0  # a batch is also some passes of few tokens, which the host takes long to launch
+
+    def __init__(
+        self, adapter: BayesianAdapter, data: Data, place: Place, centred: bool = False, **options: Any
+    ) -> None:
         # A graph keeps what a forward holds for one block at a time.
         options |= {"samples": max(1, len(adapter.anatomy.blocks) - place.first), "span": place.span, "share": False}
         with torch.inference_mode(False):
@@ -122,12 +133,12 @@ class Linear(Batches):
             )
         self.memory = Memory(self.device)
         self.by_token = adapter.mode != "weight"
-        self._at(place)
-
-    def _at(self, place: Place) -> None:
-        self.place, attached = place, self.adapter.attached
-        pairs = zip(attached.updates, attached.posteriors, strict=True)
-        self.layers = {u.name: (u, p) for u, p in pairs if u.block >= place.first}
+        self.centred = centred and self.kind == "categorical"
+        self.replayed = 0
+        self._ready: set[Place] = set()
+        self._graphs: dict[Hashable, Graph] = {}
+        self._met: Counter[Hashable] = Counter()
+        self.at(place)
 
     def moments(self, progress: bool) -> Moments:
         parts: list[tuple[Tensor, ...]] = []
@@ -142,8 +153,9 @@ class Linear(Batches):
 
     def of(self, batch: Batch, place: Place) -> Moments:
         """Of one batch's items at any place that is not deeper than the first."""
-        with _ready(self.adapter, place):
-            self._at(place)
+        with ready(self.adapter, None if place in self._ready else place):
+            self._ready.add(place)
+            self.at(place)
             mean, covariance, *classes = self._whole(batch)
         return Moments(mean, covariance, classes[0] if classes else None)
 
@@ -160,146 +172,127 @@ class Linear(Batches):
             raise torch.OutOfMemoryError(
                 f"one item of {batch.rows_per_item} choices does not fit into memory. Fix: free some, or shorten the rows"
             )
-        found = self.memory.once(lambda: self._outputs(batch))
-        return self.memory.once(lambda: self._moments(found, batch.rows_per_item))
+        planned = self.memory.once(lambda: self.planned(batch))
+        found = self.memory.once(lambda: self._by_graph(*planned))
+        return tuple(part.to("cpu", copy=True) for part in found)  # the next replay writes to it
 
-    # Forward ------------------------------------------------------------------------------------------------------------
+    # Graphs -------------------------------------------------------------------------------------------------------------
 
-    def _outputs(self, batch: Batch) -> _Outputs:
-        mask, tokens = mask_of(batch).bool(), batch.inputs["input_ids"].shape[1]
-        random, inputs = torch.ones_like(mask), _own(batch.inputs)  # what nothing depends on has no gradient
-        if self.place.span is not None:
-            found = tail_of(mask, self._counts(batch, self.place.span))
-            random, tail = mask & ~found.seen, found.slots
-            if self._ends_together(batch, found):
-                inputs = self._after_prompt(inputs, tail, tokens)
-                of_tokens = {n: getattr(batch, n) for n in ("labels", "targets")}
-                cut = {n: v[:, -tail:] for n, v in of_tokens.items() if v is not None and v.dim() == 2}
-                batch, random = replace(batch, **cut), random[:, -tail:]
-        elif batch.columns is not None and batch.targets is None and "logits_to_keep" in self._accepts:
-            if bool(mask[:, -1].all()):  # where the answers are read from
-                inputs = inputs | {"logits_to_keep": 1}
-        modules = {name: update.module for name, (update, _) in self.layers.items()}
-        with recording(self.adapter, modules) as seen, torch.no_grad():
-            logits = self.model(**inputs).logits
-        with torch.enable_grad():
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            if batch.columns is not None:
-                logits = logits.index_select(-1, batch.columns)
-            if batch.targets is not None:
-                values = self.items(at_targets(torch.log_softmax(logits, -1)[None], batch.targets)[0], batch)
-                if self.sequences is not None and self.sequences.by_length:
-                    values = values / (batch.targets != IGNORED).sum(-1, keepdim=True)
-                rows = torch.arange(len(batch), device=values.device)
-            else:
-                values = self.items(logits, batch)
-                numbers = torch.arange(len(batch), device=logits.device).view(-1, *[1] * (logits.dim() - 1))
-                rows = self.items(numbers.expand(*logits.shape[:-1], 1), batch)[:, 0]
-        return _Outputs(values, rows, seen, random)
+    def _by_graph(self, batch: Batch, random: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+        """:meth:`_moments` by a CUDA graph, where batches of one shape are met so often that capturing one pays: the host takes longer
+        for a few tokens forward and backward than the GPU."""
+        tensors = {name: getattr(batch, name) for name in ("inputs", "labels", "targets", "columns")} | {
+            "random": random
+        }
+        kind = describe(tensors) if plan.alone and batch.inputs["input_ids"].numel() <= self._room_of_graphs else None
+        if kind is None:
+            return self._moments(batch, random, plan)
+        kind = (self.place, plan, kind)
+        self._met[kind] += 1
+        if kind not in self._graphs and (self._met[kind] <= MEETINGS or has_hooks(self._parts)):
+            return self._moments(batch, random, plan)
+        if kind not in self._graphs:
 
-    def random_tokens(self, batch: Batch, place: Place) -> int:
-        """Of all rows of a batch."""
-        lengths = mask_of(batch).sum(1)
-        return int((lengths if place.span is None else self._counts(batch, place.span).minimum(lengths)).sum())
+            def run(own: dict[str, Any]) -> tuple[Tensor, ...]:
+                return self._moments(replace(batch, **{n: own[n] for n in own if n != "random"}), own["random"], plan)
 
-    def _counts(self, batch: Batch, span: int) -> Tensor:
-        """(B,) random tokens of each row that is long enough: the span, and what of an answer follows where it is read from."""
-        answers = answer_lengths(Request(batch.inputs, targets=batch.targets, answers=labelled_lengths(batch)))
-        lengths = mask_of(batch).sum(1)
-        return torch.full_like(lengths, span) if answers is None else span - 1 + answers.to(lengths)
+            while len(self._graphs) >= GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[kind] = Graph(run, tensors)
+        with self.adapter.attached.state.one_call():
+            found: tuple[Tensor, ...] = self._graphs[kind].replay(tensors)
+        if has_hooks(self._parts):  # looked at while the GPU works: they are to be called
+            return self._moments(batch, random, plan)
+        self.replayed += 1
+        return found
 
-    def _ends_together(self, batch: Batch, tail: Tail) -> bool:
-        """Whether the prompt can be run by itself: all random tokens are in the last columns, where all items are."""
-        inputs, mask = batch.inputs, mask_of(batch)
-        ids = inputs["input_ids"]
-        tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
-        plain = tensors.keys() <= _PLAIN and all(v.shape == ids.shape for v in tensors.values())
-        if not plain or tail.columns is not None or tail.slots >= ids.shape[1] or not bool(mask[:, -1].all()):
-            return False
-        if "position_ids" not in inputs and not bool(mask.all()):
-            return False  # where positions begin is the model's own rule
-        pad = self.model.config.get_text_config().pad_token_id
-        pools = self.adapter.anatomy.head_name in CLASSIFIER_HEADS  # at the last token that is no padding token
-        return not pools or pad is None or not bool((ids[:, -1] == pad).any())
+    @cached_property
+    def _parts(self) -> list[nn.Module]:
+        return list(self.model.modules())
 
-    def _after_prompt(self, inputs: dict[str, Any], tail: int, tokens: int) -> dict[str, Any]:
-        """The last columns' arguments, with the keys and values of those before, which are run without a graph."""
-        from transformers import DynamicCache
-
-        of_tokens = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
-        rest: dict[str, Any] = {n: v for n, v in inputs.items() if n not in of_tokens}
-        rest |= {"use_cache": True, cache_argument(self.model): DynamicCache()}
-        one = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
-        with torch.no_grad(), directly(self.adapter):
-            self.model(**{n: v[:, : tokens - tail] for n, v in of_tokens.items()}, **rest | one)
-        last = {n: v if n == "attention_mask" else v[:, -tail:] for n, v in of_tokens.items()}
-        return {**last, **rest}
+    @cached_property
+    def _room_of_graphs(self) -> int:
+        """Tokens of a batch that a graph may hold: its memory is kept."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if len({t.device for t in tensors}) != 1 or not capturable(self.device):
+            return 0
+        return room_for_tokens(self.model, self.device) // GRAPHS
 
     # Backward -----------------------------------------------------------------------------------------------------------
 
-    def _moments(self, found: _Outputs, rows_per_item: int) -> tuple[Tensor, ...]:
-        values, rows = found.values, found.rows
-        mean = values.detach()
+    def _moments(self, batch: Batch, random: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+        """On the model's device, mean, covariance and, of many, the classes of a batch's items."""
+        try:
+            found = self.outputs(batch, random, plan)
+        except NotCausalError:
+            self.is_causal = False
+            found = self.outputs(batch, random, plan)
+        values, each = found.values, plan.rows_per_item
+        mean, count = values.detach(), values.shape[1]
         classes: tuple[Tensor, ...] = ()
-        if values.shape[1] > MOST_OUTPUTS:
-            classes = (mean.topk(MOST_OUTPUTS, dim=1).indices,)
-            with torch.enable_grad():
+        differences = self.centred and each == 1 and 1 < count <= MOST_OUTPUTS
+        with torch.enable_grad():
+            if count > MOST_OUTPUTS:
+                classes = (mean.topk(MOST_OUTPUTS, dim=1).indices,)
                 values = values.gather(1, classes[0])
-        width = values.shape[1] * rows_per_item
-        covariance = torch.zeros(len(values) // rows_per_item, width, width, dtype=torch.float64, device=mean.device)
-        if values.requires_grad:
+            elif differences:
+                values = values[:, 1:] - values[:, :1]
+        width = values.shape[1] * each
+        covariance = torch.zeros(len(values) // each, width, width, dtype=torch.float64, device=mean.device)
+        if not values.requires_grad:
+            pass
+        elif found.rows is None:
+            covariance = self._covariance(found, values, None)
+        else:
             # One item of every row at a time: rows do not see each other, so a sum over them has the gradient of each.
-            same = rows[:, None] == rows
+            same = found.rows[:, None] == found.rows
             place = same.tril(-1).sum(1)
             for turn in range(int(place.max()) + 1 if len(place) else 0):
                 chosen = (place == turn).nonzero()[:, 0]
-                part = self._covariance(found, values, chosen, rows_per_item)
-                if rows_per_item > 1:
-                    covariance = part
-                else:
-                    covariance[chosen] = part
-        if rows_per_item > 1:
-            mean = mean.view(-1, rows_per_item)
-        return tuple(part.cpu() for part in (mean.double(), covariance, *classes))
+                covariance[chosen] = self._covariance(found, values, chosen)
+        if differences:
+            spread = (
+                nn.functional.pad(torch.eye(width, dtype=torch.float64, device=mean.device), (0, 0, 1, 0)) - 1 / count
+            )
+            covariance = spread @ covariance @ spread.mT
+        return mean.double().view(-1, count * each), covariance, *classes
 
-    def _covariance(self, found: _Outputs, values: Tensor, chosen: Tensor, rows_per_item: int) -> Tensor:
-        """(I, C, C) of the items ``chosen``, no two of a row; the outputs of one item may be those of several rows."""
-        rows, random = found.rows[chosen], found.random
-        calls = [(name, call) for name, those in found.seen.items() for call in those]
-        full_rank = self.adapter.family == "full-rank"
-        bases = {name: None if full_rank else self.layers[name][1].basis.to(call.at.device) for name, call in calls}
-        scalings = {name: self.layers[name][0].module.scaling[self.adapter.name] for name in found.seen}
+    def _covariance(self, found: Outputs, values: Tensor, chosen: Tensor | None) -> Tensor:
+        """(I, C, C) of the items ``chosen``, no two of a row; of all, the outputs of one item may be those of several rows."""
+        calls, each = found.recording.calls, found.plan.rows_per_item
+
+        def of_items(call: Call, value: Tensor) -> Tensor:
+            value = self._by_row(call, value, found)
+            return value if chosen is None or found.rows is None else value[found.rows[chosen].to(value.device)]
+
         gradients: list[list[Tensor]] = [[] for _ in calls]
         for column in range(values.shape[1]):
             with torch.enable_grad():
-                total = values[chosen, column].sum()
-            parts = torch.autograd.grad(total, [call.at for _, call in calls], retain_graph=True, allow_unused=True)
-            for (name, call), kept, part in zip(calls, gradients, parts, strict=True):
-                part, basis = torch.zeros_like(call.at) if part is None else part, bases[name]
-                part = part.float()
-                if not call.direct:
-                    part = scalings[name] * (part if basis is None else part @ basis)
-                kept.append(self._by_row(name, part, random)[rows.to(part.device)])
-        layers: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for (name, call), kept in zip(calls, gradients, strict=True):
-            x = self._by_row(name, call.x.float(), random)[rows.to(call.x.device)]
-            g = torch.stack(kept, 1)
-            layers[name].append((x.unflatten(0, (-1, rows_per_item)), g.unflatten(0, (-1, rows_per_item))))
-        width = values.shape[1] * rows_per_item
-        covariance = torch.zeros(len(chosen) // rows_per_item, width, width, dtype=torch.float64, device=values.device)
-        products = by_token if self.by_token else jointly
-        for those in layers.values():
-            x, g = torch.cat([x for x, _ in those], 2), torch.cat([g for _, g in those], 3)
-            covariance += products(x, g).to(covariance)
-        return covariance
+                total = (values if chosen is None else values[chosen])[:, column].sum()
+            for call, kept, part in zip(calls, gradients, found.recording.gradients(total), strict=True):
+                kept.append(of_items(call, part))
+        layers: dict[SampledUpdate, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        inputs: dict[int, Tensor] = {}  # of layers that share theirs
+        for call, kept in zip(calls, gradients, strict=True):
+            if id(call.x) not in inputs:
+                inputs[id(call.x)] = of_items(call, call.x).unflatten(0, (-1, each))
+            g = kept[0][:, None] if len(kept) == 1 else torch.stack(kept, 1)
+            layers[call.update].append((inputs[id(call.x)], g.unflatten(0, (-1, each))))
+        joined = []
+        for update, those in layers.items():
+            x, g = (
+                part[0] if len(part) == 1 else torch.cat(part, 2 + n) for n, part in enumerate(zip(*those, strict=True))
+            )
+            joined.append((x, g, update.module.scaling[self.adapter.name]))
+        return (by_token if self.by_token else jointly)(joined).to(values.device)
 
-    def _by_row(self, name: str, value: Tensor, random: Tensor) -> Tensor:
+    def _by_row(self, call: Call, value: Tensor, found: Outputs) -> Tensor:
         """(B, K, ...) of a layer's input or output, 0 where nothing is random; pooled rows are one position each.
 
         Raises:
             SamplingError: it has no such rows.
         """
-        rows, tokens = random.shape
+        name, (rows, tokens) = call.update.name, found.random.shape
         if value.dim() == 2 and value.shape[0] == rows:
             return value[:, None]
         if value.dim() == 2 and value.shape[0] == rows * tokens:
@@ -307,7 +300,11 @@ class Linear(Batches):
         kept = value.shape[1] if value.dim() == 3 and value.shape[0] == rows else 0
         # A head may be given the last positions alone.
         if kept == tokens or (0 < kept < tokens and name == self.adapter.anatomy.head_name):
-            return value.masked_fill(~random[:, -kept:, None].to(value.device), 0)
+            return (
+                value
+                if found.plan.everything
+                else value.masked_fill(~found.random[:, -kept:, None].to(value.device), 0)
+            )
         raise SamplingError(
             f"layer {name!r} has an input or output of shape {tuple(value.shape)}, expected {rows} rows of {tokens} tokens first. Fix: "
             "by='samples', or train the adapter without it in target_modules"
@@ -316,8 +313,3 @@ class Linear(Batches):
 
 def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(map(torch.cat, zip(*parts, strict=True)))
-
-
-def _own(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments as a graph can keep them."""
-    return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}

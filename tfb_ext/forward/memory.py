@@ -122,8 +122,8 @@ class Memory:
             torch.cuda.empty_cache()
 
 
-def room_for_tokens(model: Any, device: torch.device) -> int:
-    """Tokens that one forward may hold on this GPU."""
+def room_for_tokens(model: Any, device: torch.device, work: float = 1.0) -> int:
+    """Tokens that one forward may hold on this GPU, where it may take ``work`` times as long as launching it asks for."""
     config = model.config.get_text_config()
     hidden = config.hidden_size
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -131,7 +131,7 @@ def room_for_tokens(model: Any, device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     tokens = (free + idle) * MEMORY_SHARE / (size * (8 * hidden + 4 * wide))
-    tokens = min(tokens, OPERATIONS / (2 * sum(p.numel() for p in model.parameters())))
+    tokens = min(tokens, work * OPERATIONS / (2 * sum(p.numel() for p in model.parameters())))
     return int(min(max(tokens, FEWEST_TOKENS), MOST_TOKENS))
 
 

@@ -1,11 +1,12 @@
-"""The mean adapter's forward with a graph from the first random layer on, and its layers' calls, for derivatives of the outputs."""
+"""The mean adapter's forward by the kernels, with a graph from the first random layer on, and its layers' calls, for derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,100 +14,150 @@ from torch import Tensor, nn
 from ..adapters.adapter import BayesianAdapter
 from ..adapters.base import base_kind, has_derivative
 from ..adapters.layer import SampledUpdate
+from ..adapters.samples import MEAN
 from ..errors import SamplingError
+from .contexts import exclusive
 
 
-class Call(NamedTuple):
-    """One call of a layer: its input, and what the outputs' gradients are taken at: its output, or where ``direct``, ``z = M x``."""
+@dataclass
+class Call:
+    """One call of a layer.
 
+    Attributes:
+        update: the layer's posterior.
+        x: its input.
+        at: its output, where its derivatives are taken; ``None`` where its own derivative notes them.
+        gradient: of the output in question at the layer's output d, ``U^T d`` (..., r); ``d`` of the family ``"full-rank"``.
+    """
+
+    update: SampledUpdate
     x: Tensor
-    at: Tensor
-    direct: bool
+    at: Tensor | None = None
+    gradient: Tensor | None = None
 
 
-class DirectLayer:
-    """Stands for a layer's posterior where its base is a plain product: in the base's type, by operators with derivatives.
-
-    ``calls``: where to note its calls, with gradients on from the first of them; ``None`` notes nothing.
-    """
-
-    def __init__(self, update: SampledUpdate, calls: list[Call] | None) -> None:
-        self.update, self.calls = update, calls
-        self.took = False  # the layer's latest call
-
-    def is_shared(self, x: Tensor) -> bool:
-        return False
-
-    def is_active(self) -> bool:
-        return False
-
-    def writes_first(self, x: Tensor) -> bool:
-        self.took = self.update.is_alone and self.update.multiplies_plainly(x)
-        return self.took
-
-    def written_first(self, x: Tensor) -> Tensor:
-        """The layer's output (..., m) of ``x`` (..., n)."""
-        module, linear = self.update.module, nn.functional.linear
-        basis, mean = (module._buffers[name].to(x.dtype) for name in self.update.buffers)
-        base = module._modules["base_layer"]._parameters
-        z = linear(x, mean)
-        if self.calls is not None:
-            torch.set_grad_enabled(True)
-            zero = torch.zeros_like(z, requires_grad=True)
-            self.calls.append(Call(x.detach(), zero, True))
-            z = z + zero
-        return linear(x, base["weight"], base["bias"]) + module.scaling[self.update.adapter] * linear(z, basis)
-
-
-@contextmanager
-def directly(adapter: BayesianAdapter, seen: Mapping[str, list[Call]] | None = None) -> Iterator[None]:
-    """Inside, layers on plain bases run as :class:`DirectLayer`, and those that ``seen`` names note their calls there.
-
-    The family ``"full-rank"`` adds its noise at the outputs, so its layers run as PEFT runs them.
-    """
-    updates = adapter.attached.updates if adapter.family != "full-rank" else ()
-    try:
-        for update in updates:
-            vars(update.module)["tfb_open"] = DirectLayer(update, None if seen is None else seen.get(update.name))
-        yield
-    finally:
-        for update in updates:
-            vars(update.module)["tfb_open"] = None
-
-
-@contextmanager
-def recording(adapter: BayesianAdapter, modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
-    """Inside, gradients are on from the first of these layers that a call of the model reaches; by layer, its calls."""
-    seen: dict[str, list[Call]] = {name: [] for name in modules}
-    with ExitStack() as undo:
-        undo.enter_context(directly(adapter, seen))
-        tried: set[str] = set()
-        for name, module in modules.items():
-            undo.callback(module.register_forward_pre_hook(_gradients_on).remove)
-            undo.callback(module.register_forward_hook(partial(_keep, seen[name], tried)).remove)
-        yield seen
-
-
-def _gradients_on(module: nn.Module, args: tuple[Any, ...]) -> None:
-    torch.set_grad_enabled(True)
-
-
-def _keep(calls: list[Call], tried: set[str], module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Note a layer's call; what the model goes on with is a copy, so that nothing is written into what is noted.
+class Recording:
+    """The calls of random layers in one call of the model, in their order.
 
     ``tried``: kinds of base layers that are known to have derivatives.
     """
-    direct: DirectLayer | None = vars(module).get("tfb_open")
-    if direct is not None and direct.took:
-        return output
-    kind = base_kind(module)
-    if kind not in tried and args[0].numel():
-        if kind != "float" and not has_derivative(module.get_base_layer(), args[0]):
+
+    def __init__(self, tried: set[str]) -> None:
+        self.tried = tried
+        self.calls: list[Call] = []
+        self._own: set[SampledUpdate] = set()  # that came by their own derivative, up to their modules' hooks
+        self._anchor: Tensor | None = None
+
+    def group(self, x: Tensor, updates: Sequence[SampledUpdate]) -> Sequence[Tensor]:
+        """Outputs (..., m) of layers that read ``x`` (..., n), with a derivative of their own."""
+        if self._anchor is None:  # so that the first layers, whose input has no graph, are in it
+            self._anchor = torch.zeros((), device=x.device, requires_grad=True)
+        own = x.detach()
+        calls = [Call(update, own) for update in updates]
+        self.calls += calls
+        self._own.update(updates)
+        outputs: Sequence[Tensor] = _Layers.apply(x, self._anchor, calls)
+        return outputs
+
+    def keep(self, update: SampledUpdate, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Note the call of a layer that ran as PEFT runs it; what the model goes on with is a copy, so that nothing is written into
+        what is noted."""
+        if update in self._own:
+            self._own.discard(update)
+            return output
+        self._try(module, args[0])
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        self.calls.append(Call(update, args[0].detach(), output))
+        return output.clone()
+
+    def _try(self, module: Any, x: Tensor) -> None:
+        kind = base_kind(module)
+        if kind in self.tried or not x.numel():
+            return
+        if kind != "float" and not has_derivative(module.get_base_layer(), x):
             raise SamplingError(
                 f"by='linear' on base weights {kind!r}, expected ones whose product has derivatives: this one's stop at a rounding, or are "
                 "not computed. Fix: by='samples', or a base whose weights alone are quantised"
             )
-        tried.add(kind)
-    output = output if output.requires_grad else output.detach().requires_grad_()
-    calls.append(Call(args[0].detach(), output, False))
-    return output.clone()
+        self.tried.add(kind)
+
+    def gradients(self, total: Tensor) -> list[Tensor]:
+        """Of every call, the gradient of ``total`` () as :class:`Call` has it; the graph stays."""
+        others = [call for call in self.calls if call.at is not None]
+        for call in self.calls:
+            call.gradient = None
+        at = [*([] if self._anchor is None else [self._anchor]), *(call.at for call in others)]
+        parts = torch.autograd.grad(total, at, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        for call, part in zip(others, parts[len(parts) - len(others) :], strict=True):
+            if part is not None:
+                call.gradient = part.float() if call.update.full_rank else part.float() @ _posterior(call)[0].float()
+        return [_zero(call) if call.gradient is None else call.gradient for call in self.calls]
+
+
+def _posterior(call: Call) -> tuple[Any, Any]:
+    """Basis and mean."""
+    basis, mean = (call.update.module._buffers[name] for name in call.update.buffers)
+    return basis, mean
+
+
+def _plain(call: Call) -> tuple[Any, float]:
+    """The base layer's weight, and the adapter's scaling."""
+    module = call.update.module
+    return module._modules["base_layer"]._parameters["weight"], module.scaling[call.update.adapter]
+
+
+def _zero(call: Call) -> Tensor:
+    width = _posterior(call)[0].shape[0 if call.update.full_rank else 1]
+    return call.x.new_zeros(*call.x.shape[:-1], width, dtype=torch.float32)
+
+
+class _Layers(torch.autograd.Function):
+    """The outputs of layers that read one input, under the mean adapter, by the kernels.
+
+    Of outputs ``W x + s U M x + b`` with gradients d, that of x is ``W^T d + s M^T (U^T d)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, calls: list[Call]) -> tuple[Tensor, ...]:
+        ctx.layers = [(call, *(part.to(x.dtype) for part in _posterior(call)), *_plain(call)) for call in calls]
+        return tuple(SampledUpdate.outputs([call.update for call in calls], x, MEAN))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        total: Tensor | None = None
+        for (call, basis, mean, weight, scaling), given in zip(ctx.layers, gradients, strict=True):
+            d = given.flatten(0, -2)
+            part = d @ basis
+            call.gradient = given if call.update.full_rank else part.view(*given.shape[:-1], -1)
+            if ctx.needs_input_grad[0]:
+                total = d @ weight if total is None else total.addmm_(d, weight)
+                total.addmm_(part, mean, alpha=scaling)
+        return None if total is None else total.view(*gradients[0].shape[:-1], -1), None, None
+
+
+@contextmanager
+def by_kernels(adapter: BayesianAdapter) -> Iterator[None]:
+    """Inside, calls of the model are the mean adapter's, by the kernels wherever its layers are on plain bases."""
+    attached, everything = adapter.attached, len(adapter.anatomy.blocks) + 1
+    with exclusive(attached), attached.state.one_call(), attached.state.serving(MEAN, everything, None):
+        attached.check_call()
+        yield
+
+
+@contextmanager
+def recording(adapter: BayesianAdapter, updates: Sequence[SampledUpdate]) -> Iterator[Recording]:
+    """Inside :func:`by_kernels`, gradients are on from the first of these layers that a call of the model reaches."""
+    state = adapter.attached.state
+    found = Recording(state.derived)
+    with ExitStack() as undo:
+        undo.enter_context(torch.no_grad())
+        for update in updates:
+            undo.callback(update.module.register_forward_pre_hook(_gradients_on).remove)
+            undo.callback(update.module.register_forward_hook(partial(found.keep, update)).remove)
+        undo.callback(setattr, state, "recording", None)
+        state.recording = {update: found for update in updates}
+        yield found
+
+
+def _gradients_on(module: nn.Module, args: tuple[Any, ...]) -> None:
+    torch.set_grad_enabled(True)

@@ -22,6 +22,7 @@ from ..adapters.adapter import BayesianAdapter
 from ..adapters.samples import SampleBatch
 from ..forward.caches import cache_of, windows_opened
 from ..forward.fold import Predictive
+from ..forward.graphs import Graph, capturable, describe
 from ..forward.rows import asks_for
 from ..forward.tail import columns_of
 
@@ -72,11 +73,6 @@ def decoding_with(decoding: CapturedDecoding) -> Iterator[None]:
     finally:
         del _OPEN[model]
         del model.get_compiled_call
-
-
-def capturable(device: torch.device) -> bool:
-    """Whether this device has graphs."""
-    return device.type == "cuda"
 
 
 def open_decoding(model: nn.Module) -> CapturedDecoding | None:
@@ -214,7 +210,7 @@ class CapturedDecoding:
             sampled += (view.keep_samples, None if columns is None else (columns.data_ptr(), tuple(columns.shape)))
         elif self.adapter is not None and self.adapter.is_sampling:
             return None
-        given = _describe({name: value for name, value in inputs.items() if value is not cache})
+        given = describe({name: value for name, value in inputs.items() if value is not cache})
         if held is None or given is None:
             return None
         return (self._state, held, sampled, given, torch.is_inference_mode_enabled())
@@ -240,10 +236,9 @@ class CapturedDecoding:
 
 
 class _Step:
-    """One captured call: the tensors it reads its inputs and samples from, and those it writes its results to."""
+    """One captured call, and the samples that it reads."""
 
     def __init__(self, model: Any, inputs: dict[str, Any], view: Predictive | None) -> None:
-        self.inputs = _clone(inputs)
         self.batch: SampleBatch | None = None
         self.loaded: SampleBatch | None = None
         own = None
@@ -251,37 +246,21 @@ class _Step:
             own = self.loaded = view.batch
             self.batch = view.batch = own.copy()
             self.batch.tensors(inputs["input_ids"].device)
-        self.graph = torch.cuda.CUDAGraph()
-        _clear_workspaces()
         try:
-            with torch.cuda.graph(self.graph):
-                self.output = model(**self.inputs)
+            self.graph = Graph(lambda own: model(**own), inputs)
         finally:
-            _clear_workspaces()
             if view is not None and own is not None:
                 view.batch = own
         self.seen = None if view is None else (view.folded, view.sample_outputs)
 
     def replay(self, inputs: dict[str, Any], view: Predictive | None) -> Any:
-        for own, new in zip(_tensors(self.inputs), _tensors(inputs), strict=True):
-            own.copy_(new)
         if view is not None and self.batch is not None and self.loaded is not view.batch:
             self.batch.load(view.batch)
             self.loaded = view.batch
-        self.graph.replay()
+        output = self.graph.replay(inputs)
         if view is not None and self.seen is not None:
             view.folded, view.sample_outputs = self.seen
-        return self.output
-
-
-def _clear_workspaces() -> None:
-    """Let cuBLAS drop its workspaces, so that it takes one out of a graph's own memory while that is captured.
-
-    One that was there before could be freed while the graph still writes to it: torch.compile does so before it captures.
-    """
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is not None:
-        clear()
+        return output
 
 
 def _cache_addresses(cache: Any) -> Hashable | None:
@@ -297,27 +276,3 @@ def _cache_addresses(cache: Any) -> Hashable | None:
         (layer.keys.data_ptr(), layer.values.data_ptr(), layer.cumulative_length.data_ptr(), tuple(layer.keys.shape))
         for layer in layers
     )
-
-
-def _describe(value: Any) -> Hashable | None:
-    if isinstance(value, Tensor):
-        return (tuple(value.shape), value.dtype, value.device)
-    if isinstance(value, dict):
-        parts = [(name, _describe(v)) for name, v in value.items()]
-        return None if any(part is None for _, part in parts) else tuple(parts)
-    return ("value", value) if value is None or isinstance(value, bool | int | float | str) else None
-
-
-def _clone(value: Any) -> Any:
-    """The same with tensors of its own; a cache stays the one it is."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    return {name: _clone(v) for name, v in value.items()} if isinstance(value, dict) else value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors(part)

@@ -110,9 +110,13 @@ def with_length(
 
 
 def check_options(
-    adapter: BayesianAdapter, config: GenerationConfig, rest: Mapping[str, Any], options: Mapping[str, Any]
+    adapter: BayesianAdapter,
+    config: GenerationConfig,
+    rest: Mapping[str, Any],
+    options: Mapping[str, Any],
+    span: int | None,
 ) -> None:
-    """Refuse what the fan or the scoring forward cannot follow, wherever it was asked for."""
+    """Refuse what the fan at ``span`` or the scoring forward cannot follow, wherever it was asked for."""
     model = adapter.anatomy.model
     for name in ("num_beams", "num_return_sequences"):
         if getattr(config, name) is not None:
@@ -140,7 +144,7 @@ def check_options(
             f"options: got {extra} for the model's forward, expected none, because the forward that scores the tokens is not given "
             "them. Fix: leave them out, or call adapter.model.generate(...) inside adapter.predictive(...)"
         )
-    if adapter.place.span is not None and (mode == GenerationMode.ASSISTED_GENERATION or config.prefill_chunk_size):
+    if span is not None and (mode == GenerationMode.ASSISTED_GENERATION or config.prefill_chunk_size):
         name = "an assistant model or prompt lookup, whose rejected guesses are cut off the cache"
         name = (
             name if mode == GenerationMode.ASSISTED_GENERATION else "prefill_chunk_size, which runs a prompt in parts"

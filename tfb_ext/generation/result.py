@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import refusal
 from ..files import for_json
+from ..prediction.results import sample_variance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Generation:
     """Generated sequences: R rows of up to N new tokens, S samples; on the CPU, entropies and logarithms in nats.
+
+    Without samples (``by="linear"``) S = 1, and the probabilities are the mean adapter's, which to first order in sigma are those of the
+    posterior. What needs every sample's distribution over the vocabulary is not known then.
 
     Uncertainties are about the model's own next-token distribution, before temperature, top-k and the like changed it. Entries
     behind a row's end are NaN. Tokens there are what transformers fills an ended row with: padding, or, where it knows no
@@ -35,10 +40,12 @@ class Generation:
         sample_log_probabilities: (S, R, N) of each new token under each sample.
         log_probabilities: (R, N) log of their mean probability: what the model inside the context gives.
         total: (R, N) entropy of the mean distribution.
-        aleatoric: (R, N) mean entropy of the samples' distributions.
+        aleatoric: (R, N) mean entropy of the samples' distributions; NaN without samples.
         alternatives, alternative_probabilities: (R, N, K) the K most probable tokens and their mean probabilities.
-        sigma, samples: of the posterior.
+        sigma, samples: of the posterior; ``samples`` is empty where none were drawn.
         seconds, scoring_seconds: of ``generate``, and of the forward that scores.
+        antithetic: whether samples come in mirrored pairs.
+        expected_deviation, expected_sequence_deviation: (R, N) and (R,), the standard deviations where no samples were drawn.
     """
 
     sequences: Tensor
@@ -56,6 +63,9 @@ class Generation:
     samples: tuple[int, ...]
     seconds: float
     scoring_seconds: float
+    antithetic: bool = False
+    expected_deviation: Tensor | None = None
+    expected_sequence_deviation: Tensor | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -64,24 +74,60 @@ class Generation:
 
     @property
     def epistemic(self) -> Tensor:
-        """(R, N) mutual information of the token and the weights, total minus aleatoric: what the samples disagree about."""
+        """(R, N) mutual information of the token and the weights, total minus aleatoric: what the samples disagree about.
+
+        Raises:
+            ValueError: there are no samples, see ``standard_deviation``.
+        """
+        if self.expected_deviation is not None:
+            expected = "samples: it needs the whole vocabulary, and by='linear' looks at the emitted tokens alone"
+            raise refusal("epistemic", "a generation by='linear'", expected, "standard_deviation, or by='samples'")
         return (self.total - self.aleatoric).clamp(min=0)
+
+    @property
+    def standard_deviation(self) -> Tensor:
+        """(R, N) of each new token's log probability under the posterior; NaN below two samples, or two mirrored pairs.
+
+        Without samples it is right to first order in sigma.
+        """
+        if self.expected_deviation is not None:
+            return self.expected_deviation
+        return sample_variance(self.sample_log_probabilities, self.samples, self.antithetic).sqrt()
+
+    @property
+    def sequence_standard_deviation(self) -> Tensor:
+        """(R,) the same of the whole continuation's log probability, which holds the covariance of all its tokens."""
+        if self.expected_sequence_deviation is not None:
+            return self.expected_sequence_deviation
+        return sample_variance(self._whole, self.samples, self.antithetic).sqrt().float()
+
+    @property
+    def _whole(self) -> Tensor:
+        """(S, R) each sample's log probability of the whole continuation."""
+        return self.sample_log_probabilities.nan_to_num(0.0).double().sum(dim=-1)
+
+    @property
+    def uncertainties(self) -> tuple[str, ...]:
+        """Names of what is known of every token; the last is how much of it is the model's own."""
+        own = ("aleatoric", "epistemic") if self.expected_deviation is None else ("standard_deviation",)
+        return ("total", *own)
 
     @property
     def sequence_scores(self) -> Tensor:
         """(R,) log of the mean over samples of the whole continuation's probability: weights are drawn once a text."""
-        per_sample = self.sample_log_probabilities.nan_to_num(0.0).double().sum(dim=-1)
+        per_sample = self._whole
         return (torch.logsumexp(per_sample, dim=0) - math.log(len(per_sample))).float()
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and texts as JSON takes them: one entry of ``items`` for each row, null for what is not finite."""
-        names = ("tokens", "log_probabilities", "total", "aleatoric", "epistemic")
+        names = dict.fromkeys(("tokens", "log_probabilities", *self.uncertainties, "standard_deviation"))
         columns = {name: getattr(self, name) for name in (*names, "alternatives", "alternative_probabilities")}
-        scores = zip(self.sequence_scores.tolist(), self.token_scores.tolist(), strict=True)
+        whole = {"sequence_score": self.sequence_scores, "token_score": self.token_scores}
+        whole |= {"sequence_standard_deviation": self.sequence_standard_deviation}
         items = []
-        for row, (count, (sequence, token)) in enumerate(zip(self.lengths.tolist(), scores, strict=True)):
+        for row, count in enumerate(self.lengths.tolist()):
             item: dict[str, Any] = {"text": self.texts[row]} if self.texts else {}
-            item |= {"sequence_score": sequence, "token_score": token}
+            item |= {name: value[row].item() for name, value in whole.items()}
             item |= {name: value[row, :count].tolist() for name, value in columns.items()}
             items.append(item | ({"pieces": list(self.pieces[row])} if self.pieces else {}))
         numbers = {"sigma": self.sigma, "samples": list(self.samples), "seconds": self.seconds}

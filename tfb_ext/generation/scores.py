@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,7 +24,10 @@ from ..forward.rows import last_positions
 
 @dataclass(frozen=True)
 class Scores:
-    """Of R rows of N tokens: (S, R, N) under each sample, (R, N) of the mean and the entropies, (R, N, K) alternatives."""
+    """Of R rows of N tokens: (S, R, N) under each sample, (R, N) of the mean and the entropies, (R, N, K) alternatives.
+
+    Of the mean adapter S = 1, and ``aleatoric`` is NaN.
+    """
 
     samples: Tensor
     mean: Tensor
@@ -33,9 +38,14 @@ class Scores:
 
 
 def score_tokens(
-    adapter: BayesianAdapter, sequences: Tensor, mask: Tensor, start: int, batch: SampleBatch, alternatives: int = 5
+    adapter: BayesianAdapter,
+    sequences: Tensor,
+    mask: Tensor,
+    start: int,
+    batch: SampleBatch | None,
+    alternatives: int = 5,
 ) -> Scores:
-    """Every sample's probabilities of the tokens from position ``start`` on.
+    """Every sample's probabilities of the tokens from position ``start`` on; the mean adapter's without ``batch``.
 
     Samples and rows are halved while they do not fit into memory. The logits of S samples are made and let go piece by piece.
 
@@ -54,7 +64,7 @@ def score_tokens(
     kept = slice(-count - 1, -1)  # the last position says what would follow the last token
 
     def score(rows: Batch) -> Scores:
-        def call(part: SampleBatch) -> tuple[Result, list[Tensor]]:
+        def call(part: SampleBatch | None) -> tuple[Result, list[Tensor]]:
             seen: list[Tensor] = []
 
             def observe(values: Tensor) -> None:
@@ -63,15 +73,17 @@ def score_tokens(
 
             return run(adapter, Request(rows.inputs, part, targets=rows.targets, observe=observe)), seen
 
-        results, entropies = zip(*memory.passes(rows, batch, call), strict=True)
+        passes = [memory.once(lambda: call(None))] if batch is None else memory.passes(rows, batch, call)
+        results, entropies = zip(*passes, strict=True)
         mean = (results[0].average if len(results) == 1 else mixture(results))[:, kept]
         top = mean.topk(min(alternatives, mean.shape[-1]), dim=-1)
         own = rows.inputs["input_ids"][:, start:].to(mean.device)
+        total = torch.special.entr(mean.exp()).sum(dim=-1)
         return Scores(
             torch.cat([result.targets for result in results])[..., kept],
             mean.gather(-1, own[..., None])[..., 0],
-            torch.special.entr(mean.exp()).sum(dim=-1),
-            torch.stack(sum(entropies, [])).mean(dim=0),
+            total,
+            torch.full_like(total, math.nan) if batch is None else torch.stack(sum(entropies, [])).mean(dim=0),
             top.indices,
             top.values.exp(),
         )
@@ -84,14 +96,21 @@ def score_tokens(
     return memory.whole_or_halves(whole, score, join)
 
 
-def nan_message(adapter: BayesianAdapter, batch: SampleBatch, inputs: Mapping[str, Tensor]) -> str:
+def opened(adapter: BayesianAdapter, batch: SampleBatch | None) -> AbstractContextManager[object]:
+    """The sampling context of ``batch``; without one the model is the mean adapter."""
+    return nullcontext() if batch is None else adapter.fanned(Predictive(batch, span=adapter.place.span))
+
+
+def nan_message(adapter: BayesianAdapter, batch: SampleBatch | None, inputs: Mapping[str, Tensor]) -> str:
+    where = "under the mean adapter" if batch is None else f"at sigma = {batch.sigma[0]:g}"
     return (
-        f"the model's probabilities are NaN or infinite at sigma = {batch.sigma[0]:g}; the first module to give such a value is "
-        f"{first_nan(adapter, batch, inputs)}: load the model in float32 or bfloat16, or lower sigma"
+        f"the model's probabilities are NaN or infinite {where}; the first module to give such a value is "
+        f"{first_nan(adapter, batch, inputs)}: load the model in float32 or bfloat16"
+        f"{'' if batch is None else ', or lower sigma'}"
     )
 
 
-def first_nan(adapter: BayesianAdapter, batch: SampleBatch, inputs: Mapping[str, Tensor]) -> str:
+def first_nan(adapter: BayesianAdapter, batch: SampleBatch | None, inputs: Mapping[str, Tensor]) -> str:
     """Name and class of the innermost module that is the first to return NaN or infinity on these inputs."""
     found: list[str] = []
 
@@ -106,7 +125,7 @@ def first_nan(adapter: BayesianAdapter, batch: SampleBatch, inputs: Mapping[str,
     modules = list(adapter.anatomy.model.named_modules())
     hooks = [m.register_forward_hook(watch(n)) for n, m in modules if n]
     try:
-        with adapter.fanned(Predictive(batch, span=adapter.place.span)):
+        with opened(adapter, batch):
             adapter.anatomy.model(**inputs, use_cache=False)
     except SamplingError:
         pass

@@ -19,15 +19,17 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..adapters.adapter import BayesianAdapter
-from ..checks import check_count
+from ..checks import check_choice, check_count
 from ..errors import SamplingError
 from ..forward.caches import cache_argument
-from ..forward.fold import Predictive
-from .decoding import capturable, captured_decoding, open_decoding
+from ..forward.graphs import capturable
+from ..posterior.config import BY, By
+from .decoding import captured_decoding, open_decoding
+from .linear import linear_sigma, token_variances
 from .options import assistant, check_model, check_options, check_ours, check_room, resolved, with_length
 from .prompts import Prompts, encode_prompts, vocabulary
 from .result import Generation, pieces_of
-from .scores import nan_message, score_tokens
+from .scores import nan_message, opened, score_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +41,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     samples: int | Sequence[int] = 10,
     *,
+    by: By = "samples",
     sigma: float | None = None,
     alternatives: int = 5,
     **options: Any,
@@ -54,6 +57,9 @@ def generate(
             second one.
         tokenizer: needed for texts and conversations.
         samples: how many samples, or their numbers.
+        by: ``"samples"``, or ``"linear"``, which draws none: the text is the mean adapter's, and one backward pass a token says how far
+            its log probability varies (``standard_deviation``, ``sequence_standard_deviation``), to first order in sigma. ``samples``
+            counts for nothing then. A sigma that was searched by the one is not the best for the other, which warns.
         sigma: posterior scale instead of the adapter's own.
         alternatives: how many of the most probable tokens to keep at every position.
         **options: of transformers' ``generate``: sampling, beams, penalties, stopping, caches, streamers, an assistant model
@@ -74,13 +80,15 @@ def generate(
     check_ours(options)
     alternatives = check_count("alternatives", alternatives)
     check_model(adapter)
-    batch = adapter.batch(samples, sigma)
+    check_choice("by", by, BY)
+    batch = adapter.batch(samples, sigma) if by == "samples" else None
+    scale = linear_sigma(adapter, sigma) if batch is None else batch.sigma[0]
     if isinstance(options.get("assistant_model"), str):
         options["assistant_model"] = assistant(adapter, options["assistant_model"])
     config, rest = resolved(adapter, options)
     if tokenizer is not None and (config.stop_strings is not None or options.get("assistant_tokenizer") is not None):
         options["tokenizer"] = tokenizer
-    check_options(adapter, config, rest, options)
+    check_options(adapter, config, rest, options, None if batch is None else adapter.place.span)
     inputs = encode_prompts(adapter.anatomy.model, prompts, tokenizer, config._pad_token_tensor)
     ids = inputs["input_ids"]
     config = with_length(adapter, config, options, ids)
@@ -100,7 +108,7 @@ def generate(
     started = time.perf_counter()
     try:
         with (
-            adapter.fanned(Predictive(batch, span=adapter.place.span)),
+            opened(adapter, batch),
             _static_decoding(adapter, ids, config, options) as options,
             _recorded_ends(adapter) as ends,
         ):
@@ -125,6 +133,11 @@ def generate(
     scores = score_tokens(adapter, real, mask, width, batch, alternatives)
     if scores.mean.masked_fill(~inside, 0.0).isnan().any():
         raise ValueError(nan_message(adapter, batch, {"input_ids": real, "attention_mask": mask}))
+    deviations: tuple[Tensor, ...] = ()
+    if batch is None:
+        variances = token_variances(adapter, real, mask, width, lengths)
+        deviations = tuple(scale * each.clamp(min=0).sqrt() for each in variances)
+        deviations = (deviations[0].masked_fill(~inside, math.nan).cpu(), deviations[1].cpu())
     _wait(scores.mean)
     outside = ~inside
     cut = {name: getattr(scores, name).masked_fill(outside, math.nan).cpu() for name in ("mean", "total", "aleatoric")}
@@ -142,10 +155,12 @@ def generate(
         cut["aleatoric"],
         scores.alternatives.cpu(),
         scores.alternative_probabilities.masked_fill(outside[..., None], math.nan).cpu(),
-        batch.sigma[0],
-        batch.samples,
+        scale,
+        () if batch is None else batch.samples,
         generated - started,
         time.perf_counter() - generated,
+        batch is not None and batch.antithetic,
+        *deviations,
     )
 
 
@@ -156,7 +171,7 @@ def _static_decoding(
     """The options to generate with: in graphs where a static cache is asked for, in the kept one if ``captured_decoding`` is open."""
     model = adapter.anatomy.model
     wanted = config.cache_implementation == "static" and config.compile_config is None and not config.disable_compile
-    decoding, span = open_decoding(model), adapter.place.span
+    decoding, span = open_decoding(model), None if adapter.open_context is None else adapter.place.span
     if not wanted or not (capturable(ids.device) or span is not None):
         yield options
         return

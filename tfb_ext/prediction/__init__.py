@@ -148,7 +148,7 @@ def _linear(
     check_choice("by", by, BY)
     scale = adapter.scale(sigma, by)
     some, data = some_items(data) if check else (data, data)
-    found = gaussian(adapter, data, batch_size=batch_size, progress=progress, kind=kind)
+    found = gaussian(adapter, data, batch_size=batch_size, progress=progress, kind=kind, centred=True)
     if check:
         warn_of_bends(adapter, some, kind, scale, batch_size)
     return found.predict(scale)

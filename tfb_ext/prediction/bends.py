@@ -46,7 +46,7 @@ def warn_of_bends(adapter: BayesianAdapter, some: Data, kind: Kind, sigma: float
     scorer = Scorer(adapter, some, batch_size=batch_size, samples=SAMPLES, kind=kind)
     draws = adapter.batch(SAMPLES, sigma, antithetic=True)
     sampled = original_order([scorer.samples(b, draws).double().cpu() for b in scorer.batches], scorer.batches, dim=1)
-    found = gaussian(adapter, some, batch_size=batch_size, kind=kind)
+    found = gaussian(adapter, some, batch_size=batch_size, kind=kind, centred=True)
     told = []
     for name, off, small in _differences(found, sampled, sigma):
         gap, error = _gap(off)

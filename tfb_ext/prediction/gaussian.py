@@ -19,6 +19,7 @@ from ..forward.linear import linearised
 from ..quadrature import softmax_moments
 from .results import MultiLabelPrediction, Prediction, RegressionPrediction
 
+CPU = torch.device("cpu")
 POINTS = 2**14  # of the quadrature over three classes and more
 
 
@@ -36,6 +37,7 @@ class Gaussian:
         kind: what the outputs are: ``"categorical"``, ``"multi_label"`` or ``"regression"``.
         choices: names of the classes or labels, where they are known.
         seconds: wall time of the passes.
+        device: where averages over it are computed; they come back to the CPU.
     """
 
     mean: Tensor
@@ -44,6 +46,7 @@ class Gaussian:
     kind: Kind
     choices: tuple[str, ...]
     seconds: float
+    device: torch.device = CPU
 
     @property
     def variance(self) -> Tensor:
@@ -81,7 +84,7 @@ class Gaussian:
         if self.kind == "multi_label":
             z = torch.stack([self.mean, torch.zeros_like(self.mean)], dim=-1).flatten(0, 1)
             factor = torch.stack([self.variance.clamp(min=0).sqrt(), torch.zeros_like(self.mean)], dim=-1)
-            p, entropy = softmax_moments(z, factor.flatten(0, 1)[..., None], z.new_full((len(z),), sigma))
+            p, entropy = self._averages(z, factor.flatten(0, 1)[..., None], sigma, points)
             tempered, entropy = _tempered(p, entropy, temperature)
             shape = self.mean.shape
             probabilities = tempered[:, 0].view(shape).float()[None]
@@ -93,8 +96,13 @@ class Gaussian:
 
     def averages(self, sigma: float, points: int = POINTS) -> tuple[Tensor, Tensor]:
         """(N, C) mean probabilities of the classes and (N,) mean entropy at ``sigma``, float64; see :meth:`predict`."""
-        scale = self.mean.new_full((len(self.mean),), sigma)
-        return softmax_moments(self.mean, self._differences, scale, points)
+        return self._averages(self.mean, self._differences, sigma, points)
+
+    def _averages(self, mean: Tensor, factor: Tensor, sigma: float, points: int) -> tuple[Tensor, Tensor]:
+        scale = mean.new_full((len(mean),), sigma)
+        mean, factor, scale = (part.to(self.device) for part in (mean, factor, scale))
+        p, entropy = softmax_moments(mean, factor, scale, points)
+        return p.cpu(), entropy.cpu()
 
     def sample_logits(self, samples: int, sigma: float, seed: int = 0) -> Tensor:
         """Draws (samples, N, C) of the outputs, independent for every item.
@@ -132,14 +140,26 @@ def gaussian(
     batch_size: int | None = None,
     progress: bool = False,
     kind: Kind | None = None,
+    centred: bool = False,
 ) -> Gaussian:
-    """Every item's outputs as a Gaussian, see :meth:`tfb_ext.BayesianAdapter.gaussian`; ``kind`` is what the head must be."""
+    """Every item's outputs as a Gaussian, see :meth:`tfb_ext.BayesianAdapter.gaussian`.
+
+    Args:
+        kind: what the head must be.
+        centred: whether classes' logits may be taken less their mean, as a softmax takes them: a backward pass less.
+    """
     kind = adapter.anatomy.kind if kind is None else kind
     started = time.perf_counter()
-    found = linearised(adapter, data, kind, batch_size, progress)
+    found = linearised(adapter, data, kind, batch_size, progress, centred)
     choices = tuple(getattr(data, "choices", ())) if kind != "regression" else ()
     seconds = time.perf_counter() - started
-    return Gaussian(found.mean, found.covariance, found.classes, kind, choices, seconds)
+    return Gaussian(found.mean, found.covariance, found.classes, kind, choices, seconds, device_of(adapter))
+
+
+def device_of(adapter: BayesianAdapter) -> torch.device:
+    """Where averages over an adapter's outputs are computed: on its GPU, which is far faster at float64 than the host, or the CPU."""
+    device = next(adapter.model.parameters()).device
+    return device if device.type == "cuda" else CPU
 
 
 def _root(covariance: Tensor) -> Tensor:

@@ -171,15 +171,10 @@ class RegressionPrediction:
 
     @property
     def variance(self) -> Tensor:
-        """(N, D) variance of one sample's output; 0 for the mean adapter; NaN below two samples, or two mirrored pairs.
-
-        ``mean_s (y_s - mean)^2 + standard_error^2``: squares around the average of the samples fall short of the variance by
-        that average's own, which mirrored pairs make smaller than the 1 / S of independent samples. For these it is the usual
-        sum of squares over S - 1.
-        """
+        """(N, D) variance of one sample's output; 0 for the mean adapter; NaN below two samples, or two mirrored pairs."""
         if self.expected_variance is not None:
             return self.expected_variance
-        return self.sample_outputs.var(dim=0, correction=0) + self.standard_error.square()
+        return sample_variance(self.sample_outputs, self.samples, self.antithetic)
 
     @property
     def standard_deviation(self) -> Tensor:
@@ -190,6 +185,16 @@ class RegressionPrediction:
     def standard_error(self) -> Tensor:
         """(N, D) Monte-Carlo standard error of ``mean``, as :attr:`Prediction.standard_error`."""
         return _standard_error(self.sample_outputs, self.samples, self.antithetic)
+
+
+def sample_variance(values: Tensor, samples: Sequence[int], antithetic: bool) -> Tensor:
+    """Variance (N, C) of one sample's values (S, N, C); NaN below two samples, or two mirrored pairs.
+
+    ``mean_s (y_s - mean)^2 + standard_error^2``: squares around the average of the samples fall short of the variance by that
+    average's own, which mirrored pairs make smaller than the 1 / S of independent samples. For these it is the usual sum of
+    squares over S - 1.
+    """
+    return values.var(dim=0, correction=0) + _standard_error(values, samples, antithetic).square()
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..forward.batch import Batch
 from ..forward.batches import Data
 from ..forward.engine import MANY_CLASSES, Scorer
 from ..forward.linear import MOST_OUTPUTS, Linear
-from ..prediction.gaussian import Gaussian
+from ..prediction.gaussian import Gaussian, device_of
 
 
 class Sampled(Scorer):
@@ -85,8 +85,7 @@ class Linearised(Linear):
     key = {"samples": "none, by linear", "seed": None, "antithetic": None}
 
     def __init__(self, adapter: BayesianAdapter, data: Data, places: Sequence[Place], **options: Any) -> None:
-        adapter.attached.check_ready()
-        super().__init__(adapter, data, places[0], **options)
+        super().__init__(adapter, data, places[0], centred=True, **options)
         self._deepest = places[0]
         self._known: dict[tuple[Hashable, Place], Gaussian] = {}
         self.tokens_run = 0
@@ -100,14 +99,14 @@ class Linearised(Linear):
         return [self._gaussian(batch, place).averages(sigma)[0].log() for sigma in sigmas]
 
     def forwards(self, place: Place, share: float) -> float:
-        """Of the plain model, for a prediction: one, and for each output a backward pass of the random part."""
-        return 1 + share * (1 if self.sequences is not None else min(self.classes, MOST_OUTPUTS))
+        """Of the plain model, for a prediction: one, and for each difference of outputs a backward pass of the random part."""
+        return 1 + share * (1 if self.sequences is not None else max(1, min(self.classes - 1, MOST_OUTPUTS)))
 
     def _gaussian(self, batch: Batch, place: Place) -> Gaussian:
         if (batch.key, place) not in self._known:
             found = self.of(batch, place)
             self.tokens_run += self.random_tokens(batch, place)
             self._known[batch.key, place] = Gaussian(
-                found.mean, found.covariance, found.classes, self.kind, (), seconds=0.0
+                found.mean, found.covariance, found.classes, self.kind, (), 0.0, device_of(self.adapter)
             )
         return self._known[batch.key, place]

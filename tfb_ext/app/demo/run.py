@@ -15,6 +15,7 @@ from ...adapters.adapter import BayesianAdapter, Depth, Span
 from ...adapters.attach import bayesianize
 from ...data import Encoded, encode
 from ...metrics import Metrics, evaluate
+from ...posterior.config import By
 from ...prediction import Prediction, predict
 from ...search import SigmaSearch, search_sigma
 from ..loading import DEMO, Loaded, device_name, load_adapter, versions
@@ -36,6 +37,7 @@ class DemoOptions:
         seeds: noise seeds.
         depths: random blocks, each searched and measured apart.
         spans: random tokens, likewise, at each depth.
+        linear: whether to go without samples too, in closed form, the answer's token random in all blocks.
         anchors, test_items: labelled headlines for the search, and others for the judgement; ``None``: by the device.
         samples: posterior samples of the prediction.
         search_samples: posterior samples at each sigma of the search; ``None``: by the device.
@@ -46,6 +48,7 @@ class DemoOptions:
     seeds: tuple[int, ...] = (0,)
     depths: tuple[Depth, ...] = ("all", 0.5)
     spans: tuple[Span, ...] = ("all",)
+    linear: bool = True
     anchors: int | None = None
     test_items: int | None = None
     samples: int = 10
@@ -87,6 +90,7 @@ class DemoRun:
             "seed": self.seed,
             "depth": self.depth,
             "span": self.span,
+            "by": self.search.by,
             "sigma": self.search.sigma,
             "test_items": len(self.labels),
             "mean": four(self.mean_metrics),
@@ -119,21 +123,25 @@ def run_demo(options: DemoOptions, log: Callable[[str], None], progress: bool = 
         anchors = _encoded("anchor", _count(options.anchors, ANCHORS_GPU if gpu else ANCHORS_CPU), loaded)
         adapter = bayesianize(loaded.model)
         search_samples = _count(options.search_samples, SEARCH_SAMPLES_GPU if gpu else SEARCH_SAMPLES_CPU)
-        searches = [
-            _search(adapter, seed, depth, span, anchors, search_samples, log, progress)
+        ways: list[tuple[int, Depth, Span, By]] = [
+            (seed, depth, span, "samples")
             for seed in options.seeds
             for depth in options.depths
             for span in options.spans
         ]
+        if options.linear:
+            ways.append((options.seeds[0], "all", "answer", "linear"))
+        searches = [_search(adapter, *way, anchors, search_samples, log, progress) for way in ways]
         test = _encoded("test", _count(options.test_items, TEST_GPU if gpu else TEST_CPU), loaded)
         log(f"mean adapter on {len(test)} test headlines ({device_name(device)}, {_dtype_of(loaded)})")
         mean = predict(adapter, test, samples=0, progress=progress)
         labels = test.labels_tensor()
-        for search in searches:
+        for search, (*_, by) in zip(searches, ways, strict=True):
             adapter.seed, adapter.sigma = search.seed, search.sigma
-            adapter.depth, adapter.span = search.depth, search.span
-            log(f"{options.samples} samples on the test headlines, {_random(adapter)}, seed {search.seed}")
-            tfb = predict(adapter, test, samples=options.samples, progress=progress)
+            adapter.depth, adapter.span, adapter.by = search.depth, search.span, by
+            how = f"{options.samples} samples" if by == "samples" else "no samples"
+            log(f"{how} on the test headlines, {_random(adapter)}, seed {search.seed}")
+            tfb = predict(adapter, test, samples=options.samples, by=by, progress=progress)
             where = search.depth, search.span
             runs.append(DemoRun(name, search.seed, *where, search, labels, mean, tfb, device_name(device)))
     return runs
@@ -144,14 +152,16 @@ def _search(
     seed: int,
     depth: Depth,
     span: Span,
+    by: By,
     anchors: Encoded,
     samples: int,
     log: Callable[[str], None],
     progress: bool,
 ) -> SigmaSearch:
     adapter.seed, adapter.depth, adapter.span = seed, depth, span
-    log(f"{_random(adapter)}, seed {seed}: searching sigma on {len(anchors)} labelled anchors")
-    search = search_sigma(adapter, anchors, samples=samples, progress=progress)
+    how = "" if by == "samples" else ", without samples"
+    log(f"{_random(adapter)}{how}, seed {seed}: searching sigma on {len(anchors)} labelled anchors")
+    search = search_sigma(adapter, anchors, samples=samples, by=by, progress=progress)
     log(str(search))
     return search
 
@@ -177,7 +187,8 @@ def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: f
     for number, run in enumerate(runs):
         title = _title(run)
         reliability, trace = folder / f"reliability-{number}.png", folder / f"search-{number}.png"
-        both = {"mean adapter": run.mean, f"TFB, {len(run.tfb.samples)} samples": run.tfb}
+        how = f"{len(run.tfb.samples)} samples" if run.search.by == "samples" else "no samples"
+        both = {"mean adapter": run.mean, f"TFB, {how}": run.tfb}
         reliability_diagram({name: (p.probabilities, run.labels) for name, p in both.items()}, reliability)
         run.search.plot(trace)
         images[f"Reliability before and after: {title}"] = reliability
@@ -196,7 +207,8 @@ def write_report(runs: Sequence[DemoRun], folder: Path, command: str, seconds: f
 
 
 def _title(run: DemoRun) -> str:
-    return f"{run.adapter}, depth {run.depth}, span {run.span}, seed {run.seed}"
+    how = "" if run.search.by == "samples" else ", without samples"
+    return f"{run.adapter}, depth {run.depth}, span {run.span}{how}, seed {run.seed}"
 
 
 def result_table(runs: Sequence[DemoRun]) -> Table:
@@ -209,10 +221,11 @@ def result_table(runs: Sequence[DemoRun]) -> Table:
             rows.append(metric_row(f"mean adapter{suffix}", 0, run.mean_metrics, run.mean.seconds, 3))
         depth = "all blocks" if run.depth == "all" else f"upper {run.depth} blocks"
         span = "" if run.span == "all" else f", span {run.span}"
-        name = f"TFB, {depth}{span}{f', seed {run.seed}' if several_seeds else ''}{suffix}"
+        name = "TFB" if run.search.by == "samples" else "TFB without samples"
+        name += f", {depth}{span}{f', seed {run.seed}' if several_seeds else ''}{suffix}"
         seconds = run.search.seconds + run.tfb.seconds
         rows.append(metric_row(name, run.search.sigma, run.tfb_metrics, seconds, 3))
-    note = "ECE: 15 bins, l1, top label. Time: search plus prediction with samples; for the mean adapter, prediction."
+    note = "ECE: 15 bins, l1, top label. Time: search plus prediction; for the mean adapter, prediction."
     return Table(
         f"Sarcastic headlines, {len(runs[0].labels)} test items ({runs[0].device})", METRIC_COLUMNS, rows, note
     )
