@@ -198,7 +198,14 @@ class Linear(TailForward):
 
             while len(self._graphs) >= GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            self._graphs[kind] = Graph(run, tensors)
+            try:
+                self._graphs[kind] = Graph(run, tensors)
+            except RuntimeError as error:  # its memory among others
+                self._room_of_graphs = 0
+                reason = str(error).strip().splitlines()[0]
+                what = f"a batch of {type(self.model).__name__} cannot be captured in a CUDA graph"
+                warnings.warn(f"{what} ({reason}); it runs as usual", stacklevel=2)
+                return self._moments(batch, random, plan)
         with self.adapter.attached.state.one_call():
             found: tuple[Tensor, ...] = self._graphs[kind].replay(tensors)
         if has_hooks(self._parts):  # looked at while the GPU works: they are to be called
