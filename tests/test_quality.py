@@ -474,8 +474,8 @@ class TestMeasures:
         assert results.forwards("dropout", 10, 2, 30, None) == 10
         assert results.forwards("laplace", 1000, 2, 30, None) == 5
         assert results.forwards("tfb", 40, 2, 30, 30, share=3 / 60) == pytest.approx(3)
-        assert results.forwards("linear", 0, 2, 30, None) == 5
-        assert results.forwards("linear", 0, 2, 30, None, share=3 / 60) == pytest.approx(1.2)
+        assert results.forwards("linear", 0, 2, 30, None) == 3
+        assert results.forwards("linear", 0, 8, 30, None, share=3 / 60) == pytest.approx(1.7)
 
 
 class TestStudy:
@@ -598,7 +598,7 @@ class TestRun:
         assert "tfb" in [row["method"] for row in blob["rows"]]
         linear = results.load(work).pick(adapter="qv-early-mle", seed=1, method="linear")
         assert [row.span for row in linear] == ["all", "answer"] and all(row.sigma and row.seconds for row in linear)
-        assert linear[1].forwards == pytest.approx(1 + 4 / facts["tokens"])
+        assert linear[1].forwards == pytest.approx(1 + 2 / facts["tokens"])
 
     def test_goes_on_where_it_was(self, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = run.Folder(work)

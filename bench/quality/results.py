@@ -108,11 +108,13 @@ def forwards(
 
     A sample costs its random blocks, what lies below them runs once: ``((L - k) + N k) / L``. With a span a sample costs the
     ``share`` of a test prompt's tokens that is random, beside the prompt: ``1 + N share``. Dropout and BLoB draw in every
-    block. Laplace and the closed form take the gradients of every class's logit, a backward pass counted as two forwards; with a
-    span it is one of its tokens alone.
+    block. Laplace takes the gradients of every class's logit, a backward pass counted as two forwards; the closed form those of
+    one class less, with a span through its tokens alone.
     """
-    if method in ("laplace", "linear"):
-        return 1 + 2 * classes * (1.0 if share is None else share)
+    if method == "laplace":
+        return 1.0 + 2 * classes
+    if method == "linear":
+        return 1 + 2 * (classes - 1) * (1.0 if share is None else share)
     if share is not None:
         return 1 + samples * share
     if method == "tfb":
