@@ -1,6 +1,6 @@
 """The cases that the project holds itself to, out of the benchmarks' JSON: ``summary.json``, for machines to read.
 
-    python -m bench.summary kernels.json models.json search.json generate.json span.json adaptive.json --out bench/results/summary.json
+    python -m bench.summary kernels.json models.json search.json generate.json span.json linear.json adaptive.json --out bench/results/summary.json
 
 ``case -> {"value", "baseline", "ratio", "spread", "of", "device", "commit", "source"}``. A case measured at several shapes
 is its worst; cases of other runs that are in the file already stay.

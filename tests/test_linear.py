@@ -400,6 +400,20 @@ def test_batches_of_one_shape_become_a_graph(
         assert seen and run.replayed == 8 - linear.MEETINGS
 
 
+def test_batches_that_cannot_be_captured_run_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(linear, "capturable", lambda device: True)
+    monkeypatch.setattr(linear, "room_for_tokens", lambda *_: 1000)
+    monkeypatch.setattr(linear, "Graph", refuse)
+    adapter = zoo.bayesian("llama", span="answer")
+    data = replace(small_sets.encoded(8), token_ids=[list(range(11 + i, 18 + i)) for i in range(8)])
+    with pytest.warns(UserWarning, match="cannot be captured in a CUDA graph .operation not permitted"):
+        found = adapter.gaussian(data, batch_size=1)
+    assert_same(found, adapter.gaussian(data))
+
+
 @pytest.mark.parametrize(("classes", "span"), [(2, "answer"), (3, "all"), (3, "answer")])
 def test_a_softmax_needs_one_backward_pass_less(classes: int, span: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, data = zoo.bayesian("llama", span=span), small_sets.encoded(4)

@@ -306,9 +306,10 @@ class TestMethods:
     def test_the_closed_form_is_at_its_own_sigma(self, model: Any) -> None:
         sets = [items(5, seed) for seed in range(5)]
         parts = data.Parts(data.TASKS["r8"], *sets, question=2)
-        unit = next(u for u in TINY.units() if u.part == "spans")
-        unit_run = run.UnitRun(TINY, replace(unit, searches=unit.searches[:1]), model, parts, torch.device("cpu"))
+        unit = next(u for u in TINY.units() if u.part == "linear")
+        unit_run = run.UnitRun(TINY, unit, model, parts, torch.device("cpu"))
         unit_run.bayesian()
+        assert [search["by"] for search in unit_run.searches] == ["linear", "linear"]
         rows = [row for row in unit_run.rows if row["method"] == "linear"]
         assert [(row["span"], row["span_tokens"], row["samples"]) for row in rows] == [
             ("all", None, 0),
@@ -317,8 +318,8 @@ class TestMethods:
         adapter = tfb_ext.bayesianize(model, seed=unit.member.seed)
         for row in rows:
             adapter.span = row["span"]
-            labels = parts.anchor.labels_tensor()
-            assert row["sigma"] == methods.one_standard_error(adapter.gaussian(parts.anchor), labels.tolist())
+            searched = tfb_ext.search_sigma(adapter, parts.anchor, by="linear", progress=False)
+            assert row["sigma"] == searched.sigma and row["search_seconds"] > 0
             found = adapter.gaussian(unit_run.questions.joined).predict(row["sigma"])
             kept = unit_run.kept[row["name"]]
             chosen = unit_run.questions.test
@@ -329,19 +330,6 @@ class TestMethods:
                 torch.from_numpy(kept.information).float(), found.epistemic[chosen].float(), atol=1e-3, rtol=1e-2
             )
         adapter.unload()
-
-    def test_one_standard_error_in_closed_form(self) -> None:
-        """Of two logits whose difference varies by 4 at sigma 1, with labels drawn at a known sigma."""
-        generator = torch.Generator().manual_seed(0)
-        mean = torch.stack([4 * torch.randn(4000, generator=generator), torch.zeros(4000)], 1).double()
-        covariance = torch.diag(torch.tensor([16.0, 0.0])).double().expand(4000, 2, 2)
-        gaussian = tfb_ext.prediction.Gaussian(mean, covariance, None, "categorical", (), 0.0)
-        p = gaussian.predict(0.5).probabilities
-        labels = torch.multinomial(p, 1, generator=generator)[:, 0].tolist()
-        found = methods.one_standard_error(gaussian, labels)
-        assert 0.25 < found <= 0.5
-        sure = gaussian.mean.argmax(1).tolist()
-        assert methods.one_standard_error(gaussian, sure) == methods.SIGMAS[0]
 
     def test_base_is_itself_again_and_tied(self, base: Any) -> None:
         asked = items(4)
@@ -486,8 +474,8 @@ class TestMeasures:
         assert results.forwards("dropout", 10, 2, 30, None) == 10
         assert results.forwards("laplace", 1000, 2, 30, None) == 5
         assert results.forwards("tfb", 40, 2, 30, 30, share=3 / 60) == pytest.approx(3)
-        assert results.forwards("linear", 0, 2, 30, None) == 5
-        assert results.forwards("linear", 0, 2, 30, None, share=3 / 60) == pytest.approx(1.2)
+        assert results.forwards("linear", 0, 2, 30, None) == 3
+        assert results.forwards("linear", 0, 8, 30, None, share=3 / 60) == pytest.approx(1.7)
 
 
 class TestStudy:
@@ -523,7 +511,6 @@ class TestStudy:
             (d, t, s) for d in check.SETS for t in ("qv", "all_linear") for s in range(3)
         }
         for unit in units:
-            assert unit.linear == ("all", "answer")
             assert unit.name.endswith("-spans") and {(s.recipe, s.mode) for s in unit.searches} == {("auto", "weight")}
             assert [(s.span, s.depth, s.samples or 10, s.draws) for s in unit.searches] == [
                 (span, depth, n, (study.Draw(n, True, (n,)),))
@@ -531,6 +518,15 @@ class TestStudy:
                     ("all", "all", 10), ("all", 0.125, 10), ("answer", "all", 10), ("answer", "all", 40), ("question", "all", 40),
                 )
             ]  # fmt: skip
+
+    def test_closed_form_has_samples_beside_it_somewhere(self) -> None:
+        units = [unit for unit in study.Study().units() if unit.part == "linear"]
+        assert len({unit.name for unit in units}) == len(units) == 3 * 3 * 2 * (3 + 1 + 1)
+        assert {u.member.kind for u in units} == {"mle", "map", "blob"}
+        spanned = {unit.name.removesuffix("-spans") for unit in study.Study().units() if unit.part == "spans"}
+        for unit in units:
+            assert unit.linear == ("all", "answer") and unit.name.endswith("-linear")
+            assert bool(unit.searches) == (unit.name.removesuffix("-linear") not in spanned)
 
 
 TINY = replace(
@@ -593,9 +589,16 @@ class TestRun:
             (row,) = [row for row in rows if row.method == "tfb" and row.span == span]
             tokens = next(r["span_tokens"] for r in sampled if r["span"] == span)
             assert row.forwards == pytest.approx(1 + samples * tokens / facts["tokens"])
-        linear = [row for row in rows if row.method == "linear"]
+        assert all(row.search_seconds for row in rows if row.method == "tfb" and row.span != "all")
+
+    def test_closed_form(self, work: Path) -> None:
+        facts = json.loads((work / "predictions" / "headlines-qv-early-mle-1-linear.json").read_text())
+        assert [row["method"] for row in facts["rows"]] == ["mean", "linear", "linear"]
+        blob = json.loads((work / "predictions" / "headlines-qv-early-blob-1-linear.json").read_text())
+        assert "tfb" in [row["method"] for row in blob["rows"]]
+        linear = results.load(work).pick(adapter="qv-early-mle", seed=1, method="linear")
         assert [row.span for row in linear] == ["all", "answer"] and all(row.sigma and row.seconds for row in linear)
-        assert linear[1].forwards == pytest.approx(1 + 4 / facts["tokens"])
+        assert linear[1].forwards == pytest.approx(1 + 2 / facts["tokens"])
 
     def test_goes_on_where_it_was(self, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = run.Folder(work)
@@ -716,10 +719,10 @@ class TestReport:
         folder, out = tmp_path / "predictions", tmp_path / "out"
         folder.mkdir()
         out.mkdir()
-        for file in (work / "predictions").glob("*-spans.*"):
+        for file in (work / "predictions").glob("*-*-*-*-*-*.*"):  # those of spans and of the closed form
             shutil.copy(file, folder)
         whole = [report.line_of(row) for row in results.load(work).rows]
-        old = [line for line in whole if line["span"] == "all"]
+        old = [line for line in whole if line["span"] == "all" and "linear" not in line["method"]]
         old = [line | {"commit": "older"} for line in old]
         with gzip.open(out / report.ROWS, "wt", newline="") as file:
             table = csv.DictWriter(file, [name for name in old[0] if name != "span"], extrasaction="ignore")
@@ -738,9 +741,9 @@ class TestReport:
             assert text.startswith("# After\n\n## The bars\n\n| a |\n\n## Spans\n\n") and text.count("## Spans") == 1
             assert text.endswith("\n\n## Pictures\n\nNone.\n")
         said = capsys.readouterr().out.splitlines()
-        spanned = sum(line["span"] != "all" for line in whole)
+        spanned = len(whole) - len(old)
         assert said[0].startswith(f"{spanned} rows added") and said[1].startswith("0 rows added")
-        assert said[0].endswith("4 of 4 adapters have the NLL that they had")
+        assert said[0].endswith("8 of 8 adapters have the NLL that they had")
 
     def test_check_fails_where_runs_are_missing(self, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert report.main(["--work", str(work), "--check", "--json"]) == 1

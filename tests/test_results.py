@@ -12,9 +12,11 @@ from bench.record import ROOT
 from bench.rows import by_case, load
 
 RESULTS = ROOT / "bench" / "results"
-FILES = [RESULTS / f"{name}.json" for name in ("models", "kernels", "kernels_cpu", "search", "generate", "span")]
 FILES = [
-    file for file in FILES if file.exists() or file.stem not in ("generate", "span")
+    RESULTS / f"{name}.json" for name in ("models", "kernels", "kernels_cpu", "search", "generate", "span", "linear")
+]
+FILES = [
+    file for file in FILES if file.exists() or file.stem not in ("generate", "span", "linear")
 ]  # these cases take a run of their own
 ADAPTIVE = RESULTS / "adaptive.json"
 

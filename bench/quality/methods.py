@@ -20,13 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from tfb_ext.data import Encoded
-from tfb_ext.prediction import Gaussian, Prediction
 
 from .bank import flipout
 from .data import Parts
 
-SIGMAS = tuple(0.005 * 2 ** (step / 4) for step in range(33))  # to 1.28, where a prediction in closed form is tried
-SEARCH_POINTS = 4096  # of its rule for three classes and more, at each of them
 SMALLEST_LOG = -80.0  # of a mean probability; e^-80 is 0 to every measure, and well inside float16
 
 
@@ -210,20 +207,6 @@ class _Sampler:
 
     def __call__(self, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + flipout(arguments[0], self.deviation * torch.randn_like(self.deviation)).to(output.dtype)
-
-
-def one_standard_error(anchors: Gaussian, labels: Sequence[int]) -> float:
-    """The smallest sigma whose NLL on labelled anchors is within a (paired) standard error of the lowest, in closed form."""
-    rows = torch.arange(len(labels))
-    found = []
-    for sigma in SIGMAS:
-        prediction = anchors.predict(sigma, points=SEARCH_POINTS)
-        assert isinstance(prediction, Prediction)
-        found.append(-prediction.probabilities.double()[rows, torch.tensor(labels)].log().clamp(min=SMALLEST_LOG))
-    nll = torch.stack(found)
-    gaps = nll - nll[nll.mean(1).argmin()]
-    within = gaps.mean(1) <= gaps.std(1) / len(labels) ** 0.5
-    return SIGMAS[int(within.nonzero()[0])]
 
 
 def save(path: Path, kept: dict[str, Kept], **more: np.ndarray) -> None:

@@ -32,6 +32,7 @@ SETTING = (
     "antithetic",
     "mode",
 )  # no two rows have the same
+LATER = ("-linear", "-spans")  # units that were added to the study, and ran a part of it again
 ORDER = {"headlines": 0, "r8": 1, "newsgroups": 2, "logiqa": 3}
 
 
@@ -48,6 +49,7 @@ class Row:
         forwards: what the prediction costs, in forwards of the model: see ``forwards``.
         outside: (M, C) log probabilities of the out-of-distribution prompts, where they are known as a whole.
         seconds: of a prediction of a thousand items; None where it was no call of its own.
+        search_seconds: of the search for its sigma.
     """
 
     dataset: str
@@ -66,6 +68,7 @@ class Row:
     sigma: float | None = None
     temperature: float | None = None
     seconds: float | None = None
+    search_seconds: float | None = None
     peak_gib: float | None = None
     commit: str | None = None
     device: str | None = None
@@ -105,11 +108,13 @@ def forwards(
 
     A sample costs its random blocks, what lies below them runs once: ``((L - k) + N k) / L``. With a span a sample costs the
     ``share`` of a test prompt's tokens that is random, beside the prompt: ``1 + N share``. Dropout and BLoB draw in every
-    block. Laplace and the closed form take the gradients of every class's logit, a backward pass counted as two forwards; with a
-    span it is one of its tokens alone.
+    block. Laplace takes the gradients of every class's logit, a backward pass counted as two forwards; the closed form those of
+    one class less, with a span through its tokens alone.
     """
-    if method in ("laplace", "linear"):
-        return 1 + 2 * classes * (1.0 if share is None else share)
+    if method == "laplace":
+        return 1.0 + 2 * classes
+    if method == "linear":
+        return 1 + 2 * (classes - 1) * (1.0 if share is None else share)
     if share is not None:
         return 1 + samples * share
     if method == "tfb":
@@ -121,12 +126,13 @@ def forwards(
 def load(work: Path) -> Results:
     """Read every finished unit of a study's folder, and add what follows from them: ensembles and scaled temperatures.
 
-    What the units of the spans ran again (the adapter as it is, settings with all tokens) stands instead of the older runs.
+    What the units of the spans and of the closed form ran again (the adapter as it is, settings with all tokens) stands instead of
+    the older runs.
 
     Raises:
         FileNotFoundError: no finished unit in the folder.
     """
-    files = sorted((work / "predictions").glob("*.json"), key=lambda file: (file.stem.endswith("-spans"), file))
+    files = sorted((work / "predictions").glob("*.json"), key=lambda file: (file.stem.endswith(LATER), file))
     if not files:
         raise FileNotFoundError(
             f"no finished unit in {work / 'predictions'}; run python -m bench.quality.run --work {work}"
@@ -171,6 +177,7 @@ def _unit_rows(facts: dict[str, Any], arrays: Any, unusable: list[str]) -> list[
             ),
             "span": row.get("span", "all"),
             **{name: row[name] for name in ("recipe", "depth", "antithetic", "mode", "sigma", "peak_gib")},
+            "search_seconds": row.get("search_seconds"),
             "seconds": None if row["seconds"] is None else row["seconds"] * 1000 / facts["items"],
             "commit": facts["commit"],
             "device": facts["device"],

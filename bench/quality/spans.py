@@ -49,10 +49,10 @@ class Group:
 
 
 def groups(results: Results) -> Iterator[Group]:
-    """All adapters that a span was tried on, the over-fitted ones first."""
+    """All adapters that a span or the closed form was tried on, the over-fitted ones first."""
     spanned = _sampled(results)
     settings = sorted({(row.span, row.samples) for row in spanned})
-    places = dict.fromkeys((row.dataset, row.adapter) for row in spanned)
+    places = dict.fromkeys((row.dataset, row.adapter) for row in [*spanned, *results.pick(method="linear")])
     for dataset, adapter in sorted(places, key=lambda place: "-early-" in place[1]):
 
         def pick(dataset: str = dataset, adapter: str = adapter, **wanted: Any) -> list[Row]:
@@ -66,6 +66,7 @@ def groups(results: Results) -> Iterator[Group]:
             UPPER: pick(**{**tfb, "depth": 0.125}),
             **{name_of(s, n): pick(**{**tfb, "span": s, "samples": n}) for s, n in settings},
             **{name: pick(method="linear", span=span) for name, span in LINEAR.items()},
+            **{f"{name}, temperature": pick(method="linear+temperature", span=span) for name, span in LINEAR.items()},
         }
         yield Group(dataset, adapter, {name: rows for name, rows in found.items() if rows})
 
@@ -92,8 +93,8 @@ def section(results: Results, table: Table) -> str | None:
     parts = [
         "Samples of the span `answer` differ at the last token of a prompt, those of `question` at its fixed last words; the tokens before "
         "are the mean adapter's. Sigma is searched for each with the samples it is used with. What is called linear is the closed form, "
-        "without samples, at the smallest sigma within a standard error of the anchors' lowest NLL. Mean over the seeds ± its standard error.",
-        table(["set, adapter", "setting", *titles, "sigma", "seeds", "forwards", "s per 1000"], lines),
+        "without samples, at the sigma searched without them. Mean over the seeds ± its standard error.",
+        table(["set, adapter", "setting", *titles, "sigma", "seeds", "forwards", "s per 1000", "search s"], lines),
         f"Each minus {ALL}, ± the standard error (paired bootstrap of the test items):",
         table(
             ["set, adapter", *(f"{name}: {measure.upper()}" for name in names for measure in JUDGED)],
@@ -111,14 +112,19 @@ def _cells(rows: list[Row]) -> list[str]:
         values = [row.measures[measure] for row in rows]
         cells.append(_mean([factor * value for value in values if value is not None], f".{digits}f"))
     sigmas = [row.sigma for row in rows if row.sigma is not None]
-    seconds = [row.seconds for row in rows if row.seconds is not None]
     return [
         *cells,
         f"{min(sigmas):.2g} to {max(sigmas):.2g}" if sigmas else "",
         str(len(rows)),
         f"{fmean(row.forwards for row in rows):.3g}",
-        f"{fmean(seconds):.2f}" if seconds else "",
+        _seconds([row.seconds for row in rows]),
+        _seconds([row.search_seconds for row in rows]),
     ]
+
+
+def _seconds(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{fmean(known):.2f}" if known else ""
 
 
 def _mean(values: list[float], form: str) -> str:

@@ -53,9 +53,9 @@ class Unit:
         searches: the sigmas; empty for adapters that are only a baseline.
         part: of what is predicted with the adapter. ``laplace``: its Laplace approximation and nothing else, which takes as long as
             many other methods together, and a library that those do without. ``spans``: samples that differ at the last tokens
-            alone, and what they are compared with. Empty: all the rest.
+            alone, and what they are compared with. ``linear``: predictions in closed form. Empty: all the rest.
         spread: whether the Monte-Carlo error of antithetic and independent samples is measured on it.
-        linear: spans that are predicted in closed form too, without samples.
+        linear: spans that are predicted in closed form, without samples.
     """
 
     dataset: str
@@ -89,7 +89,7 @@ class Study:
         search_samples: posterior samples at each sigma of a search.
         spans, spanned: the spans with their samples, and the layers of the plain adapters that they are tried on, at the first
             and the last of ``depths``' settings of ``samples`` samples beside them.
-        linear: spans that these adapters are predicted with in closed form, all blocks random.
+        linear: spans that adapters are predicted with in closed form, all blocks random.
         spread: samples and test items of the measurement of the Monte-Carlo error.
         tiny: a random model of a few blocks instead of SmolLM2, to try the machinery.
     """
@@ -128,6 +128,8 @@ class Study:
             *(unit for targets in others for unit in self._of(self.datasets, targets, "overfitted", ("mle",))),
             *self._spans("overfitted"),
             *self._spans("early"),
+            *self._linear("overfitted"),
+            *self._linear("early"),
             *self._of(self.late, first, "overfitted", self.kinds),
             *self._laplace(self.late, first, "overfitted"),
             *(unit for targets in others for unit in self._of(self.datasets, targets, "early", ("mle",))),
@@ -155,8 +157,19 @@ class Study:
         for span, samples in self.spans:
             searches.append(Search("auto", self.depths[0], "weight", self._draws(samples), span, samples))
         plain = (u for targets in self.spanned for u in self._of(self.datasets, targets, stop, ("mle",)))
-        changed = {"searches": tuple(searches), "part": "spans", "spread": False, "linear": self.linear}
+        changed = {"searches": tuple(searches), "part": "spans", "spread": False}
         return [replace(unit, **changed) for unit in plain if self.spans]
+
+    def _linear(self, stop: str) -> list[Unit]:
+        """The closed form; where no unit of the spans has them, ten samples of all tokens beside it."""
+        first, *others = self.targets
+        units = [*self._of(self.datasets, first, stop, tuple(kind for kind in self.kinds if kind != "dropout"))]
+        units += [u for targets in others for u in self._of(self.datasets, targets, stop, ("mle",))]
+        changed = {"part": "linear", "spread": False, "linear": self.linear}
+        return [replace(u, searches=() if self._spanned(u) else tuple(self._auto()), **changed) for u in units]
+
+    def _spanned(self, unit: Unit) -> bool:
+        return bool(self.spans) and unit.targets in self.spanned and unit.member.kind == "mle"
 
     def _draws(self, samples: int) -> tuple[Draw, ...]:
         return (Draw(samples, True, (samples,)),)

@@ -75,7 +75,7 @@ class UnitRun:
         self.add(found.probabilities, cost, "laplace", found.samples, prior_precision=found.prior_precision)
 
     def bayesian(self) -> None:
-        if not self.unit.searches:
+        if not self.unit.searches and not self.unit.linear:
             return
         adapter = tfb_ext.bayesianize(self.model, seed=self.unit.member.seed)
         try:
@@ -108,11 +108,11 @@ class UnitRun:
         self.searches.append({"mode": search.mode, "asked_depth": search.depth, **found.to_dict()})
         for draw in search.draws:
             adapter.antithetic = draw.antithetic
-            self.draw(adapter, search, draw)
+            self.draw(adapter, search, draw, found.seconds)
         if self.unit.spread and self.spread is None:
             self.spread = self.monte_carlo(adapter)
 
-    def draw(self, adapter: BayesianAdapter, search: Search, draw: Draw) -> None:
+    def draw(self, adapter: BayesianAdapter, search: Search, draw: Draw, search_seconds: float) -> None:
         prediction, cost = measured(
             self.device, lambda: tfb_ext.predict(adapter, self.questions.joined, samples=draw.samples)
         )
@@ -131,30 +131,29 @@ class UnitRun:
                 span=search.span,
                 span_tokens=span_tokens(adapter.span),
                 sigma=adapter.sigma,
+                search_seconds=search_seconds,
                 random_blocks=len(adapter.anatomy.blocks) - adapter.first_random_block(search.depth),
             )
 
     def linear(self, adapter: BayesianAdapter, span: str) -> None:
-        """The prediction in closed form, at its own sigma from the anchors."""
+        """The prediction in closed form, at the sigma that is searched in closed form."""
         adapter.depth, adapter.mode, adapter.span = self.study.depths[0], "weight", span
-        anchors = adapter.gaussian(self.parts.anchor)
-        sigma = methods.one_standard_error(anchors, self.parts.anchor.labels_tensor().tolist())
-        prediction, cost = measured(
-            self.device, lambda: adapter.gaussian(self.questions.joined).predict(sigma, points=methods.SEARCH_POINTS)
-        )
+        found = tfb_ext.search_sigma(adapter, self.parts.anchor, by="linear", progress=False)
+        self.searches.append({"mode": "weight", "asked_depth": adapter.depth, **found.to_dict()})
+        prediction, cost = measured(self.device, lambda: tfb_ext.predict(adapter, self.questions.joined, by="linear"))
         self.add(
             prediction.sample_probabilities,
             cost,
             "linear",
             0,
             information=prediction.epistemic,
-            recipe="one-se",
+            recipe=found.recipe,
             depth=self.study.depths[0],
             mode="weight",
             span=span,
             span_tokens=span_tokens(adapter.span),
-            sigma=sigma,
-            search_seconds=anchors.seconds,
+            sigma=adapter.sigma,
+            search_seconds=found.seconds,
         )
 
     def monte_carlo(self, adapter: BayesianAdapter) -> dict[str, Any]:

@@ -43,6 +43,15 @@ def attending(config: Any, name: str, call: TailCall | None = None) -> Iterator[
         settings["_attn_implementation_internal"], _now.call = before, None
 
 
+def _beyond(module: Any, is_causal: bool | None, other: dict[str, Any]) -> str:
+    """What a layer asks for beyond plain causal attention, in words; empty for nothing."""
+    asked = next((name for name in _OTHER if other.get(name) is not None), None)
+    if asked is not None:
+        return f"attention with {asked}"
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return "" if causal else "attention that is not causal"
+
+
 class NotCausalError(Exception):
     """Attention is not that of :func:`causal_attention`."""
 
@@ -80,11 +89,9 @@ def causal_attention(
     **other: Any,
 ) -> tuple[Tensor, None]:
     """Attention of whole rows without padding, or of the last token alone: query (B, H, Q, d) -> (B, Q, H, d); differentiable."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     tokens, columns = query.shape[2], key.shape[2]
     windowed = sliding_window is not None and columns > sliding_window
-    asked = any(other.get(name) is not None for name in _OTHER) or attention_mask is not None
-    if not causal or windowed or asked or tokens not in (1, columns):
+    if _beyond(module, is_causal, other) or windowed or attention_mask is not None or tokens not in (1, columns):
         raise NotCausalError
     _now.layers += 1
     shared = query.shape[1] > key.shape[1]
@@ -105,13 +112,9 @@ def tail_attention(
 ) -> tuple[Tensor, None]:
     """Attention of the call in progress: query (B, H, lead + Q, d), key and value (B, H / G, C, d) -> (B, lead + Q, H, d)."""
     call: TailCall | None = getattr(_now, "call", None)
-    asked = [name for name in _OTHER if other.get(name) is not None]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if call is None or asked or not causal:
-        what = (
-            f"attention with {asked[0]}" if asked else "attention that is not causal" if call is not None else "no call"
-        )
-        raise SamplingError(f"{type(module).__name__} has {what}, expected plain causal attention")
+    beyond = _beyond(module, is_causal, other)
+    if call is None or beyond:
+        raise SamplingError(f"{type(module).__name__} has {beyond or 'no call'}, expected plain causal attention")
     lead, times = call.lead, query.shape[0] // call.order.shape[0]
     rows, heads, width = query.shape[0], query.shape[1], query.shape[3]
     tokens, shared = query.shape[2] - lead, key.shape[1]

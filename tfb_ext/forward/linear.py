@@ -26,7 +26,6 @@ from ..adapters.adapter import BayesianAdapter, Place
 from ..adapters.layer import SampledUpdate
 from ..errors import SamplingError, refusal
 from .anatomy import Kind
-from .attention import NotCausalError
 from .batch import Batch
 from .batches import Data, head_outputs, original_order
 from .contexts import check_free
@@ -198,7 +197,14 @@ class Linear(TailForward):
 
             while len(self._graphs) >= GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            self._graphs[kind] = Graph(run, tensors)
+            try:
+                self._graphs[kind] = Graph(run, tensors)
+            except RuntimeError as error:  # its memory among others
+                self._room_of_graphs = 0
+                reason = str(error).strip().splitlines()[0]
+                what = f"a batch of {type(self.model).__name__} cannot be captured in a CUDA graph"
+                warnings.warn(f"{what} ({reason}); it runs as usual", stacklevel=2)
+                return self._moments(batch, random, plan)
         with self.adapter.attached.state.one_call():
             found: tuple[Tensor, ...] = self._graphs[kind].replay(tensors)
         if has_hooks(self._parts):  # looked at while the GPU works: they are to be called
@@ -224,7 +230,11 @@ class Linear(TailForward):
         """On the model's device, mean, covariance and, of many, the classes of a batch's items."""
         try:
             found = self.outputs(batch, random, plan)
-        except NotCausalError:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # NotCausalError, or what a model of its own kind makes of attention that it does not know
+            if not self.is_causal:
+                raise
             self.is_causal = False
             found = self.outputs(batch, random, plan)
         values, each = found.values, plan.rows_per_item

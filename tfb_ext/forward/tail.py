@@ -61,8 +61,8 @@ class Tail(NamedTuple):
         return room.scatter(1, index, slots.to(room.dtype))[:, :kept]
 
 
-def tail_of(attended: Tensor, counts: Tensor) -> Tail:
-    """The last ``counts`` (B,) attended tokens of each row of a mask (B, N)."""
+def tail_of(attended: Tensor, counts: int | Tensor) -> Tail:
+    """The last ``counts`` (of all rows, or (B,)) attended tokens of each row of a mask (B, N)."""
     rank = attended.cumsum(1)
     length = rank[:, -1]
     random = attended & (rank > (length - counts)[:, None])

@@ -76,13 +76,13 @@ class TailForward(Batches):
         inputs = _own(batch.inputs)  # what nothing depends on has no gradient
         random, everything = torch.ones_like(mask), True
         if self.place.span is not None:
-            answers = answer_lengths(Request(batch.inputs, targets=batch.targets, answers=labelled_lengths(batch)))
-            plain = whole and answers is None
-            if plain:
-                slots, together = min(self.place.span, mask.shape[1]), True
+            counts = self._counts(batch, self.place.span)
+            plain = whole and isinstance(counts, int)
+            if whole and isinstance(counts, int):
+                slots, together = min(counts, mask.shape[1]), True
                 random[:, :-slots] = False
             else:
-                found = tail_of(mask, self._counts(batch, self.place.span))
+                found = tail_of(mask, counts)
                 slots, together, random = found.slots, found.columns is None, mask & ~found.seen
             if together and self._ends_together(batch, slots, whole):
                 tail = slots
@@ -121,13 +121,12 @@ class TailForward(Batches):
     def random_tokens(self, batch: Batch, place: Place) -> int:
         """Of all rows of a batch."""
         lengths = mask_of(batch).sum(1)
-        return int((lengths if place.span is None else self._counts(batch, place.span).minimum(lengths)).sum())
+        return int((lengths if place.span is None else lengths.clamp(max=self._counts(batch, place.span))).sum())
 
-    def _counts(self, batch: Batch, span: int) -> Tensor:
-        """(B,) random tokens of each row that is long enough: the span, and what of an answer follows where it is read from."""
+    def _counts(self, batch: Batch, span: int) -> int | Tensor:
+        """Random tokens of each row that is long enough, of all or (B,): the span, and what of an answer follows where it is read from."""
         answers = answer_lengths(Request(batch.inputs, targets=batch.targets, answers=labelled_lengths(batch)))
-        lengths = mask_of(batch).sum(1)
-        return torch.full_like(lengths, span) if answers is None else span - 1 + answers.to(lengths)
+        return span if answers is None else span - 1 + answers.to(batch.inputs["input_ids"])
 
     def _ends_together(self, batch: Batch, slots: int, whole: bool) -> bool:
         """Whether the prompt of random tokens in the last columns can be run by itself: the items are there too."""

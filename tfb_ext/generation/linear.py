@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +11,7 @@ from ..forward.inputs import IGNORED
 from ..forward.linear import MOST_OUTPUTS, Linear, ready
 from ..forward.memory import BATCH_CPU, BATCH_CUDA
 from ..forward.rows import last_positions
+from .scores import sequence_arguments
 
 
 def linear_sigma(adapter: BayesianAdapter, sigma: float | None) -> float:
@@ -60,10 +58,7 @@ def token_variances(
         ids, mask = sequences.gather(1, columns), mask.gather(1, columns)
         order = torch.arange(count, device=sequences.device)
         targets = ids[:, start:].masked_fill(order < moved, IGNORED)
-        inputs: dict[str, Any] = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}  # nothing is read behind it
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            positions = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
-            inputs |= {"position_ids": positions.expand_as(ids[:, :-1])}
+        inputs = sequence_arguments(model, ids[:, :-1], mask[:, :-1])  # nothing is read behind it
         keep, targets = last_positions(model, targets, start + count - 1)
         for key, rows in enumerate(torch.arange(len(ids), device=ids.device).split(most)):
             own = {name: value[rows] for name, value in inputs.items()}

@@ -37,6 +37,16 @@ class Scores:
     alternative_probabilities: Tensor
 
 
+def sequence_arguments(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """What a model is given for whole sequences (R, L) as for generation, positions among it."""
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = model._prepare_position_ids_for_generation(ids, {"attention_mask": mask}).expand_as(
+            ids
+        )
+    return inputs
+
+
 def score_tokens(
     adapter: BayesianAdapter,
     sequences: Tensor,
@@ -54,9 +64,7 @@ def score_tokens(
     """
     model, tokens = adapter.anatomy.model, sequences[:, start:]
     count = tokens.shape[1]
-    inputs: dict[str, Any] = {"input_ids": sequences, "attention_mask": mask, "use_cache": False}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = model._prepare_position_ids_for_generation(sequences, {"attention_mask": mask})
+    inputs = sequence_arguments(model, sequences, mask) | {"use_cache": False}
     following = torch.nn.functional.pad(tokens, (0, 1), value=-1)  # the token that each kept position predicts
     keep, following = last_positions(model, following, sequences.shape[1])
     whole = Batch(0, inputs | keep, None, torch.arange(len(sequences)), None, False, following)
