@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -90,6 +91,49 @@ def build(shape: Shape, blocks: int, device: torch.device, dtype: torch.dtype = 
     if rotary.inv_freq.dtype != torch.float32 or not torch.allclose(rotary.inv_freq.cpu(), wanted, rtol=1e-6):
         raise RuntimeError(f"rotary frequencies are {rotary.inv_freq}, expected {wanted} in float32")
     return model.eval().requires_grad_(False)
+
+
+SCHEMES = ("nf4", "int8", "fp8", "fp8-dynamic")
+
+
+def build_quantised(shape: Shape, blocks: int, device: torch.device, scheme: str) -> nn.Module:
+    """:func:`build` with the linear layers of its blocks quantised, a block at a time: ``nf4`` (bitsandbytes, double quantisation), or
+    torchao's ``int8`` and ``fp8`` (weights alone) and ``fp8-dynamic`` (activations too)."""
+    model: Any = build(shape, 1, device)
+    block = type(model.model.layers[0])
+    for index in range(blocks):
+        if index:
+            with torch.device(device):
+                model.model.layers.append(block(model.config, index).to(torch.bfloat16).eval().requires_grad_(False))
+        quantise(model.model.layers[index], scheme)
+    model.config.num_hidden_layers = blocks
+    model.config.layer_types = None
+    model.is_loaded_in_4bit = scheme == "nf4"  # which PEFT goes by
+    return model  # type: ignore[no-any-return]
+
+
+def quantise(block: nn.Module, scheme: str) -> None:
+    """Quantise the linear layers below ``block``, in place."""
+    if scheme != "nf4":
+        from torchao import quantization as ao
+
+        made = {
+            "int8": lambda: ao.Int8WeightOnlyConfig(),
+            "fp8": lambda: ao.Float8WeightOnlyConfig(),
+            "fp8-dynamic": lambda: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow()),
+        }
+        ao.quantize_(block, made[scheme](), filter_fn=lambda module, name: isinstance(module, nn.Linear))
+        return
+    import bitsandbytes as bnb
+
+    for parent in list(block.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear:
+                own = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, False, linear.weight.dtype, quant_type="nf4"
+                )
+                own.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=own)
+                setattr(parent, name, own.to(linear.weight.device).eval())
 
 
 def add_adapters(model: nn.Module, layers: str, dtypes: dict[str, torch.dtype], rank: int = RANK) -> PeftModel:

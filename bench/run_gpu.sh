@@ -7,13 +7,14 @@
 #   bench/run_gpu.sh [FOLDER] --search  search.json alone, the whole search against the authors', into summary.json (nine minutes)
 #   bench/run_gpu.sh [FOLDER] --generate  generate.json and adaptive.json alone, into summary.json (ten minutes)
 #   bench/run_gpu.sh [FOLDER] --linear  linear.json alone, the predictive in closed form, into summary.json (three minutes)
+#   bench/run_gpu.sh [FOLDER] --quantised  quantised.json alone, quantised base models, into summary.json (four minutes)
 #   bench/run_gpu.sh [FOLDER] --span    span.json alone, samples that differ on the answer alone, into summary.json (seven minutes)
 #
 # Rows name the commit: TFB_EXT_COMMIT, or the content of a file .commit beside README.md, or git's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-demo=0 search=0 generate=0 span=0 linear=0 folder=bench/results
+demo=0 search=0 generate=0 span=0 linear=0 quantised=0 folder=bench/results
 for argument; do
     case $argument in
     --demo) demo=1 ;;
@@ -21,6 +22,7 @@ for argument; do
     --generate) generate=1 ;;
     --span) span=1 ;;
     --linear) linear=1 ;;
+    --quantised) quantised=1 ;;
     *) folder=$argument ;;
     esac
 done
@@ -56,6 +58,11 @@ fi
 if [ "$linear" = 1 ]; then
     suite linear 400 bench/test_linear.py bench/test_search.py -k linear
     python -m bench.summary "$out/linear.json" --out "$out/summary.json" || failed=1
+    exit "$failed"
+fi
+if [ "$quantised" = 1 ]; then
+    suite quantised 500 bench/test_quantised.py
+    python -m bench.summary "$out/quantised.json" --out "$out/summary.json" || failed=1
     exit "$failed"
 fi
 if [ "$span" = 1 ]; then

@@ -26,7 +26,8 @@ SINGLE = (
     "sequential_short sequential_decode portable_all_linear search_all search_quarter search_all_early search_quarter_early "
     "search_all_small search_quarter_small span_128 span_512 span_512_s64 span_2048 span_memory choices_shared "
     "generate_span generate_span_one generate_span_kv search_span search_span_early "
-    "linear_answer linear_answer_call linear_answer_512 linear_all linear_all_call linear_memory linear_search"
+    "linear_answer linear_answer_call linear_answer_512 linear_all linear_all_call linear_memory linear_search "
+    "nf4_prefill nf4_span nf4_decode nf4_peft int8_prefill fp8_prefill fp8_dynamic_prefill memory_8gib"
 ).split()
 FIELDS = ("value", "baseline", "ratio", "spread", "of", "device", "commit", "date")
 SHAPE = ("tokens", "n", "m", "r", "form", "dtype", "unit", "rows", "span")

@@ -97,7 +97,8 @@ def _hqq(model: Any, dtype: torch.dtype) -> Any:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     config = BaseQuantizeConfig(nbits=4, group_size=32)
-    return _each_linear(model, lambda linear: HQQLinear(linear, config, compute_dtype=dtype, device="cpu"))
+    device = str(model.device)
+    return _each_linear(model, lambda linear: HQQLinear(linear, config, compute_dtype=dtype, device=device))
 
 
 def _quanto(weights: str) -> Quantise:
@@ -128,7 +129,9 @@ QUANTISE: dict[tuple[str, str], tuple[str, Quantise]] = {
 }
 
 
-def quantised(library: str, scheme: str, dtype: torch.dtype = torch.float32, seed: int = 0, **lora: Any) -> PeftModel:
+def quantised(
+    library: str, scheme: str, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu", **lora: Any
+) -> PeftModel:
     """A tiny Llama whose blocks' linear layers are quantised, with a random adapter in float32; skips where the library is not there."""
     package, quantise = QUANTISE[library, scheme]
     if find_spec(package.partition(".")[0]) is None or find_spec(package) is None:
@@ -143,8 +146,8 @@ def quantised(library: str, scheme: str, dtype: torch.dtype = torch.float32, see
     for parameter in model.parameters():
         parameter.data.mul_(3.0) if parameter.dim() > 1 else None
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    made = quantise(model.to(dtype).eval(), dtype)
+    made = quantise(model.to(device, dtype).eval(), dtype)
     options = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM", **lora}
     peft = get_peft_model(made, LoraConfig(**options))
     zoo.randomise(peft, 0.05)
-    return peft.eval()
+    return peft.to(device).eval()

@@ -629,3 +629,33 @@ def test_nan_names_the_module(options: dict[str, Any]) -> None:
     adapter.model.get_base_model().model.layers[3].mlp.act_fn.register_forward_hook(lambda m, a, out: out * math.nan)
     with pytest.raises(ValueError, match=r"NaN or infinite at sigma = 0.3.*model.layers.3.mlp.act_fn \(SiLU"):
         generate(adapter, zoo.prompt(1), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 2, "num_return_sequences": 2}, {"by": "linear"}, {"span": "answer"}],
+    ids=["greedy", "beams", "linear", "span"],
+)
+def test_prompts_a_few_at_a_time_are_what_they_are_together(options: dict[str, Any]) -> None:
+    """Rows end after different numbers of tokens, so those of one batch are shorter than those of another."""
+    adapter, words = bayesian(span=options.pop("span", "all")), tokenizer()
+    batch = zoo.prompt(3)
+    free = generate(adapter, batch, **options)
+    ends = free.tokens[0, 1].item()
+    asked = {"eos_token_id": ends, "tokenizer": words, **options}
+    whole = generate(adapter, batch, **asked)
+    assert len(set(whole.lengths.tolist())) > 1
+    for size in (1, 2):
+        found = generate(adapter, batch, batch_size=size, **asked)
+        assert found.lengths.tolist() == whole.lengths.tolist() and found.pieces == whole.pieces
+        assert found.texts == whole.texts and found.prompt_length == whole.prompt_length
+        inside = torch.arange(whole.tokens.shape[1]) < whole.lengths[:, None]
+        assert torch.equal(found.tokens[inside], whole.tokens[inside])
+        for name in ("log_probabilities", "total", "aleatoric", "standard_deviation", "sequence_standard_deviation"):
+            torch.testing.assert_close(getattr(found, name), getattr(whole, name), atol=1e-4, rtol=1e-4, equal_nan=True)
+        torch.testing.assert_close(
+            found.sample_log_probabilities, whole.sample_log_probabilities, atol=1e-4, rtol=1e-4, equal_nan=True
+        )
+        assert torch.equal(found.alternatives[inside], whole.alternatives[inside])
+    with pytest.raises(ValueError, match="batch_size"):
+        generate(adapter, batch, batch_size=0)

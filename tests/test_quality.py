@@ -519,6 +519,13 @@ class TestStudy:
                 )
             ]  # fmt: skip
 
+    def test_quantised_bases_have_the_base_setting(self) -> None:
+        units = [unit for unit in study.Study().units() if unit.base]
+        assert {(u.base, u.dataset, u.member.seed) for u in units} == {
+            (b, d, s) for b in ("nf4", "int8") for d in ("headlines", "newsgroups") for s in range(3)
+        }
+        assert all(u.name.endswith(f"-{u.base}") and [s.recipe for s in u.searches] == ["auto"] for u in units)
+
     def test_closed_form_has_samples_beside_it_somewhere(self) -> None:
         units = [unit for unit in study.Study().units() if unit.part == "linear"]
         assert len({unit.name for unit in units}) == len(units) == 3 * 3 * 2 * (3 + 1 + 1)
@@ -590,6 +597,14 @@ class TestRun:
             tokens = next(r["span_tokens"] for r in sampled if r["span"] == span)
             assert row.forwards == pytest.approx(1 + samples * tokens / facts["tokens"])
         assert all(row.search_seconds for row in rows if row.method == "tfb" and row.span != "all")
+
+    def test_quantised_bases(self, work: Path) -> None:
+        rows = results.load(work)
+        plain = rows.pick(adapter="qv-overfitted-mle", seed=0, method="mean")
+        for base in ("nf4", "int8"):
+            found = rows.pick(adapter="qv-overfitted-mle", seed=0, base=base)
+            assert {row.method for row in found} == {"mean", "mean+temperature", "tfb", "tfb+temperature"}
+            assert found[0].measures["nll"] != plain[0].measures["nll"]
 
     def test_closed_form(self, work: Path) -> None:
         facts = json.loads((work / "predictions" / "headlines-qv-early-mle-1-linear.json").read_text())
@@ -719,13 +734,17 @@ class TestReport:
         folder, out = tmp_path / "predictions", tmp_path / "out"
         folder.mkdir()
         out.mkdir()
-        for file in (work / "predictions").glob("*-*-*-*-*-*.*"):  # those of spans and of the closed form
+        for file in (work / "predictions").glob(
+            "*-*-*-*-*-*.*"
+        ):  # those of spans, of the closed form, of quantised bases
             shutil.copy(file, folder)
         whole = [report.line_of(row) for row in results.load(work).rows]
-        old = [line for line in whole if line["span"] == "all" and "linear" not in line["method"]]
+        old = [line for line in whole if line["span"] == "all" and "linear" not in line["method"] and not line["base"]]
         old = [line | {"commit": "older"} for line in old]
         with gzip.open(out / report.ROWS, "wt", newline="") as file:
-            table = csv.DictWriter(file, [name for name in old[0] if name != "span"], extrasaction="ignore")
+            table = csv.DictWriter(
+                file, [name for name in old[0] if name not in ("span", "base")], extrasaction="ignore"
+            )
             table.writeheader()
             table.writerows(old)
         (out / "RESULTS.md").write_text("# Before\n\nWords.\n\n## The bars\n\n| a |\n\n## Pictures\n\nNone.\n")
@@ -739,6 +758,7 @@ class TestReport:
             assert kept and len(kept) == len(again) and all(line["span"] == "all" for line in again)
             text = (out / "RESULTS.md").read_text()
             assert text.startswith("# After\n\n## The bars\n\n| a |\n\n## Spans\n\n") and text.count("## Spans") == 1
+            assert text.count("## Quantised base models") == 1 and "| nf4, double quantisation | TFB |" in text
             assert text.endswith("\n\n## Pictures\n\nNone.\n")
         said = capsys.readouterr().out.splitlines()
         spanned = len(whole) - len(old)

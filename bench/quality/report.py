@@ -5,7 +5,7 @@
     python -m bench.quality.report --work FOLDER --check                  prints the bars; exit status 1 if one is not cleared
 
 ``RESULTS.md`` is ``WORDS.md``, written by hand, and behind it everything that is computed. Most of that
-needs all predictions: ``--merge`` renews the hand-written part and the section on spans, and leaves the rest of it as it is.
+needs all predictions: ``--merge`` renews the hand-written part and the sections on spans and quantised bases, and leaves the rest of it as it is.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..record import ROOT
-from . import spans
+from . import quantised, spans
 from .check import MAIN, Bar, bars, base_rows, variance_reduction
 from .data import TASKS
 from .measures import Difference, compare, spread
@@ -117,9 +117,8 @@ def document(results: Results, found: list[Bar], words: str, pictures: Sequence[
     if ratios:
         lines = [[TASKS[name].title, _with_spread(values, 2)] for name, values in ratios.items()]
         parts += ["## Monte-Carlo variance, independent over antithetic, N = 10", markdown(["set", "times"], lines)]
-    spanned = spans.section(results, markdown)
-    if spanned:
-        parts += [f"## {spans.TITLE}", spanned]
+    for title, text in added(results):
+        parts += [f"## {title}", text]
     parts += [f"## {PICTURES}", "\n".join(f"![{Path(name).stem.replace('_', ' ')}](plots/{name})" for name in pictures)]
     parts += ["## Where this came from", _origin(results)]
     if results.unusable:
@@ -149,6 +148,14 @@ def _words(out: Path) -> str:
     return (out / WORDS).read_text() if (out / WORDS).is_file() else ""
 
 
+def added(results: Results) -> Iterator[tuple[str, str]]:
+    """Titles and texts of the sections whose units may be run by themselves."""
+    for part in (spans, quantised):
+        text = part.section(results, markdown)
+        if text is not None:
+            yield part.TITLE, text
+
+
 def merge(results: Results, out: Path) -> str:
     """Add rows to those below ``out``, and renew ``RESULTS.md`` as far as they suffice for; returns what was done.
 
@@ -162,13 +169,12 @@ def merge(results: Results, out: Path) -> str:
     )
     both = before.keys() & after.keys()
     same = sum(before[key] == after[key] for key in both)
-    spanned = spans.section(results, markdown)
     text = (out / RESULTS).read_text()
     parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
-    if spanned:
-        parts = [part for part in parts if not part.startswith(f"## {spans.TITLE}\n")]
+    for title, section in added(results):
+        parts = [part for part in parts if not part.startswith(f"## {title}\n")]
         place = next(n for n, part in enumerate(parts) if part.startswith(f"## {PICTURES}\n"))
-        parts.insert(place, f"## {spans.TITLE}\n\n{spanned}\n\n")
+        parts.insert(place, f"## {title}\n\n{section}\n\n")
     if _words(out).strip():
         parts[0] = _words(out).strip() + "\n\n"
     write_rows(out / ROWS, found)
@@ -184,9 +190,9 @@ def line_of(row: Row) -> Line:
 
 
 def read_rows(path: Path) -> list[Line]:
-    """The lines of a table that ``write_rows`` wrote; those of before there were spans are of all tokens."""
+    """The lines of a table that ``write_rows`` wrote; those of before there were spans are of all tokens, on bases as they are."""
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        return [{"span": "all", **line} for line in csv.DictReader(file)]
+        return [{"span": "all", "base": "", **line} for line in csv.DictReader(file)]
 
 
 def merged(old: Iterable[Line], new: Iterable[Line]) -> list[Line]:

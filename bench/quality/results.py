@@ -18,7 +18,7 @@ from .methods import Kept
 
 FIELDS = (
     "dataset", "adapter", "method", "recipe", "depth", "span", "samples", "antithetic", "mode", "seed", "accuracy", "ece", "nll",
-    "brier", "auroc_error", "auroc_ood", "aurc", "forwards", "seconds", "peak_gib",
+    "brier", "auroc_error", "auroc_ood", "aurc", "forwards", "seconds", "peak_gib", "base",
 )  # fmt: skip
 SETTING = (
     "dataset",
@@ -31,8 +31,9 @@ SETTING = (
     "samples",
     "antithetic",
     "mode",
+    "base",
 )  # no two rows have the same
-LATER = ("-linear", "-spans")  # units that were added to the study, and ran a part of it again
+LATER = ("-linear", "-spans", "-nf4", "-int8")  # units that were added to the study, and ran a part of it again
 ORDER = {"headlines": 0, "r8": 1, "newsgroups": 2, "logiqa": 3}
 
 
@@ -47,6 +48,7 @@ class Row:
         seed: the training seed; None for an ensemble.
         span: which tokens of a prompt are random: ``all``, ``answer`` or ``question``.
         forwards: what the prediction costs, in forwards of the model: see ``forwards``.
+        base: how the base model's weights are quantised; empty: not.
         outside: (M, C) log probabilities of the out-of-distribution prompts, where they are known as a whole.
         seconds: of a prediction of a thousand items; None where it was no call of its own.
         search_seconds: of the search for its sigma.
@@ -64,6 +66,7 @@ class Row:
     span: str = "all"
     antithetic: bool | None = None
     mode: str | None = None
+    base: str = ""
     outside: Tensor | None = None
     sigma: float | None = None
     temperature: float | None = None
@@ -93,7 +96,8 @@ class Results:
     unusable: list[str] = field(default_factory=list)
 
     def pick(self, **wanted: Any) -> list[Row]:
-        """The rows with these values of their fields."""
+        """The rows with these values of their fields; on the base model as it is, where nothing else is said."""
+        wanted = {"base": "", **wanted}
         return [row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items())]
 
     @property
@@ -166,6 +170,7 @@ def _unit_rows(facts: dict[str, Any], arrays: Any, unusable: list[str]) -> list[
             "dataset": unit["dataset"],
             "adapter": f"{unit['targets']}-{unit['stop']}-{unit['kind']}",
             "seed": unit["seed"],
+            "base": unit.get("base", ""),
             "samples": row["samples"],
             "forwards": forwards(
                 row["method"],
@@ -231,7 +236,7 @@ def _ensembles(rows: list[Row]) -> list[Row]:
     """The average of the plain adapters of all seeds, for every data set, set of layers and stop that has at least two."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row.method == "mean" and row.adapter.endswith("-mle"):
+        if row.method == "mean" and row.adapter.endswith("-mle") and not row.base:
             groups.setdefault((row.dataset, row.adapter), []).append(row)
     return [_ensemble(group) for group in groups.values() if len(group) > 1]
 

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -92,7 +93,7 @@ class Worker:
 
         self.study, self.folder, self.device = study, folder, device
         self.tokenizer = AutoTokenizer.from_pretrained(base_model_dir())
-        self.base = base_model(study, len(self.tokenizer), device)
+        self.bases: dict[str, Any] = {}
         self.loaded: dict[str, Parts] = {}
         self.environment = environment(device, COMMAND) | {"workers": workers}
         self.took: dict[str, float] = {}
@@ -101,6 +102,12 @@ class Worker:
         if dataset not in self.loaded:
             self.loaded[dataset] = load(TASKS[dataset], self.tokenizer, self.study.sizes)
         return self.loaded[dataset]
+
+    def base(self, quantised: str = "") -> Any:
+        """The frozen base model, read once."""
+        if quantised not in self.bases:
+            self.bases[quantised] = base_model(self.study, len(self.tokenizer), self.device, quantised)
+        return self.bases[quantised]
 
     def work(self, units: Sequence[Unit], deadline: float) -> bool:
         """Do pieces; returns whether all that this worker began went well."""
@@ -157,7 +164,9 @@ class Worker:
         parts, group = self.parts(unit.dataset), self.study.members
         trained, cost = measured(
             self.device,
-            lambda: train.train_bank(self.base, unit.targets, group, self.study.recipe, parts.train, parts.validation),
+            lambda: train.train_bank(
+                self.base(), unit.targets, group, self.study.recipe, parts.train, parts.validation
+            ),
         )
         facts = {"peak_gib": cost.peak_gib, **self.environment}
         train.save(trained, group, self.study.recipe, self.folder.bank(unit.bank), facts)
@@ -168,7 +177,8 @@ class Worker:
         recipe, parts = self.study.recipe, self.parts(unit.dataset)
         state, omega = train.load_state(self.folder.bank(unit.bank), unit.stop, unit.member)
         bank = train.facts_of(self.folder.bank(unit.bank))
-        with methods.adapted(self.base, TARGETS[unit.targets], recipe.rank, recipe.alpha, recipe.dropout) as model:
+        base = self.base(unit.base)
+        with methods.adapted(base, TARGETS[unit.targets], recipe.rank, recipe.alpha, recipe.dropout) as model:
             methods.set_weights(model, state)
             torch.manual_seed(unit.member.seed)
             unit_run = UnitRun(self.study, unit, model, parts, self.device)
@@ -179,9 +189,15 @@ class Worker:
                 unit_run.bayesian()
         member = bank["members"].index(asdict(unit.member))
         facts = {
-            "unit": {"dataset": unit.dataset, "targets": unit.targets, "stop": unit.stop, **asdict(unit.member)},
+            "unit": {
+                "dataset": unit.dataset,
+                "targets": unit.targets,
+                "stop": unit.stop,
+                **asdict(unit.member),
+                "base": unit.base,
+            },
             "best_epoch": bank["best_epoch"][member],
-            "blocks": len(self.base.base_model.layers),
+            "blocks": len(base.base_model.layers),
             "labels": {"test": parts.test.labels, "validation": parts.validation.labels},
             "choices": list(parts.task.choices),
             "items": len(Questions.of(parts).joined),
@@ -197,21 +213,34 @@ class Worker:
         write_json(self.folder.facts(unit), facts)
 
 
-def base_model(study: Study, vocabulary: int, device: torch.device) -> Any:
-    """The frozen base model: SmolLM2, in bfloat16 on a GPU; for a tiny study a random Llama of four blocks."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def base_model(study: Study, vocabulary: int, device: torch.device, quantised: str = "") -> Any:
+    """The frozen base model: SmolLM2, in bfloat16 on a GPU; for a tiny study a random Llama of four blocks.
 
+    ``quantised``: its blocks' linear layers by bitsandbytes, in ``nf4`` (double quantisation) or ``int8``.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+
+    given: dict[str, Any] = {"dtype": torch.bfloat16 if device.type == "cuda" else torch.float32}
+    if quantised:
+        four = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": given["dtype"],
+        }
+        few = {"load_in_4bit": True, **four} if quantised == "nf4" else {"load_in_8bit": True}
+        given |= {"quantization_config": BitsAndBytesConfig(**few), "device_map": {"": device}}
     if study.tiny:
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, tie_word_embeddings=True,
         )  # fmt: skip
-        model = AutoModelForCausalLM.from_config(config)
+        with tempfile.TemporaryDirectory() as folder:  # whose weights are quantised as they are read
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, **given)
     else:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(base_model_dir(), dtype=dtype)
-    return model.to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(base_model_dir(), **given)
+    return (model if quantised else model.to(device)).eval()
 
 
 def _run_worker(*arguments: Any) -> None:

@@ -88,7 +88,7 @@ def section(results: Results, table: Table) -> str | None:
     rows = _sampled(results)
     names = [name for name in (UPPER, *LINEAR) if any(name in group.settings for group in found)]
     names += [name_of(*key) for key in sorted({(row.span, row.samples) for row in rows})]
-    lines = [[group.title, name, *_cells(rows)] for group in found for name, rows in group.settings.items()]
+    lines = [[group.title, name, *cells(rows)] for group in found for name, rows in group.settings.items()]
     titles = [title for _, title, _, _ in MEASURES]
     parts = [
         "Samples of the span `answer` differ at the last token of a prompt, those of `question` at its fixed last words; the tokens before "
@@ -106,14 +106,14 @@ def section(results: Results, table: Table) -> str | None:
     return "\n\n".join(parts)
 
 
-def _cells(rows: list[Row]) -> list[str]:
-    cells = []
+def cells(rows: list[Row]) -> list[str]:
+    found = []
     for measure, _, factor, digits in MEASURES:
         values = [row.measures[measure] for row in rows]
-        cells.append(_mean([factor * value for value in values if value is not None], f".{digits}f"))
+        found.append(_mean([factor * value for value in values if value is not None], f".{digits}f"))
     sigmas = [row.sigma for row in rows if row.sigma is not None]
     return [
-        *cells,
+        *found,
         f"{min(sigmas):.2g} to {max(sigmas):.2g}" if sigmas else "",
         str(len(rows)),
         f"{fmean(row.forwards for row in rows):.3g}",

@@ -10,6 +10,7 @@ from .data import Sizes
 
 Depth = str | float
 # The spans, and the samples each is searched and predicted with; "question" is the fixed last words of a data set's prompts.
+QUANTISED = ("nf4", "int8")
 SPANS = (("answer", 10), ("answer", 40), ("question", 40))
 
 
@@ -53,7 +54,8 @@ class Unit:
         searches: the sigmas; empty for adapters that are only a baseline.
         part: of what is predicted with the adapter. ``laplace``: its Laplace approximation and nothing else, which takes as long as
             many other methods together, and a library that those do without. ``spans``: samples that differ at the last tokens
-            alone, and what they are compared with. ``linear``: predictions in closed form. Empty: all the rest.
+            alone, and what they are compared with. ``linear``: predictions in closed form. ``nf4`` and ``int8``: the adapter as it is
+            and the base setting on a base model that bitsandbytes quantised. Empty: all the rest.
         spread: whether the Monte-Carlo error of antithetic and independent samples is measured on it.
         linear: spans that are predicted in closed form, without samples.
     """
@@ -66,6 +68,11 @@ class Unit:
     part: str
     spread: bool
     linear: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> str:
+        """How the base model's weights are quantised for it; empty: not."""
+        return self.part if self.part in QUANTISED else ""
 
     @property
     def bank(self) -> str:
@@ -90,6 +97,7 @@ class Study:
         spans, spanned: the spans with their samples, and the layers of the plain adapters that they are tried on, at the first
             and the last of ``depths``' settings of ``samples`` samples beside them.
         linear: spans that adapters are predicted with in closed form, all blocks random.
+        quantised: data sets whose plain adapters on the first of ``targets`` are tried on quantised base models too.
         spread: samples and test items of the measurement of the Monte-Carlo error.
         tiny: a random model of a few blocks instead of SmolLM2, to try the machinery.
     """
@@ -110,6 +118,7 @@ class Study:
     spans: tuple[tuple[str, int], ...] = SPANS
     spanned: tuple[str, ...] = ("qv", "all_linear")
     linear: tuple[str, ...] = ("all", "answer")
+    quantised: tuple[str, ...] = ("headlines", "newsgroups")
     spread: tuple[int, int] = (100, 200)
     laplace: bool = True
     tiny: bool = False
@@ -130,6 +139,7 @@ class Study:
             *self._spans("early"),
             *self._linear("overfitted"),
             *self._linear("early"),
+            *self._quantised("overfitted"),
             *self._of(self.late, first, "overfitted", self.kinds),
             *self._laplace(self.late, first, "overfitted"),
             *(unit for targets in others for unit in self._of(self.datasets, targets, "early", ("mle",))),
@@ -167,6 +177,11 @@ class Study:
         units += [u for targets in others for u in self._of(self.datasets, targets, stop, ("mle",))]
         changed = {"part": "linear", "spread": False, "linear": self.linear}
         return [replace(u, searches=() if self._spanned(u) else tuple(self._auto()), **changed) for u in units]
+
+    def _quantised(self, stop: str) -> list[Unit]:
+        plain = [*self._of(self.quantised, self.targets[0], stop, ("mle",))]
+        searches = tuple(self._auto())
+        return [replace(u, part=base, searches=searches, spread=False) for base in QUANTISED for u in plain]
 
     def _spanned(self, unit: Unit) -> bool:
         return bool(self.spans) and unit.targets in self.spanned and unit.member.kind == "mle"
@@ -245,6 +260,7 @@ SMALL = Study(
     search_samples=2,
     spans=(("answer", 2), ("question", 4)),
     spanned=("qv",),
+    quantised=("headlines",),
     spread=(20, 8),
     tiny=True,
 )

@@ -1,7 +1,9 @@
 """Products by kind of base layer: which PEFT layers and base layers are served, what they are called, and how the base multiplies.
 
-A plain linear base accumulates onto the update, see :func:`is_plain`. A quantised one runs by its library's own product, and the
-update is added to its output in place. No library is imported here: a kind is known by the names of its classes.
+A plain linear base accumulates onto the update, see :func:`is_plain`. So does a quantised one for many rows, where its weight is
+made dense for the length of the product (:attr:`Kind.dense`). For few rows, or where activations are rounded too, it runs by its
+library's own product, and the update is added to its output in place. No library is imported before a model has its layers: a kind
+is known by the names of its classes.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ class Kind:
             By exact name, since a subclass may compute something else.
         scheme: of a base layer, how its weight is quantised.
         tested: schemes that a test holds to separate passes -> where that runs.
+        dense: of a base layer and the type of its input, its weight (m, n) in that type; where ``takes`` says that its product is
+            that of such a weight.
+        rows: from how many on the product of the dense weight is taken (measured, see ``bench/NOTES.md``).
     """
 
     library: str
@@ -34,6 +39,9 @@ class Kind:
     lora: str
     scheme: Callable[[Any], str]
     tested: dict[str, str]
+    dense: Callable[[Any, torch.dtype], Tensor] | None = None
+    takes: Callable[[Any, torch.dtype], bool] = lambda base, dtype: False
+    rows: int = 128
 
 
 def _torchao(base: Any) -> str:
@@ -47,6 +55,31 @@ def _bits(base: Any) -> str:
     return f"{base.bits} bits"
 
 
+def _bits4_takes(base: Any, dtype: torch.dtype) -> bool:
+    state = base.weight.quant_state
+    packed = getattr(state, "packing_format_for_cpu", False)
+    known = base.compute_type_is_set and base.compute_dtype in (None, dtype)  # it is set by the first call
+    return known and not packed and state.shape[0] == base.out_features
+
+
+def _bits4_dense(base: Any, dtype: torch.dtype) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(base.weight.data.view(-1, 1), base.weight.quant_state).to(dtype)
+
+
+def _torchao_takes(base: Any, dtype: torch.dtype) -> bool:
+    rounds = ("act_quant_kwargs", "activation_quantization", "act_pre_scale")
+    return base.weight.dtype == dtype and all(getattr(base.weight, name, None) is None for name in rounds)
+
+
+def _torchao_dense(base: Any, dtype: torch.dtype) -> Tensor:
+    weight = base.weight
+    if type(weight).__name__ == "Int8Tensor" and weight.zero_point is None and weight.scale.numel() == len(weight):
+        return weight.qdata * weight.scale.view(-1, 1)  # in one launch
+    return weight.dequantize()
+
+
 CI, HERE, NOT = "CPU, in CI", "CPU, where the library is installed", "not tested"
 PLAIN_LORA = "peft.tuners.lora.layer.Linear"
 KINDS = (
@@ -56,6 +89,8 @@ KINDS = (
         "peft.tuners.lora.bnb.Linear4bit",
         lambda base: base.weight.quant_type,
         {"nf4": CI, "fp4": CI, "nf4, double quantisation": CI},
+        _bits4_dense,
+        _bits4_takes,
     ),
     Kind(
         "bitsandbytes",
@@ -70,11 +105,19 @@ KINDS = (
         "peft.tuners.lora.torchao.TorchaoLoraLinear",
         _torchao,
         {"int8": HERE, "int8 dynamic": HERE, "int4": HERE, "float8_e4m3fn": HERE, "float8_e4m3fn dynamic": NOT},
+        _torchao_dense,
+        _torchao_takes,
     ),
     Kind("GPTQ (GPT-QModel)", "gptqmodel.", "peft.tuners.lora.gptq.GPTQLoraLinear", _bits, {"4 bits": HERE}),
     Kind("AWQ (GPT-QModel)", "gptqmodel.", "peft.tuners.lora.awq.AwqLoraLinear", _bits, {"4 bits": HERE}),
     Kind(
-        "HQQ", "hqq.", "peft.tuners.lora.hqq.HqqLoraLinear", lambda base: f"{base.meta['nbits']} bits", {"4 bits": HERE}
+        "HQQ",
+        "hqq.",
+        "peft.tuners.lora.hqq.HqqLoraLinear",
+        lambda base: f"{base.meta['nbits']} bits",
+        {"4 bits": HERE},
+        lambda base, dtype: base.dequantize(),
+        lambda base, dtype: base.compute_dtype == dtype,
     ),
     Kind(
         "optimum-quanto",
@@ -82,6 +125,8 @@ KINDS = (
         PLAIN_LORA,
         lambda base: base.weight_qtype.name,
         {"qint8": HERE, "qint4": HERE},
+        lambda base, dtype: base.qweight.dequantize(),
+        lambda base, dtype: base.activation_qtype is None and base.weight.dtype == dtype,
     ),
     Kind("transformers", "transformers.integrations.finegrained_fp8.", PLAIN_LORA, lambda base: "fp8", {"fp8": NOT}),
 )
@@ -101,14 +146,21 @@ def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def kind_of(layer: Any) -> Kind | None:
+    """How a LoRA layer's base is quantised; ``None`` where it is not, or not as :data:`KINDS` knows."""
+    base = layer.get_base_layer()
+    parts = base, getattr(base, "weight", None)
+    lora = {full_name(cls) for cls in type(layer).__mro__}
+    return next(
+        (k for k in KINDS if k.lora in lora and any(full_name(type(p)).startswith(k.base) for p in parts)), None
+    )
+
+
 def base_kind(layer: Any) -> str:
     """How a LoRA layer's base weight is quantised, in words; ``"float"`` where it is not."""
-    base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
-    lora = {full_name(cls) for cls in type(layer).__mro__}
-    for kind in KINDS:
-        if kind.lora in lora and any(full_name(type(part)).startswith(kind.base) for part in (base, weight)):
-            return f"{kind.library} {kind.scheme(base)}"
+    kind, base = kind_of(layer), layer.get_base_layer()
+    if kind is not None:
+        return f"{kind.library} {kind.scheme(base)}"
     return "float" if float_type(layer) is not None else type(base).__name__
 
 
@@ -119,14 +171,14 @@ def float_type(layer: Any) -> torch.dtype | None:
     return weight.dtype if plain else None
 
 
-def is_plain(base: nn.Module) -> bool:
-    """Whether ``base(x)`` is one product with a plain weight, so that it can be added onto an update written before it.
+def is_plain(base: nn.Module, kind: Kind | None = None) -> bool:
+    """Whether ``base(x)`` is one product with a weight, so that it can be added onto an update written before it.
 
     Besides, ``x`` must be of the weight's type, and not under autocast: :func:`accumulates`.
     """
     # Straight from the dictionaries: nn.Module's attribute access would be a third of a layer's cost.
     return (
-        type(base) is nn.Linear
+        (type(base) is nn.Linear or kind is not None)
         # Hooks see the base layer's own output; an own forward is accelerate's, which brings the weights in.
         and not base._forward_hooks
         and not base._forward_pre_hooks
@@ -134,15 +186,15 @@ def is_plain(base: nn.Module) -> bool:
     )
 
 
-def accumulates(base: nn.Module, x: Tensor) -> bool:
-    """Whether a base layer that :func:`is_plain` can multiply ``x`` as it is."""
+def accumulates(base: nn.Module, x: Tensor, kind: Kind | None = None) -> bool:
+    """Whether a base layer that :func:`is_plain` can multiply ``x`` (..., n) as it is, or has a dense weight for it."""
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    if kind is not None:
+        enough = x.numel() >= kind.rows * x.shape[-1] and not torch.compiler.is_compiling()
+        return enough and kind.dense is not None and kind.takes(base, x.dtype)
     weight = base._parameters.get("weight")
-    return (
-        type(weight) is nn.Parameter
-        and x.dtype == weight.dtype
-        and x.device == weight.device
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+    return type(weight) is nn.Parameter and x.dtype == weight.dtype and x.device == weight.device
 
 
 def linear_columns(linear: Any, x: Tensor, columns: Tensor) -> Tensor:

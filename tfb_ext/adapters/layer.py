@@ -1,15 +1,16 @@
 """A LoRA layer that samples: the class that a PEFT layer gets when a posterior is attached, and the posterior's part in it.
 
 Outside a sampling context the layer is PEFT's own, by ``super().forward``. Inside one, a layer of a random block adds
-``s U (M + sigma_k E_k) x`` for the rows of sample k. Where its base is a plain linear layer the update is written first and the
-base product accumulates onto it, and layers that share their input share one pass over it; blocks below the first random one
-go this way too, as the mean. Any other base runs as PEFT runs it, and the update is added to its output.
+``s U (M + sigma_k E_k) x`` for the rows of sample k. Where its base is a plain linear layer, or a quantised one that is dense for
+the product, the update is written first and the base product accumulates onto it, and layers that share their input share one pass
+over it; blocks below the first random one go this way too, as the mean. Any other base runs as PEFT runs it, and the update is
+added to its output.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import SamplingError
 from ..posterior.canonical import LayerPosterior
-from .base import HALF, accumulates, float_type, is_plain, matrix_of, version_of
-from .samples import MEAN, SampleBatch
+from .base import HALF, accumulates, float_type, is_plain, kind_of, matrix_of, version_of
+from .products import outputs
+from .samples import MEAN
 from .state import SamplingState, SharedInput
 
 # PEFT's layers are nn.Modules whose attributes carry no types, so functions here take them as Any.
@@ -156,7 +158,7 @@ class SampledUpdate:
                 (module._buffers[n].device for n in self.buffers if n in module._buffers), torch.device("cpu")
             )
         # The products round the basis to the output's type, so it is kept in that. M + sigma E is rounded once, as a sum.
-        self.base_type = float_type(module)
+        self.base_type, self.kind = float_type(module), kind_of(module)
         basis = posterior.basis.to(device, self.base_type if self.base_type in HALF else torch.float32)
         self._keep(basis, posterior.mean.to(device))
 
@@ -196,7 +198,7 @@ class SampledUpdate:
         """At a call's beginning, once it is known that this adapter alone is on: look at what the call does not change."""
         modules = self.module._modules
         bias = modules["lora_B"]._modules[self.adapter]._parameters.get("bias")
-        self.is_alone = bias is None and is_plain(modules["base_layer"])
+        self.is_alone = bias is None and is_plain(modules["base_layer"], self.kind)
 
     def is_active(self) -> bool:
         module = self.module
@@ -234,7 +236,7 @@ class SampledUpdate:
             self.is_alone
             and state.looked
             and (self.block < state.first or (state.fanned and not self.full_rank))
-            and accumulates(self.module._modules["base_layer"], x)
+            and accumulates(self.module._modules["base_layer"], x, self.kind)
         )
 
     def written_first(self, x: Tensor) -> Tensor:
@@ -267,29 +269,14 @@ class SampledUpdate:
                 state.check_rows(update.name, x)
         recording = state.recording.get(self) if state.recording else None  # of every call: no dictionary made for it
         places = items[1:] if items is not None else ()
-        outputs = recording.group(x, together) if recording else self.outputs(together, x, batch, *places)
-        return SharedInput(x, version, dict(zip((u.name for u in together), outputs, strict=True)))
+        found = recording.group(x, together) if recording else outputs(together, x, batch, *places)
+        return SharedInput(x, version, dict(zip((u.name for u in together), found, strict=True)))
 
-    @staticmethod
-    def outputs(
-        together: Sequence[SampledUpdate], x: Tensor, batch: SampleBatch, lead: int = 0, each: int = 0
-    ) -> list[Tensor]:
-        """Outputs (..., m) of layers on plain bases that read ``x`` (..., n), whose rows are as in :func:`tfb_ext.ops.update_group`."""
-        bases = [u.module._modules["base_layer"]._parameters for u in together]
-        return ops.update_group(
-            x if x.stride(-1) == 1 else x.contiguous(),
-            [u.module._buffers[u.buffers[1]] for u in together],
-            [u.module._buffers[u.buffers[0]] for u in together],
-            [base["bias"] for base in bases],
-            [u.module.scaling[u.adapter] for u in together],
-            *batch.tensors(x.device),
-            [u.layer for u in together],
-            batch.mode,
-            batch.antithetic,
-            lead,
-            each,
-            [base["weight"] for base in bases],
-        )
+    def round_basis(self, dtype: torch.dtype) -> None:
+        """Round a quantised base's basis to the type of its outputs, where that is seen first."""
+        basis, mean = (self.module._buffers[name] for name in self.buffers)
+        if self.base_type is None and dtype in HALF and basis.dtype == torch.float32:
+            self._keep(basis.to(dtype), mean)
 
     def _join(self, x: Tensor, version: int) -> None:
         """Learn that this layer reads what the layer before it read, so that the next forward reads it once for both."""
@@ -315,10 +302,10 @@ class SampledUpdate:
             self.state.asked.add(self.name)
         sigma, samples, seed = batch.tensors(x.device)
         scaling = module.scaling[self.adapter]  # the layer's own: PEFT's rescaling helpers change it
+        if not torch.compiler.is_compiling():
+            self.round_basis(result.dtype)
         basis, mean = (getattr(module, name) for name in self.buffers)
-        if self.base_type is None and result.dtype in HALF and basis.dtype == torch.float32:
-            if not torch.compiler.is_compiling():  # the type of a quantised base's outputs is seen here first
-                self._keep(basis.to(result.dtype), mean)
+        if self.base_type is None and result.dtype in HALF:
             basis = basis.to(result.dtype)
         features = basis.shape[0]
         bias = module.lora_B[self.adapter].bias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 LOAD_IN = ("4bit", "8bit")
+UNITS = {"MIB": 2**20, "GIB": 2**30, "MB": 10**6, "GB": 10**9}
+CONTEXT = 600 * 2**20  # of a process on a GPU beside its tensors: CUDA's context and kernels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,6 +79,29 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def hold_memory(memory: str, device: torch.device) -> None:
+    """Hold this process to so much of a GPU's memory, from now on: torch raises rather than take more, and batches are chosen to fit.
+
+    Args:
+        memory: a number and MiB, GiB, MB or GB, such as ``"8GiB"``; CUDA's own context (about 600 MiB) counts.
+
+    Raises:
+        ValueError: no amount, one that the context fills, more than the card has, or no GPU.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]+)\s*", memory)
+    unit = UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None:
+        raise refusal("memory", repr(memory), "a number and MiB, GiB, MB or GB", "write 8GiB, say")
+    if device.type != "cuda":
+        raise refusal("memory", f"{memory!r} on {device}", "a GPU, whose memory it is about", "leave it out")
+    _, total = torch.cuda.mem_get_info(device)
+    size = float(found[1]) * unit
+    if not CONTEXT < size <= total:
+        expected = f"more than CUDA's context (0.6 GiB), and no more than the card has ({total / 2**30:.1f} GiB)"
+        raise refusal("memory", repr(memory), expected, "name an amount between them")
+    torch.cuda.set_per_process_memory_fraction((size - CONTEXT) / total, device)
+
+
 def _cpu_capabilities() -> Mapping[str, Any]:
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
@@ -101,6 +127,7 @@ def load_adapter(
     classes: int | None = None,
     load_in: str | None = None,
     device_map: str | None = None,
+    memory: str | None = None,
 ) -> Loaded:
     """A base model with a trained LoRA adapter, and the tokenizer.
 
@@ -112,6 +139,7 @@ def load_adapter(
         classes: number of classes, for adapters with a classification head.
         load_in: quantise the base model by bitsandbytes: ``"4bit"`` (nf4, double quantisation) or ``"8bit"``.
         device_map: where its layers go, as transformers takes it (``"auto"``), instead of ``device``.
+        memory: what this process may take of the GPU, such as ``"8GiB"``; see :func:`hold_memory`.
 
     The tokenizer is the one beside the adapter where there is one; the embeddings get a row for every token that it or the
     adapter's file has (as PEFT's ``AutoPeftModel``).
@@ -123,6 +151,8 @@ def load_adapter(
     folder = demo_adapter() if adapter == DEMO else Path(adapter)
     files = read_adapter(folder)
     place = pick_device(device)
+    if memory is not None:
+        hold_memory(memory, place)
     kind = pick_dtype(dtype, place)
     from transformers import AutoConfig, AutoTokenizer
 

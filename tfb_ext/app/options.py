@@ -158,6 +158,7 @@ class Model(Runs):
     device_map: str | None = option(
         None, "Where its layers go, instead of --device: auto, balanced, ...", "--device-map"
     )
+    memory: str | None = option(None, "Most that this process may take of the GPU, such as 8GiB.")
 
     def open(self, examples: list[Example] | None = None) -> tuple[Loaded, BayesianAdapter]:
         """The model with its posterior: the saved one where the folder has it."""
@@ -166,7 +167,8 @@ class Model(Runs):
         from .loading import load_adapter
 
         classes = None if examples is None else len(examples[0].choices)
-        loaded = load_adapter(self.adapter, self.base, self.device, self.dtype, classes, self.load_in, self.device_map)
+        place = self.load_in, self.device_map, self.memory
+        loaded = load_adapter(self.adapter, self.base, self.device, self.dtype, classes, *place)
         saved = (loaded.adapter / CONFIG_NAME).is_file()
         bayesian = load(loaded.model, loaded.adapter) if saved else bayesianize(loaded.model)
         if self.seed is not None:

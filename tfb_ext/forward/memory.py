@@ -122,15 +122,25 @@ class Memory:
             torch.cuda.empty_cache()
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors may still take on a GPU: what is free there or kept idle by torch, within
+    ``torch.cuda.set_per_process_memory_fraction``."""
+    free, total = torch.cuda.mem_get_info(device)
+    taken = torch.cuda.memory_allocated(device)
+    idle = torch.cuda.memory_reserved(device) - taken
+    return int(min(free + idle, torch.cuda.get_per_process_memory_fraction(device) * total - taken))
+
+
 def room_for_tokens(model: Any, device: torch.device, work: float = 1.0) -> int:
     """Tokens that one forward may hold on this GPU, where it may take ``work`` times as long as launching it asks for."""
     config = model.config.get_text_config()
     hidden = config.hidden_size
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    size = next(model.parameters()).element_size()
-    free, _ = torch.cuda.mem_get_info(device)
-    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    tokens = (free + idle) * MEMORY_SHARE / (size * (8 * hidden + 4 * wide))
+    size = model.get_input_embeddings().weight.element_size()
+    free = free_memory(device)
+    if any(not p.is_floating_point() for p in model.parameters()):
+        free -= size * hidden * wide  # one weight at a time is dense
+    tokens = free * MEMORY_SHARE / (size * (8 * hidden + 4 * wide))
     tokens = min(tokens, work * OPERATIONS / (2 * sum(p.numel() for p in model.parameters())))
     return int(min(max(tokens, FEWEST_TOKENS), MOST_TOKENS))
 
@@ -141,5 +151,14 @@ def room_for_trunk(device: torch.device, size: int) -> tuple[torch.device | None
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2
     if device.type != "cuda":
         return None, host if device.type == "cpu" else math.inf
-    free, _ = torch.cuda.mem_get_info(device)
-    return (torch.device("cpu"), host) if size > free / 4 else (None, math.inf)
+    return (torch.device("cpu"), host) if size > free_memory(device) / 4 else (None, math.inf)
+
+
+def room_for_rows(model: Any, device: torch.device, shared: int, own: int, copies: int) -> int:
+    """Rows of a generation that this GPU has room for: their keys and values, of ``shared`` tokens once and of ``own`` for each of
+    ``copies`` (samples, beams), into half of the free memory."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * model.get_input_embeddings().weight.element_size()
+    return max(1, int(free_memory(device) / 2 / (token * (shared + own * copies))))

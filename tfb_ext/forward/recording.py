@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import BayesianAdapter
 from ..adapters.base import base_kind, has_derivative
 from ..adapters.layer import SampledUpdate
+from ..adapters.products import outputs, weight_of
 from ..adapters.samples import MEAN
 from ..errors import SamplingError
 from .contexts import exclusive
@@ -100,12 +101,6 @@ def _posterior(call: Call) -> tuple[Any, Any]:
     return basis, mean
 
 
-def _plain(call: Call) -> tuple[Any, float]:
-    """The base layer's weight, and the adapter's scaling."""
-    module = call.update.module
-    return module._modules["base_layer"]._parameters["weight"], module.scaling[call.update.adapter]
-
-
 def _zero(call: Call) -> Tensor:
     width = _posterior(call)[0].shape[0 if call.update.full_rank else 1]
     return call.x.new_zeros(*call.x.shape[:-1], width, dtype=torch.float32)
@@ -119,19 +114,21 @@ class _Layers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, calls: list[Call]) -> tuple[Tensor, ...]:
-        ctx.layers = [(call, *(part.to(x.dtype) for part in _posterior(call)), *_plain(call)) for call in calls]
-        return tuple(SampledUpdate.outputs([call.update for call in calls], x, MEAN))
+        found = tuple(outputs([call.update for call in calls], x, MEAN))
+        ctx.layers = [(call, *(part.to(x.dtype) for part in _posterior(call))) for call in calls]
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         total: Tensor | None = None
-        for (call, basis, mean, weight, scaling), given in zip(ctx.layers, gradients, strict=True):
+        for (call, basis, mean), given in zip(ctx.layers, gradients, strict=True):
             d = given.flatten(0, -2)
             part = d @ basis
             call.gradient = given if call.update.full_rank else part.view(*given.shape[:-1], -1)
             if ctx.needs_input_grad[0]:
+                weight = weight_of(call.update, d.dtype)  # a quantised one is dense for this product alone
                 total = d @ weight if total is None else total.addmm_(d, weight)
-                total.addmm_(part, mean, alpha=scaling)
+                total.addmm_(part, mean, alpha=call.update.module.scaling[call.update.adapter])
         return None if total is None else total.view(*gradients[0].shape[:-1], -1), None, None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -165,3 +165,44 @@ def pieces_of(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tupl
         ends.append(max(ends[-1], len(os.path.commonprefix([decode(tokens[:end]), whole]))))
     ends.append(len(whole))
     return tuple(whole[start:end] for start, end in pairwise(ends))
+
+
+def joined(parts: Sequence[Generation], pad: int) -> Generation:
+    """The rows of several generations of prompts of one length; rows of fewer tokens are filled, with ``pad`` and NaN."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.tokens.shape[1] for part in parts)
+
+    def rows(name: str, value: float | int = math.nan, tokens: int = -1, dim: int = 0) -> Any:
+        found = [getattr(part, name) for part in parts]
+        if found[0] is None or isinstance(found[0], tuple):
+            return None if found[0] is None else sum(found, ())
+        whole = width + (parts[0].prompt_length if name == "sequences" else 0)
+        tokens = tokens % found[0].dim()
+        short = [(0, 0) * (each.dim() - 1 - tokens) + (0, whole - each.shape[tokens]) for each in found]
+        filled = [
+            torch.nn.functional.pad(each, missing, value=value) for each, missing in zip(found, short, strict=True)
+        ]
+        return torch.cat(filled, dim)
+
+    return replace(
+        parts[0],
+        sequences=rows("sequences", pad),
+        lengths=torch.cat([part.lengths for part in parts]),
+        texts=rows("texts"),
+        pieces=rows("pieces"),
+        sample_log_probabilities=rows("sample_log_probabilities", dim=1),
+        log_probabilities=rows("log_probabilities"),
+        total=rows("total"),
+        aleatoric=rows("aleatoric"),
+        alternatives=rows("alternatives", 0, 1),
+        alternative_probabilities=rows("alternative_probabilities", tokens=1),
+        seconds=sum(part.seconds for part in parts),
+        scoring_seconds=sum(part.scoring_seconds for part in parts),
+        expected_deviation=rows("expected_deviation"),
+        expected_sequence_deviation=None
+        if parts[0].expected_sequence_deviation is None
+        else torch.cat(
+            [part.expected_sequence_deviation for part in parts if part.expected_sequence_deviation is not None]
+        ),
+    )

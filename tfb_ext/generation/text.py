@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,16 +20,18 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..adapters.adapter import BayesianAdapter
+from ..adapters.samples import SampleBatch
 from ..checks import check_choice, check_count
 from ..errors import SamplingError
 from ..forward.caches import cache_argument
 from ..forward.graphs import capturable
+from ..forward.memory import room_for_rows, room_for_tokens
 from ..posterior.config import BY, By
 from .decoding import captured_decoding, open_decoding
 from .linear import linear_sigma, token_variances
 from .options import assistant, check_model, check_options, check_ours, check_room, resolved, with_length
 from .prompts import Prompts, encode_prompts, vocabulary
-from .result import Generation, pieces_of
+from .result import Generation, joined, pieces_of
 from .scores import nan_message, opened, score_tokens
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ def generate(
     by: By = "samples",
     sigma: float | None = None,
     alternatives: int = 5,
+    batch_size: int | None = None,
     **options: Any,
 ) -> Generation:
     """Continue prompts under the posterior predictive, and say how sure it is of every token.
@@ -62,6 +66,7 @@ def generate(
             counts for nothing then. A sigma that was searched by the one is not the best for the other, which warns.
         sigma: posterior scale instead of the adapter's own.
         alternatives: how many of the most probable tokens to keep at every position.
+        batch_size: prompts at once; by default as many as a GPU's memory has room for. Text that is drawn (``do_sample``) depends on it.
         **options: of transformers' ``generate``: sampling, beams, penalties, stopping, caches, streamers, an assistant model
             (``assistant_model="mean"`` is the mean adapter itself, on the same weights). What rescales logits by their sign or
             size (``repetition_penalty``, ``exponential_decay_length_penalty``) gets log probabilities, as it does in
@@ -79,6 +84,7 @@ def generate(
     """
     check_ours(options)
     alternatives = check_count("alternatives", alternatives)
+    batch_size = None if batch_size is None else check_count("batch_size", batch_size, "a count of prompts")
     check_model(adapter)
     check_choice("by", by, BY)
     batch = adapter.batch(samples, sigma) if by == "samples" else None
@@ -105,63 +111,124 @@ def generate(
     pad = config._pad_token_tensor
     if pad is not None and not 0 <= int(pad) < vocabulary(adapter.anatomy.model):
         options["pad_token_id"] = 0  # ended rows are filled with it, and the model reads it
-    started = time.perf_counter()
-    try:
-        with (
-            opened(adapter, batch),
-            _static_decoding(adapter, ids, config, options) as options,
-            _recorded_ends(adapter) as ends,
+    call = _Call(adapter, batch, scale, tokenizer, alternatives, config, options, beams)
+    size = batch_size or call.room(ids)
+    parts = [call.run({n: v[start : start + size] for n, v in inputs.items()}) for start in range(0, len(ids), size)]
+    return joined(parts, options.get("pad_token_id", 0 if pad is None else int(pad)))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What every batch of prompts of one call of :func:`generate` has in common."""
+
+    adapter: BayesianAdapter
+    batch: SampleBatch | None
+    scale: float
+    tokenizer: PreTrainedTokenizerBase | None
+    alternatives: int
+    config: GenerationConfig
+    options: dict[str, Any]
+    beams: bool
+
+    @property
+    def copies(self) -> int:
+        """Of each prompt: its samples, beams and returned sequences."""
+        config = self.config
+        beams = max(config.num_beams or 1, config.num_return_sequences or 1)
+        return beams * (1 if self.batch is None else len(self.batch))
+
+    @property
+    def spanned(self) -> bool:
+        return self.batch is not None and self.adapter.place.span is not None
+
+    def room(self, ids: Tensor) -> int:
+        """Prompts that a GPU's memory has room for at once."""
+        if ids.device.type != "cuda":
+            return len(ids)
+        shared = ids.shape[1] if self.spanned else 0
+        own = self.config.max_length - shared
+        return room_for_rows(self.adapter.anatomy.model, ids.device, shared, own, self.copies)
+
+    def chunks(self, ids: Tensor) -> dict[str, Any]:
+        """Prompts whose samples do not fit into one forward are read in parts."""
+        tokens = len(ids) * self.copies
+        if (
+            ids.device.type != "cuda"
+            or self.spanned
+            or self.config.prefill_chunk_size
+            or self.config.use_cache is False
         ):
-            output: Any = adapter.model.generate(**inputs, **options)
-    except RuntimeError as error:
-        if "probability tensor contains" in str(error):  # torch.multinomial's words for NaN and infinity
-            raise ValueError(nan_message(adapter, batch, inputs)) from None
-        raise
-    sequences: Tensor = output.sequences if beams else output
-    _wait(sequences)
-    generated = time.perf_counter()
-    width = ids.shape[1]
-    count = sequences.shape[1] - width
-    lengths = (output.beam_indices >= 0).sum(dim=1) if beams else _lengths(ends, width, count)
-    lengths = lengths.to(sequences.device)
-    rows = len(sequences) // len(ids)
-    mask = inputs["attention_mask"].repeat_interleave(rows, dim=0)
-    inside = torch.arange(count, device=sequences.device) < lengths[:, None]
-    mask = torch.cat([mask, inside.to(mask)], dim=1)
-    # What is behind an end need not be a token of the vocabulary: beams may be filled with -1.
-    real = torch.cat([sequences[:, :width], sequences[:, width:].masked_fill(~inside, 0)], dim=1)
-    scores = score_tokens(adapter, real, mask, width, batch, alternatives)
-    if scores.mean.masked_fill(~inside, 0.0).isnan().any():
-        raise ValueError(nan_message(adapter, batch, {"input_ids": real, "attention_mask": mask}))
-    deviations: tuple[Tensor, ...] = ()
-    if batch is None:
-        variances = token_variances(adapter, real, mask, width, lengths)
-        deviations = tuple(scale * each.clamp(min=0).sqrt() for each in variances)
-        deviations = (deviations[0].masked_fill(~inside, math.nan).cpu(), deviations[1].cpu())
-    _wait(scores.mean)
-    outside = ~inside
-    cut = {name: getattr(scores, name).masked_fill(outside, math.nan).cpu() for name in ("mean", "total", "aleatoric")}
-    sequences, lengths = sequences.cpu(), lengths.cpu()
-    rows_of_tokens = [row[width : width + n].tolist() for row, n in zip(sequences, lengths.tolist(), strict=True)]
-    return Generation(
-        sequences,
-        width,
-        lengths,
-        () if tokenizer is None else tuple(str(tokenizer.decode(r, skip_special_tokens=True)) for r in rows_of_tokens),
-        () if tokenizer is None else tuple(pieces_of(row, tokenizer) for row in rows_of_tokens),
-        scores.samples.masked_fill(outside, math.nan).cpu(),
-        cut["mean"],
-        cut["total"],
-        cut["aleatoric"],
-        scores.alternatives.cpu(),
-        scores.alternative_probabilities.masked_fill(outside[..., None], math.nan).cpu(),
-        scale,
-        () if batch is None else batch.samples,
-        generated - started,
-        time.perf_counter() - generated,
-        batch is not None and batch.antithetic,
-        *deviations,
-    )
+            return {}
+        room = room_for_tokens(self.adapter.anatomy.model, ids.device)
+        assisted = self.options.get("assistant_model") is not None
+        return {} if assisted or tokens * ids.shape[1] <= room else {"prefill_chunk_size": max(1, room // tokens)}
+
+    def run(self, inputs: dict[str, Tensor]) -> Generation:
+        """The text of these prompts, and its scores."""
+        adapter, batch, scale, tokenizer = self.adapter, self.batch, self.scale, self.tokenizer
+        beams, ids = self.beams, inputs["input_ids"]
+        options = self.options | self.chunks(ids)
+        started = time.perf_counter()
+        try:
+            with (
+                opened(adapter, batch),
+                _static_decoding(adapter, ids, self.config, options) as options,
+                _recorded_ends(adapter) as ends,
+            ):
+                output: Any = adapter.model.generate(**inputs, **options)
+        except RuntimeError as error:
+            if "probability tensor contains" in str(error):  # torch.multinomial's words for NaN and infinity
+                raise ValueError(nan_message(adapter, batch, inputs)) from None
+            raise
+        sequences: Tensor = output.sequences if beams else output
+        _wait(sequences)
+        generated = time.perf_counter()
+        width = ids.shape[1]
+        count = sequences.shape[1] - width
+        lengths = (output.beam_indices >= 0).sum(dim=1) if beams else _lengths(ends, width, count)
+        lengths = lengths.to(sequences.device)
+        rows = len(sequences) // len(ids)
+        mask = inputs["attention_mask"].repeat_interleave(rows, dim=0)
+        inside = torch.arange(count, device=sequences.device) < lengths[:, None]
+        mask = torch.cat([mask, inside.to(mask)], dim=1)
+        # What is behind an end need not be a token of the vocabulary: beams may be filled with -1.
+        real = torch.cat([sequences[:, :width], sequences[:, width:].masked_fill(~inside, 0)], dim=1)
+        scores = score_tokens(adapter, real, mask, width, batch, self.alternatives)
+        if scores.mean.masked_fill(~inside, 0.0).isnan().any():
+            raise ValueError(nan_message(adapter, batch, {"input_ids": real, "attention_mask": mask}))
+        deviations: tuple[Tensor, ...] = ()
+        if batch is None:
+            variances = token_variances(adapter, real, mask, width, lengths)
+            deviations = tuple(scale * each.clamp(min=0).sqrt() for each in variances)
+            deviations = (deviations[0].masked_fill(~inside, math.nan).cpu(), deviations[1].cpu())
+        _wait(scores.mean)
+        outside = ~inside
+        cut = {
+            name: getattr(scores, name).masked_fill(outside, math.nan).cpu() for name in ("mean", "total", "aleatoric")
+        }
+        sequences, lengths = sequences.cpu(), lengths.cpu()
+        rows_of_tokens = [row[width : width + n].tolist() for row, n in zip(sequences, lengths.tolist(), strict=True)]
+        return Generation(
+            sequences,
+            width,
+            lengths,
+            ()
+            if tokenizer is None
+            else tuple(str(tokenizer.decode(r, skip_special_tokens=True)) for r in rows_of_tokens),
+            () if tokenizer is None else tuple(pieces_of(row, tokenizer) for row in rows_of_tokens),
+            scores.samples.masked_fill(outside, math.nan).cpu(),
+            cut["mean"],
+            cut["total"],
+            cut["aleatoric"],
+            scores.alternatives.cpu(),
+            scores.alternative_probabilities.masked_fill(outside[..., None], math.nan).cpu(),
+            scale,
+            () if batch is None else batch.samples,
+            generated - started,
+            time.perf_counter() - generated,
+            batch is not None and batch.antithetic,
+            *deviations,
+        )
 
 
 @contextmanager
