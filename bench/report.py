@@ -1,4 +1,4 @@
-"""The tables of the README, docs/performance.md, docs/span.md and docs/linear.md and the plots, out of ``bench/results/*.json``.
+"""The tables of the README, docs/performance.md, span.md, linear.md and quantised.md, and the plots, out of ``bench/results/*.json``.
 
 python -m bench.report            writes all of them (needs matplotlib)
 python -m bench.report --check    says whether the tables are those of the results; writes nothing
@@ -19,7 +19,6 @@ from .rows import Rows, by_case, load, load_if_there, milliseconds, ratio, table
 from .test_kernels import IN_FEATURES, OUT_FEATURES, RANKS, TOKENS
 
 PERFORMANCE = "docs/performance.md"
-SPAN, LINEAR = "docs/span.md", "docs/linear.md"
 
 # What a row is called and what it is measured against; a case whose ratio is baseline / value is "faster".
 FORWARDS = (
@@ -95,6 +94,16 @@ LINEARS = (
     ('one call of `predict` for 8 prompts of 128, `span="answer"`', "linear_answer_call"),
     ('the same, `span="all"`', "linear_all_call"),
     ("**the whole search for sigma**, 500 anchors of 128 tokens, four classes (times faster)", "linear_search"),
+)
+QUANTISED = (
+    ("**ten samples**, 8 prompts of 128, nf4 base (bitsandbytes, double quantisation)", "nf4_prefill"),
+    ("the same, int8 base (torchao, weights alone)", "int8_prefill"),
+    ("the same, float8 base (torchao, weights alone)", "fp8_prefill"),
+    ("the same, float8 base (torchao, activations too)", "fp8_dynamic_prefill"),
+    ("PEFT's deterministic LoRA on the nf4 base", "nf4_peft"),
+    ('ten samples, `span="answer"`, nf4 base', "nf4_span"),
+    ("decoding a token, ten samples, nf4 base, in a graph", "nf4_decode"),
+    ("64 samples: predictions of 8 prompts and 32 generated tokens, nf4 base, peak of all memory", "memory_8gib"),
 )
 SEARCHES = (
     ("all blocks random, the same six evaluations", "search_all"),
@@ -195,7 +204,7 @@ def source(rows: list[dict[str, Any]], file: str = "span.json") -> str:
 
 
 def short_table(rows: Rows, named: Sequence[tuple[str, str]], file: str) -> str:
-    """The table of docs/span.md or docs/linear.md."""
+    """The table of a page of its own."""
     cases = [(label, rows[case]) for label, case in named if case in rows]
     if not cases:
         return ""
@@ -344,16 +353,16 @@ def pages(results: Path) -> dict[Path, str]:
     tables = section(models, load(results / "kernels.json"), summary, search, generate, spans)
     readme = replace_section((ROOT / "README.md").read_text(), "speed", headline(models))
     readme = replace_section(readme, "demo", demo_table(json.loads((results / "demo.json").read_text())))
-    in_short = [(label, case) for label, case in SPANS if case in SPANS_IN_SHORT]
-    linear = by_case(load_if_there(results / "linear.json"))
-    return {
+    made = {
         ROOT / "README.md": readme,
         ROOT / PERFORMANCE: replace_section((ROOT / PERFORMANCE).read_text(), "speed", tables),
-        ROOT / SPAN: replace_section((ROOT / SPAN).read_text(), "span", short_table(spans, in_short, "span.json")),
-        ROOT / LINEAR: replace_section(
-            (ROOT / LINEAR).read_text(), "linear", short_table(linear, LINEARS, "linear.json")
-        ),
     }
+    in_short = [(label, case) for label, case in SPANS if case in SPANS_IN_SHORT]
+    for name, cases in (("span", in_short), ("linear", LINEARS), ("quantised", QUANTISED)):
+        page, file = ROOT / "docs" / f"{name}.md", f"{name}.json"
+        table = short_table(by_case(load_if_there(results / file)), cases, file)
+        made[page] = replace_section(page.read_text(), name, table)
+    return made
 
 
 def main() -> int:

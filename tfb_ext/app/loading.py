@@ -99,7 +99,8 @@ def hold_memory(memory: str, device: torch.device) -> None:
     if not CONTEXT < size <= total:
         expected = f"more than CUDA's context (0.6 GiB), and no more than the card has ({total / 2**30:.1f} GiB)"
         raise refusal("memory", repr(memory), expected, "name an amount between them")
-    torch.cuda.set_per_process_memory_fraction((size - CONTEXT) / total, device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction((size - CONTEXT) / total, index)
 
 
 def _cpu_capabilities() -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from ..errors import SamplingError
 from ..forward.batch import Batch
 from ..forward.engine import Request, Result, mixture, run
 from ..forward.fold import Predictive
-from ..forward.memory import Memory
+from ..forward.memory import Memory, room_for_tokens
 from ..forward.rows import last_positions
 
 
@@ -68,7 +68,8 @@ def score_tokens(
     following = torch.nn.functional.pad(tokens, (0, 1), value=-1)  # the token that each kept position predicts
     keep, following = last_positions(model, following, sequences.shape[1])
     whole = Batch(0, inputs | keep, None, torch.arange(len(sequences)), None, False, following)
-    memory = Memory(sequences.device)
+    device = sequences.device
+    memory = Memory(device, room_for_tokens(model, device) / sequences.shape[1] if device.type == "cuda" else math.inf)
     kept = slice(-count - 1, -1)  # the last position says what would follow the last token
 
     def score(rows: Batch) -> Scores:
