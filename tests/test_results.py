@@ -13,10 +13,11 @@ from bench.rows import by_case, load
 
 RESULTS = ROOT / "bench" / "results"
 FILES = [
-    RESULTS / f"{name}.json" for name in ("models", "kernels", "kernels_cpu", "search", "generate", "span", "linear")
+    RESULTS / f"{name}.json"
+    for name in ("models", "kernels", "kernels_cpu", "search", "generate", "span", "linear", "quantised")
 ]
 FILES = [
-    file for file in FILES if file.exists() or file.stem not in ("generate", "span", "linear")
+    file for file in FILES if file.exists() or file.stem not in ("generate", "span", "linear", "quantised")
 ]  # these cases take a run of their own
 ADAPTIVE = RESULTS / "adaptive.json"
 

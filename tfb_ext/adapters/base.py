@@ -41,7 +41,7 @@ class Kind:
     tested: dict[str, str]
     dense: Callable[[Any, torch.dtype], Tensor] | None = None
     takes: Callable[[Any, torch.dtype], bool] = lambda base, dtype: False
-    rows: int = 256
+    rows: int = 4096
 
 
 def _torchao(base: Any) -> str:
@@ -69,15 +69,10 @@ def _bits4_dense(base: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _torchao_takes(base: Any, dtype: torch.dtype) -> bool:
-    rounds = ("act_quant_kwargs", "activation_quantization", "act_pre_scale")
-    return base.weight.dtype == dtype and all(getattr(base.weight, name, None) is None for name in rounds)
-
-
-def _torchao_dense(base: Any, dtype: torch.dtype) -> Tensor:
-    weight = base.weight
-    if type(weight).__name__ == "Int8Tensor" and weight.zero_point is None and weight.scale.numel() == len(weight):
-        return weight.qdata.to(dtype).mul_(weight.scale.view(-1, 1))  # its own takes three times as long
-    return weight.dequantize()
+    """Not of weights in int8, whose own product scales its output instead of making them dense."""
+    weight, rounds = base.weight, ("act_quant_kwargs", "activation_quantization", "act_pre_scale")
+    own = type(weight).__name__ == "Int8Tensor" and weight.scale.numel() == len(weight)
+    return not own and weight.dtype == dtype and all(getattr(weight, name, None) is None for name in rounds)
 
 
 CI, HERE, NOT = "CPU, in CI", "CPU, where the library is installed", "not tested"
@@ -105,9 +100,8 @@ KINDS = (
         "peft.tuners.lora.torchao.TorchaoLoraLinear",
         _torchao,
         {"int8": HERE, "int8 dynamic": HERE, "int4": HERE, "float8_e4m3fn": HERE, "float8_e4m3fn dynamic": NOT},
-        _torchao_dense,
+        lambda base, dtype: base.weight.dequantize(),
         _torchao_takes,
-        4096,
     ),
     Kind("GPTQ (GPT-QModel)", "gptqmodel.", "peft.tuners.lora.gptq.GPTQLoraLinear", _bits, {"4 bits": HERE}),
     Kind("AWQ (GPT-QModel)", "gptqmodel.", "peft.tuners.lora.awq.AwqLoraLinear", _bits, {"4 bits": HERE}),
