@@ -659,3 +659,36 @@ def test_prompts_a_few_at_a_time_are_what_they_are_together(options: dict[str, A
         assert torch.equal(found.alternatives[inside], whole.alternatives[inside])
     with pytest.raises(ValueError, match="batch_size"):
         generate(adapter, batch, batch_size=0)
+
+
+def test_prompts_that_memory_has_no_room_for_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their keys and values: the whole text of every sample, or with a span what follows the prompt and that once."""
+    asked: list[tuple[int, ...]] = []
+
+    def room(model: Any, device: Any, *counts: int) -> int:
+        asked.append(counts)
+        return 2
+
+    batch = zoo.prompt(3)
+    for span in ("all", "answer"):
+        adapter = bayesian(span=span)
+        whole = generate(adapter, batch)
+        with monkeypatch.context() as patched:
+            patched.setattr("tfb_ext.generation.text.room_for_rows", room)
+            found = generate(adapter, batch)
+        assert torch.equal(found.sequences, whole.sequences)
+    width = batch["input_ids"].shape[1]
+    assert asked == [(0, width + NEW, SAMPLES), (width, NEW, SAMPLES)]
+
+
+@pytest.mark.gpu
+def test_prompts_whose_samples_do_not_fit_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, batch = bayesian(device="cuda"), zoo.prompt(3, "cuda")
+    whole = generate(adapter, batch)
+    lengths: list[int] = []
+    adapter.anatomy.blocks[-1].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    monkeypatch.setattr("tfb_ext.generation.text.room_for_tokens", lambda *_: 2 * 3 * SAMPLES)
+    found = generate(adapter, batch)
+    assert torch.equal(found.sequences, whole.sequences)
+    width = batch["input_ids"].shape[1]
+    assert lengths[: (width + 1) // 2] == [2] * (width // 2) + [1] * (width % 2)

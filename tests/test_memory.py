@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import zoo
 from peft import LoraConfig, get_peft_model
 
 import tfb_ext
+from tfb_ext.app import loading
+from tfb_ext.forward import memory
 
 SAMPLES, RANK, WIDTH, TOKENS = 8, 32, 256, 2
 
@@ -131,3 +134,56 @@ def test_peak_of_the_process_grows_by_less_than_the_noise() -> None:
     assert fused["finite"] and materialised["finite"]
     assert fused["growth"] < fused["noise"] / 4
     assert materialised["growth"] >= materialised["noise"]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """A GPU of 24 bytes, by what torch says of it: 16 free, 4 allocated, 2 kept idle."""
+    state = {"fraction": 1.0, "free": 16.0, "allocated": 4.0, "reserved": 6.0, "total": 24.0}
+    for name, value in {
+        "mem_get_info": lambda device: (state["free"], state["total"]),
+        "memory_allocated": lambda device: state["allocated"],
+        "memory_reserved": lambda device: state["reserved"],
+        "get_per_process_memory_fraction": lambda device: state["fraction"],
+        "set_per_process_memory_fraction": lambda fraction, device: state.update(fraction=fraction),
+        "current_device": lambda: 0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return state
+
+
+def test_free_memory_is_within_a_process_share(card: dict[str, float]) -> None:
+    gpu = torch.device("cuda", 0)
+    assert memory.free_memory(gpu) == 16 + 2
+    card["fraction"] = 0.5  # 12, of which 4 are taken
+    assert memory.free_memory(gpu) == 8
+    card["free"] = 3  # others have the rest
+    assert memory.free_memory(gpu) == 3 + 2
+
+
+def test_a_process_is_held_to_an_amount(card: dict[str, float]) -> None:
+    gpu = torch.device("cuda", 0)
+    card["total"] = 24.0 * 2**30
+    assert loading.hold_memory("8 GiB", gpu) == 8 * 2**30 - loading.CONTEXT
+    assert card["fraction"] == pytest.approx((8 * 2**30 - loading.CONTEXT) / card["total"])
+    assert loading.hold_memory("8.5gb", gpu) == 8_500_000_000 - loading.CONTEXT
+    for amount in ("0.5GiB", "25GiB"):
+        expected = re.escape(
+            f"memory: got '{amount}', expected more than CUDA's context (0.6 GiB), and no more than the card has"
+        )
+        with pytest.raises(ValueError, match=expected):
+            loading.hold_memory(amount, gpu)
+
+
+def test_rows_of_a_generation_by_their_keys_and_values(card: dict[str, float]) -> None:
+    model = zoo.peft_model("llama").get_base_model()
+    config = model.config
+    heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    token = 2 * config.num_hidden_layers * heads * 4  # bytes
+    gpu = torch.device("cuda", 0)
+    card |= {"allocated": 0.0, "reserved": 0.0, "total": 1e12, "free": 2.0 * 10 * token * (6 + 3 * 5)}
+    assert memory.room_for_rows(model, gpu, shared=6, own=5, copies=3) == 10
+    assert memory.room_for_rows(model, gpu, shared=0, own=11, copies=3) == 6
+    card["free"] = 1.0
+    assert memory.room_for_rows(model, gpu, shared=0, own=11, copies=3) == 1
+    assert memory.room_for_rows(model, torch.device("cpu"), 0, 11, 3) > 10**9

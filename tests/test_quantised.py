@@ -75,7 +75,7 @@ def rms(values: Tensor) -> float:
 @pytest.mark.parametrize("kind", QUANTISE, ids=" ".join)
 def test_samples_equal_separate_passes(product: str, kind: tuple[str, str], dtype: torch.dtype, device: str) -> None:
     skip_what_does_not_run(kind, dtype, device)
-    adapter, batch = bayesian(kind, dtype, device), {name: value.to(device) for name, value in zoo.inputs().items()}
+    adapter, batch = bayesian(kind, dtype, device), zoo.moved(zoo.inputs(), device)
     expected = passes(adapter, batch)
     spread = rms(expected - expected.mean(0))
     # Activations rounded to 8 bits turn differences in the last place into whole steps; half precision rounds anyway.
@@ -92,7 +92,7 @@ def test_the_mean_is_pefts(product: str, kind: tuple[str, str], dtype: torch.dty
     skip_what_does_not_run(kind, dtype, device)
     model, batch = (
         quantised(*kind, dtype=dtype, device=device),
-        {name: value.to(device) for name, value in zoo.inputs().items()},
+        zoo.moved(zoo.inputs(), device),
     )
     seen: list[Tensor] = []
     with torch.no_grad():
@@ -339,12 +339,32 @@ def test_memory_is_an_amount_of_a_gpus(memory: str, message: str, llama: Folders
     assert status != 0 and f"error: memory: {message}" in " ".join(said.split())
 
 
-def test_a_device_map(llama: Folders) -> None:
-    loaded = load_adapter(str(llama.adapter), dtype="float32", device_map="cpu")
+@pytest.mark.parametrize("device_map", ["cpu", "auto", "sequential"])
+def test_a_device_map(device_map: str, llama: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": 2**30})
+    assert_as_on_one_device(load_adapter(str(llama.adapter), dtype="float32", device_map=device_map), llama, "cpu")
+
+
+@pytest.mark.gpu
+def test_layers_that_a_gpu_has_no_room_for_stay_on_the_host(llama: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_adapter(str(llama.adapter), device="cpu", dtype="float32").model
+    size = sum(p.numel() * p.element_size() for p in whole.parameters())
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: size // 2, "cpu": 2**30})
+    loaded = load_adapter(str(llama.adapter), dtype="float32", device_map="sequential")
+    places = {p.device.type for p in loaded.model.parameters()}
+    assert places == {"cuda", "meta"}
+    assert_as_on_one_device(loaded, llama, "cuda")
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: size // 8, "cpu": size // 8})
+    with pytest.raises(ValueError, match="device_map: got 'sequential' for a model that memory is too small for"):
+        load_adapter(str(llama.adapter), dtype="float32", device_map="sequential")
+
+
+def assert_as_on_one_device(loaded: Any, llama: Folders, device: str) -> None:
     adapter = tfb_ext.bayesianize(loaded.model, sigma=SIGMA)
-    twin = tfb_ext.bayesianize(load_adapter(str(llama.adapter), device="cpu", dtype="float32").model, sigma=SIGMA)
+    twin = tfb_ext.bayesianize(load_adapter(str(llama.adapter), device=device, dtype="float32").model, sigma=SIGMA)
     batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
-    assert torch.equal(samples(adapter, batch), samples(twin, batch))
+    batch = zoo.moved(batch, device)
+    torch.testing.assert_close(samples(adapter, batch), samples(twin, batch), atol=1e-5, rtol=1e-5)
 
 
 def test_the_table_is_shown(tfb: Any) -> None:

@@ -75,7 +75,8 @@ def _torchao_takes(base: Any, dtype: torch.dtype) -> bool:
     return not own and weight.dtype == dtype and all(getattr(weight, name, None) is None for name in rounds)
 
 
-CI, HERE, NOT = "CPU, in CI", "CPU, where the library is installed", "not tested"
+CI, BOTH = "CPU in CI, GPU", "CPU and GPU, where the library is installed"
+HERE, NOT = "CPU, where the library is installed", "not tested"
 PLAIN_LORA = "peft.tuners.lora.layer.Linear"
 KINDS = (
     Kind(
@@ -99,7 +100,7 @@ KINDS = (
         "torchao.",
         "peft.tuners.lora.torchao.TorchaoLoraLinear",
         _torchao,
-        {"int8": HERE, "int8 dynamic": HERE, "int4": HERE, "float8_e4m3fn": HERE, "float8_e4m3fn dynamic": NOT},
+        {"int8": BOTH, "int8 dynamic": BOTH, "int4": BOTH, "float8_e4m3fn": BOTH, "float8_e4m3fn dynamic": NOT},
         lambda base, dtype: base.weight.dequantize(),
         _torchao_takes,
     ),
@@ -110,7 +111,7 @@ KINDS = (
         "hqq.",
         "peft.tuners.lora.hqq.HqqLoraLinear",
         lambda base: f"{base.meta['nbits']} bits",
-        {"4 bits": HERE},
+        {"4 bits": BOTH},
         lambda base, dtype: base.dequantize(),
         lambda base, dtype: base.compute_dtype == dtype,
     ),

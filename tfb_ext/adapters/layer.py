@@ -153,10 +153,11 @@ class SampledUpdate:
     def write(self, posterior: LayerPosterior) -> None:
         module = self.module
         device = module.lora_A[self.adapter].weight.device
-        if device.type == "meta":  # offloaded
-            device = next(
-                (module._buffers[n].device for n in self.buffers if n in module._buffers), torch.device("cpu")
-            )
+        if device.type == "meta":  # offloaded: the buffers stay where the layer is brought to
+            hook = module.lora_A[self.adapter].__dict__.get("_hf_hook")
+            found = [module._buffers[name].device for name in self.buffers if name in module._buffers]
+            brought = getattr(hook, "execution_device", None)
+            device = torch.device(brought if brought is not None else (found or ["cpu"])[0])
         # The products round the basis to the output's type, so it is kept in that. M + sigma E is rounded once, as a sum.
         self.base_type, self.kind = float_type(module), kind_of(module)
         basis = posterior.basis.to(device, self.base_type if self.base_type in HALF else torch.float32)

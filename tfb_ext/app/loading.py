@@ -79,11 +79,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def hold_memory(memory: str, device: torch.device) -> None:
+def hold_memory(memory: str, device: torch.device) -> int:
     """Hold this process to so much of a GPU's memory, from now on: torch raises rather than take more, and batches are chosen to fit.
 
     Args:
         memory: a number and MiB, GiB, MB or GB, such as ``"8GiB"``; CUDA's own context (about 600 MiB) counts.
+
+    Returns:
+        bytes that are left for tensors.
 
     Raises:
         ValueError: no amount, one that the context fills, more than the card has, or no GPU.
@@ -101,6 +104,7 @@ def hold_memory(memory: str, device: torch.device) -> None:
         raise refusal("memory", repr(memory), expected, "name an amount between them")
     index = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.set_per_process_memory_fraction((size - CONTEXT) / total, index)
+    return int(size - CONTEXT)
 
 
 def _cpu_capabilities() -> Mapping[str, Any]:
@@ -139,8 +143,9 @@ def load_adapter(
         dtype: of the base model: ``auto``, ``float32``, ``bfloat16``, ``float16``.
         classes: number of classes, for adapters with a classification head.
         load_in: quantise the base model by bitsandbytes: ``"4bit"`` (nf4, double quantisation) or ``"8bit"``.
-        device_map: where its layers go, as transformers takes it (``"auto"``), instead of ``device``.
-        memory: what this process may take of the GPU, such as ``"8GiB"``; see :func:`hold_memory`.
+        device_map: where its layers go, as transformers takes it (``"auto"``), instead of ``device``. What the GPUs have no room for stays in
+            host memory and is brought in for its calls, unless it is quantised.
+        memory: what this process may take of each GPU, such as ``"8GiB"``; see :func:`hold_memory`.
 
     The tokenizer is the one beside the adapter where there is one; the embeddings get a row for every token that it or the
     adapter's file has (as PEFT's ``AutoPeftModel``).
@@ -152,8 +157,10 @@ def load_adapter(
     folder = demo_adapter() if adapter == DEMO else Path(adapter)
     files = read_adapter(folder)
     place = pick_device(device)
+    rooms: dict[int | str, int] = {}
     if memory is not None:
-        hold_memory(memory, place)
+        gpus = range(torch.cuda.device_count()) if device_map is not None and place.type == "cuda" else [place.index]
+        rooms = {gpu or 0: hold_memory(memory, place if gpu is None else torch.device("cuda", gpu)) for gpu in gpus}
     kind = pick_dtype(dtype, place)
     from transformers import AutoConfig, AutoTokenizer
 
@@ -167,8 +174,9 @@ def load_adapter(
         config = AutoConfig.from_pretrained(source)
     found = getattr(config, "quantization_config", None)
     settings = {} if load_in is None else _quantisation(found, load_in, kind)
-    if found is not None or settings or device_map is not None:  # such weights are made in their place
+    if found is not None or settings:  # such weights are made in their place
         settings["device_map"] = device_map or {"": place}
+        settings |= {"max_memory": rooms} if rooms and device_map is not None else {}
     with _in_words(*words):
         extra: dict[str, Any] = {"num_labels": classes} if head and classes is not None else {}
         try:
@@ -187,8 +195,31 @@ def load_adapter(
     if head and model.config.pad_token_id is None:
         padding = tokenizer.pad_token_id
         model.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
-    attached = attach_adapter(model if settings else model.to(place), files, base=str(name))
+    whole = bool(settings) or device_map is not None
+    attached = attach_adapter(model if whole else model.to(place), files, base=str(name))
+    if device_map is not None and not settings:
+        attached = _dispatched(attached, device_map, rooms)
     return Loaded(attached, tokenizer, head, folder, str(name), own)
+
+
+def _dispatched(model: Any, device_map: str, rooms: Mapping[int | str, int]) -> Any:
+    """The model over the devices, with its adapter: PEFT loads none into layers that are in host memory already."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory, get_max_memory
+
+    if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return model.to(pick_device(device_map))
+    most = get_max_memory()
+    most |= {gpu: min(room, most.get(gpu, room)) for gpu, room in rooms.items()}
+    whole = model._no_split_modules or None
+    if device_map != "sequential":
+        most = get_balanced_memory(model, most, whole, low_zero=device_map == "balanced_low_0")
+    places = infer_auto_device_map(model, most, whole)
+    if "disk" in places.values():
+        raise refusal(
+            "device_map", f"{device_map!r} for a model that memory is too small for", "one that fits", "--load-in 4bit"
+        )
+    return dispatch_model(model, places)
 
 
 def _quantisation(found: Any, load_in: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -155,8 +156,10 @@ def room_for_trunk(device: torch.device, size: int) -> tuple[torch.device | None
 
 
 def room_for_rows(model: Any, device: torch.device, shared: int, own: int, copies: int) -> int:
-    """Rows of a generation that this GPU has room for: their keys and values, of ``shared`` tokens once and of ``own`` for each of
-    ``copies`` (samples, beams), into half of the free memory."""
+    """Rows of a generation that a GPU has room for, at least one: their keys and values, of ``shared`` tokens once and of ``own`` for each
+    of ``copies`` (samples, beams), into half of the free memory. Any number elsewhere."""
+    if device.type != "cuda":
+        return sys.maxsize
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

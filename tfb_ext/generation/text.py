@@ -113,7 +113,10 @@ def generate(
         options["pad_token_id"] = 0  # ended rows are filled with it, and the model reads it
     call = _Call(adapter, batch, scale, tokenizer, alternatives, config, options, beams)
     size = batch_size or call.room(ids)
-    parts = [call.run({n: v[start : start + size] for n, v in inputs.items()}) for start in range(0, len(ids), size)]
+    starts = range(0, len(ids), size)
+    kept = len(starts) > 1 and _wants_graphs(config) and capturable(ids.device)
+    with captured_decoding(adapter) if kept and open_decoding(adapter.anatomy.model) is None else nullcontext():
+        parts = [call.run({name: value[start : start + size] for name, value in inputs.items()}) for start in starts]
     return joined(parts, options.get("pad_token_id", 0 if pad is None else int(pad)))
 
 
@@ -142,9 +145,7 @@ class _Call:
         return self.batch is not None and self.adapter.place.span is not None
 
     def room(self, ids: Tensor) -> int:
-        """Prompts that a GPU's memory has room for at once."""
-        if ids.device.type != "cuda":
-            return len(ids)
+        """Prompts that there is room for at once."""
         shared = ids.shape[1] if self.spanned else 0
         own = self.config.max_length - shared
         return room_for_rows(self.adapter.anatomy.model, ids.device, shared, own, self.copies)
@@ -231,15 +232,20 @@ class _Call:
         )
 
 
+def _wants_graphs(config: GenerationConfig) -> bool:
+    return bool(
+        config.cache_implementation == "static" and config.compile_config is None and not config.disable_compile
+    )
+
+
 @contextmanager
 def _static_decoding(
     adapter: BayesianAdapter, ids: Tensor, config: GenerationConfig, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The options to generate with: in graphs where a static cache is asked for, in the kept one if ``captured_decoding`` is open."""
     model = adapter.anatomy.model
-    wanted = config.cache_implementation == "static" and config.compile_config is None and not config.disable_compile
     decoding, span = open_decoding(model), None if adapter.open_context is None else adapter.place.span
-    if not wanted or not (capturable(ids.device) or span is not None):
+    if not _wants_graphs(config) or not (capturable(ids.device) or span is not None):
         yield options
         return
     if decoding is None and span is None:
