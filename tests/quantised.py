@@ -112,6 +112,40 @@ def _quanto(weights: str) -> Quantise:
     return quantise
 
 
+def _blocks(weight: torch.Tensor, size: int) -> torch.Tensor:
+    """(m, n) as (m / size, size, n / size, size)."""
+    m, n = weight.shape
+    return weight.view(m // size, size, n // size, size)
+
+
+def _fp8_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """What the kernel computes, which is loaded from a hub: weights in blocks and every row's groups of inputs in float8."""
+    size, most = self.block_size[0], torch.finfo(torch.float8_e4m3fn).max
+    weight = _blocks(self.weight.float(), size) * self.weight_scale_inv[:, None, :, None]
+    groups = x.float().unflatten(-1, (-1, size))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / most
+    rounded = (groups / scale).to(torch.float8_e4m3fn).float() * scale
+    y = rounded.flatten(-2) @ weight.view(self.weight.shape).T
+    return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def _fp8(model: Any, dtype: torch.dtype) -> Any:
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    FP8Linear.forward = _fp8_forward  # type: ignore[method-assign]
+    size, most = 32, torch.finfo(torch.float8_e4m3fn).max
+
+    def make(linear: nn.Linear) -> nn.Module:
+        own = FP8Linear(linear.in_features, linear.out_features, block_size=(size, size))
+        blocks = _blocks(linear.weight.data.float(), size)
+        scale = blocks.abs().amax((1, 3)) / most
+        own.weight.data = (blocks / scale[:, None, :, None]).view(linear.weight.shape).to(torch.float8_e4m3fn)
+        own.weight_scale_inv.data = scale
+        return own.to(linear.weight.device).requires_grad_(False)
+
+    return _each_linear(model, make)
+
+
 QUANTISE: dict[tuple[str, str], tuple[str, Quantise]] = {
     ("bitsandbytes", "nf4"): ("bitsandbytes", _bits4("nf4")),
     ("bitsandbytes", "fp4"): ("bitsandbytes", _bits4("fp4")),
@@ -126,6 +160,7 @@ QUANTISE: dict[tuple[str, str], tuple[str, Quantise]] = {
     ("HQQ", "4 bits"): ("hqq", _hqq),
     ("optimum-quanto", "qint8"): ("optimum.quanto", _quanto("qint8")),
     ("optimum-quanto", "qint4"): ("optimum.quanto", _quanto("qint4")),
+    ("transformers", "fp8"): ("transformers", _fp8),
 }
 
 

@@ -77,6 +77,7 @@ def _torchao_takes(base: Any, dtype: torch.dtype) -> bool:
 
 CI, BOTH = "CPU in CI, GPU", "CPU and GPU, where the library is installed"
 HERE, NOT = "CPU, where the library is installed", "not tested"
+PLAIN = "CPU in CI, its kernel in plain torch"
 PLAIN_LORA = "peft.tuners.lora.layer.Linear"
 KINDS = (
     Kind(
@@ -124,7 +125,7 @@ KINDS = (
         lambda base, dtype: base.qweight.dequantize(),
         lambda base, dtype: base.activation_qtype is None and base.weight.dtype == dtype,
     ),
-    Kind("transformers", "transformers.integrations.finegrained_fp8.", PLAIN_LORA, lambda base: "fp8", {"fp8": NOT}),
+    Kind("transformers", "transformers.integrations.finegrained_fp8.", PLAIN_LORA, lambda base: "fp8", {"fp8": PLAIN}),
 )
 # Every PEFT layer class that is served. The plain one may stand over other kinds of base layers too: it calls them as they are.
 SERVED = tuple(dict.fromkeys((PLAIN_LORA, *(kind.lora for kind in KINDS))))
