@@ -661,6 +661,24 @@ def test_prompts_a_few_at_a_time_are_what_they_are_together(options: dict[str, A
         generate(adapter, batch, batch_size=0)
 
 
+@pytest.mark.parametrize(
+    "name", ["prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "past_key_values"]
+)
+def test_what_knows_rows_by_their_place_has_all_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, batch = bayesian(), zoo.prompt(3)
+    made: dict[str, Any] = {
+        "prefix_allowed_tokens_fn": lambda: lambda row, ids: [10 + int(row)],
+        "logits_processor": lambda: [lambda ids, logits: logits - 50 * torch.arange(len(logits))[:, None]],
+        "stopping_criteria": lambda: [lambda ids, scores: torch.arange(len(ids)) < ids.shape[1] - 7],
+        "past_key_values": lambda: DynamicCache(config=adapter.anatomy.model.config),
+    }
+    whole = generate(adapter, batch, **{name: made[name]()})
+    monkeypatch.setattr("tfb_ext.generation.text.room_for_rows", lambda *_: 1)
+    assert torch.equal(generate(adapter, batch, **{name: made[name]()}).sequences, whole.sequences)
+    with pytest.raises(ValueError, match=f"batch_size: got 1 for 3 prompts with {name}, expected all at once"):
+        generate(adapter, batch, batch_size=1, **{name: made[name]()})
+
+
 def test_prompts_that_memory_has_no_room_for_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """By their keys and values: the whole text of every sample, or with a span what follows the prompt and that once."""
     asked: list[tuple[int, ...]] = []

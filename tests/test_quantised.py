@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -22,6 +24,7 @@ from tfb_ext.adapters import base
 from tfb_ext.adapters.base import NOT, support_table
 from tfb_ext.app.loading import load_adapter
 from tfb_ext.errors import SamplingError
+from tfb_ext.generation.options import assistant
 
 SAMPLES, SIGMA = 4, 0.05
 TYPES = [torch.float32, torch.bfloat16]
@@ -204,6 +207,62 @@ def test_a_quantised_head_is_asked_whole() -> None:
     torch.testing.assert_close(found, expected.to(found), atol=1e-5, rtol=1e-4)
 
 
+def test_a_base_layer_with_a_forward_of_its_own(product: str) -> None:
+    """Known by its weight alone: what its product is, nobody knows."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    adapter = bayesian(("torchao", "float8_e4m3fn"))
+    for module in zoo.lora_layers(adapter).values():
+        module.base_layer.__class__ = Doubled
+    batch = zoo.inputs()
+    torch.testing.assert_close(samples(adapter, batch), passes(adapter, batch), atol=1e-5, rtol=1e-5)
+
+
+def test_another_type_now_and_then(product: str) -> None:
+    """What half precision rounds, it rounds for itself alone."""
+    adapter, batch = bayesian(), zoo.inputs()
+    expected = samples(adapter, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(samples(adapter, batch), expected)
+    assert torch.equal(samples(adapter, batch), expected)
+    adapter = bayesian(dtype=torch.bfloat16)
+    samples(adapter, batch)
+    for parameter in adapter.model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    assert rms(samples(adapter, batch) - passes(adapter, batch)) < 1e-3  # 2.7e-3 with a basis in bfloat16
+
+
+def test_base_layers_of_another_library_later(product: str) -> None:
+    adapter, batch = bayesian(), zoo.inputs()
+    samples(adapter, batch)
+    others = dict(quantised("bitsandbytes", "int8").get_base_model().named_modules())
+    for name, module in zoo.lora_layers(adapter).items():
+        module.base_layer = others[name].base_layer
+    expected = passes(adapter, batch)
+    assert rms(samples(adapter, batch) - expected) <= 0.05 * rms(expected - expected.mean(0))
+
+
+@pytest.mark.parametrize("kind", [NF4, ("bitsandbytes", "int8")], ids=" ".join)
+def test_copies(product: str, kind: tuple[str, str]) -> None:
+    adapter, batch = bayesian(kind), zoo.inputs()
+    expected = samples(adapter, batch)
+    for twin in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
+        torch.testing.assert_close(samples(twin, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [NF4, ("bitsandbytes", "int8")], ids=" ".join)
+def test_an_assistant_is_on_the_same_weights(kind: tuple[str, str]) -> None:
+    adapter = bayesian(kind)
+    samples(adapter, zoo.inputs())
+    for own, twin in zip(adapter.anatomy.model.modules(), assistant(adapter, "mean").modules(), strict=True):
+        for name in ("state", "quant_state"):
+            assert vars(own).get(name) is vars(twin).get(name)
+
+
 # Without samples ------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +383,37 @@ def test_the_command_line_loads_in_few_bits(load_in: str, llama: Folders, tfb: A
 def documents(text: str) -> Any:
     found = json.loads(text)
     return found if isinstance(found, list) else next(v for v in found.values() if isinstance(v, list))
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_a_classifiers_head_is_not_quantised(load_in: str, classifier: Folders, tfb: Any) -> None:
+    small = (
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--load-in",
+        load_in,
+        "--samples",
+        "2",
+        "--sigma",
+        "0.05",
+        "--json",
+    )
+    status, _, said = tfb("predict", "-a", classifier.adapter, "-d", classifier.test, *small)
+    assert status == 0, said
+    config = json.loads((classifier.adapter / "adapter_config.json").read_text())
+    loaded = load_adapter(str(classifier.adapter), device="cpu", dtype="float32", load_in=load_in)
+    head = getattr(loaded.model.get_base_model(), "score", None) or loaded.model.get_base_model().classifier
+    assert config["task_type"] == "SEQ_CLS" and {p.dtype for p in head.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("device_map", ["nonsense", "disk", "meta", ""])
+@pytest.mark.parametrize("more", [(), ("--load-in", "4bit")], ids=["plain", "4bit"])
+def test_wrong_device_maps_are_refused(device_map: str, more: tuple[str, ...], llama: Folders, tfb: Any) -> None:
+    status, _, said = tfb("predict", "-a", llama.adapter, "-d", llama.test, "--device-map", device_map, *more)
+    wanted = f"error: device_map: got {device_map!r}, expected auto, balanced, balanced_low_0, sequential, or a device that is there"
+    assert status != 0 and wanted in " ".join(said.split())
 
 
 def test_other_ways_to_load_are_refused(llama: Folders, tfb: Any) -> None:

@@ -31,6 +31,7 @@ class Kind:
         tested: schemes that a test holds to separate passes -> where that runs.
         dense: of a base layer and the type of its input, its weight (m, n) in that type; where ``takes`` says that its product is
             that of such a weight.
+        product: the base layer's class whose product that is, by exact name.
         rows: from how many on the product of the dense weight is taken (measured, see ``bench/NOTES.md``).
     """
 
@@ -41,6 +42,7 @@ class Kind:
     tested: dict[str, str]
     dense: Callable[[Any, torch.dtype], Tensor] | None = None
     takes: Callable[[Any, torch.dtype], bool] = lambda base, dtype: False
+    product: str = ""
     rows: int = 4096
 
 
@@ -88,6 +90,7 @@ KINDS = (
         {"nf4": CI, "fp4": CI, "nf4, double quantisation": CI},
         _bits4_dense,
         _bits4_takes,
+        "bitsandbytes.nn.modules.Linear4bit",
     ),
     Kind(
         "bitsandbytes",
@@ -104,6 +107,7 @@ KINDS = (
         {"int8": BOTH, "int8 dynamic": BOTH, "int4": BOTH, "float8_e4m3fn": BOTH, "float8_e4m3fn dynamic": NOT},
         lambda base, dtype: base.weight.dequantize(),
         _torchao_takes,
+        "torch.nn.modules.linear.Linear",
     ),
     Kind("GPTQ (GPT-QModel)", "gptqmodel.", "peft.tuners.lora.gptq.GPTQLoraLinear", _bits, {"4 bits": HERE}),
     Kind("AWQ (GPT-QModel)", "gptqmodel.", "peft.tuners.lora.awq.AwqLoraLinear", _bits, {"4 bits": HERE}),
@@ -115,6 +119,7 @@ KINDS = (
         {"4 bits": BOTH},
         lambda base, dtype: base.dequantize(),
         lambda base, dtype: base.compute_dtype == dtype,
+        "hqq.core.quantize.HQQLinear",
     ),
     Kind(
         "optimum-quanto",
@@ -124,6 +129,7 @@ KINDS = (
         {"qint8": HERE, "qint4": HERE},
         lambda base, dtype: base.qweight.dequantize(),
         lambda base, dtype: base.activation_qtype is None and base.weight.dtype == dtype,
+        "optimum.quanto.nn.qlinear.QLinear",
     ),
     Kind("transformers", "transformers.integrations.finegrained_fp8.", PLAIN_LORA, lambda base: "fp8", {"fp8": PLAIN}),
 )
@@ -153,6 +159,12 @@ def kind_of(layer: Any) -> Kind | None:
     )
 
 
+def dense_kind(layer: Any) -> Kind | None:
+    """:func:`kind_of` where the base layer may have a dense weight for a product."""
+    kind = kind_of(layer)
+    return kind if kind is not None and kind.product == full_name(type(layer.get_base_layer())) else None
+
+
 def base_kind(layer: Any) -> str:
     """How a LoRA layer's base weight is quantised, in words; ``"float"`` where it is not."""
     kind, base = kind_of(layer), layer.get_base_layer()
@@ -168,14 +180,14 @@ def float_type(layer: Any) -> torch.dtype | None:
     return weight.dtype if plain else None
 
 
-def is_plain(base: nn.Module, kind: Kind | None = None) -> bool:
-    """Whether ``base(x)`` is one product with a weight, so that it can be added onto an update written before it.
+def is_plain(base: nn.Module, cls: type = nn.Linear) -> bool:
+    """Whether ``base(x)`` is one product with a weight, so that it can be added onto an update written before it: of this very class.
 
     Besides, ``x`` must be of the weight's type, and not under autocast: :func:`accumulates`.
     """
     # Straight from the dictionaries: nn.Module's attribute access would be a third of a layer's cost.
     return (
-        (type(base) is nn.Linear or kind is not None)
+        type(base) is cls
         # Hooks see the base layer's own output; an own forward is accelerate's, which brings the weights in.
         and not base._forward_hooks
         and not base._forward_pre_hooks
@@ -201,13 +213,14 @@ def linear_columns(linear: Any, x: Tensor, columns: Tensor) -> Tensor:
 
 
 def has_derivative(base: Any, x: Tensor) -> bool:
-    """Whether gradients through ``base`` are those of the product that it computes, tried on one row of ``x`` (..., n).
+    """Whether gradients through ``base`` are those of the product that it computes, tried on the largest row of ``x`` (..., n).
 
     Of a linear layer ``f`` with ``v = f(x) - f(0)``, the gradient of ``<v, f>`` has the product ``|v|^2`` with x. Rounding changes
     that by some per cent; a gradient that stops at rounded activations (torchao's dynamic kinds), or at a product of packed weights
     (bitsandbytes' 4 bits on CPUs with AVX512-BF16), is wholly wrong.
     """
-    x = x.detach().reshape(-1, x.shape[-1])[:1].clone().requires_grad_()
+    rows = x.detach().reshape(-1, x.shape[-1])
+    x = rows[rows.float().square().sum(-1).argmax()][None].clone().requires_grad_()  # others may be padding, and zero
     with torch.enable_grad():
         out = base(x)
         v = (out - base(x * 0.0)).detach()

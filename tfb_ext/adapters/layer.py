@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import SamplingError
 from ..posterior.canonical import LayerPosterior
-from .base import HALF, accumulates, float_type, is_plain, kind_of, matrix_of, version_of
+from .base import HALF, accumulates, dense_kind, float_type, is_plain, matrix_of, version_of
 from .products import outputs
 from .samples import MEAN
 from .state import SamplingState, SharedInput
@@ -130,11 +130,12 @@ class SampledUpdate:
         self.values: tuple[Tensor, ...] = ()  # the buffers as they were written
         self.owner: Callable[[], Any] = _nobody
         self.is_alone = False
+        self.rounded: tuple[Tensor, Tensor] | None = None  # the basis, and its like in another type
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy keeps the buffers, which the copied layer does not have."""
         kept = tuple(self.module._buffers[name] for name in self.buffers) if self.is_attached() else ()
-        return {**self.__dict__, "owner": _nobody, "values": kept}
+        return {**self.__dict__, "owner": _nobody, "values": kept, "kind": None, "rounded": None}
 
     def attach(self, posterior: LayerPosterior, owner: Any) -> None:
         """Put the posterior beside the adapter's weights, in buffers that no checkpoint holds, and let the layer sample."""
@@ -146,6 +147,7 @@ class SampledUpdate:
         self.owner = weakref.ref(owner)
         module.tfb_updates[self.adapter] = self
         if self.values:  # of a copy
+            self._look_at_base()
             self._keep(*self.values)
         else:
             self.write(posterior)
@@ -159,9 +161,16 @@ class SampledUpdate:
             brought = getattr(hook, "execution_device", None)
             device = torch.device(brought if brought is not None else (found or ["cpu"])[0])
         # The products round the basis to the output's type, so it is kept in that. M + sigma E is rounded once, as a sum.
-        self.base_type, self.kind = float_type(module), kind_of(module)
+        self._look_at_base()
         basis = posterior.basis.to(device, self.base_type if self.base_type in HALF else torch.float32)
         self._keep(basis, posterior.mean.to(device))
+
+    def _look_at_base(self) -> None:
+        self.base_type, self.kind, self.base_classes = float_type(self.module), dense_kind(self.module), self._classes()
+
+    def _classes(self) -> tuple[type, type]:
+        base = self.module._modules["base_layer"]
+        return type(base), type(getattr(base, "weight", None))
 
     def _keep(self, *values: Tensor) -> None:
         self.values = values
@@ -172,7 +181,8 @@ class SampledUpdate:
         """Make the buffers anew where the model was moved or converted (``model.to(dtype)``), which may have rounded them."""
         found = [self.module._buffers[name] for name in self.buffers]
         same = all(now is then for now, then in zip(found, self.values, strict=True))
-        if not any(value.is_meta for value in found) and not (same and float_type(self.module) == self.base_type):
+        same = same and float_type(self.module) == self.base_type and self._classes() == self.base_classes
+        if not any(value.is_meta for value in found) and not same:
             self.write(posterior)
 
     def is_attached(self) -> bool:
@@ -199,7 +209,9 @@ class SampledUpdate:
         """At a call's beginning, once it is known that this adapter alone is on: look at what the call does not change."""
         modules = self.module._modules
         bias = modules["lora_B"]._modules[self.adapter]._parameters.get("bias")
-        self.is_alone = bias is None and is_plain(modules["base_layer"], self.kind)
+        self.is_alone = bias is None and is_plain(
+            modules["base_layer"], self.base_classes[0] if self.kind else nn.Linear
+        )
 
     def is_active(self) -> bool:
         module = self.module
@@ -273,11 +285,17 @@ class SampledUpdate:
         found = recording.group(x, together) if recording else outputs(together, x, batch, *places)
         return SharedInput(x, version, dict(zip((u.name for u in together), found, strict=True)))
 
-    def round_basis(self, dtype: torch.dtype) -> None:
-        """Round a quantised base's basis to the type of its outputs, where that is seen first."""
-        basis, mean = (self.module._buffers[name] for name in self.buffers)
-        if self.base_type is None and dtype in HALF and basis.dtype == torch.float32:
-            self._keep(basis.to(dtype), mean)
+    def basis_in(self, dtype: torch.dtype) -> Tensor:
+        """The basis; of a quantised base, whose outputs have their inputs' type, in that type of half precision."""
+        basis: Tensor = self.module._buffers[self.buffers[0]]
+        if self.base_type is not None or dtype not in HALF or basis.dtype == dtype:
+            return basis
+        if self.rounded is None or self.rounded[0] is not basis or self.rounded[1].dtype != dtype:
+            found = basis.to(dtype)
+            if torch.compiler.is_compiling() or (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+                return found
+            self.rounded = basis, found
+        return self.rounded[1]
 
     def _join(self, x: Tensor, version: int) -> None:
         """Learn that this layer reads what the layer before it read, so that the next forward reads it once for both."""
@@ -303,11 +321,7 @@ class SampledUpdate:
             self.state.asked.add(self.name)
         sigma, samples, seed = batch.tensors(x.device)
         scaling = module.scaling[self.adapter]  # the layer's own: PEFT's rescaling helpers change it
-        if not torch.compiler.is_compiling():
-            self.round_basis(result.dtype)
-        basis, mean = (getattr(module, name) for name in self.buffers)
-        if self.base_type is None and result.dtype in HALF:
-            basis = basis.to(result.dtype)
+        basis, mean = self.basis_in(result.dtype), getattr(module, self.buffers[1])
         features = basis.shape[0]
         bias = module.lora_B[self.adapter].bias
         if columns is not None:

@@ -20,14 +20,11 @@ def outputs(
 ) -> list[Tensor]:
     """Outputs (..., m) of layers whose base :func:`~.base.accumulates`, of ``x`` (..., n), with rows as in :func:`tfb_ext.ops.update_group`."""
     quantised = any(u.kind is not None for u in together)
-    if quantised:
-        for u in together:
-            u.round_basis(x.dtype)
     x = x if x.stride(-1) == 1 else x.contiguous()
     found = ops.update_group(
         x,
         [u.module._buffers[u.buffers[1]] for u in together],
-        [u.module._buffers[u.buffers[0]] for u in together],
+        [u.basis_in(x.dtype) if quantised else u.module._buffers[u.buffers[0]] for u in together],
         [_bias(u, x.dtype) for u in together],
         [u.module.scaling[u.adapter] for u in together],
         *batch.tensors(x.device),

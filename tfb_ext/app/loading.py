@@ -18,6 +18,7 @@ import torch
 from .. import __version__
 from ..adapters.loading import AdapterFiles, attach_adapter, read_adapter
 from ..errors import TFBError, UnsupportedModelError, refusal
+from ..forward.anatomy import CLASSIFIER_HEADS
 from .demo.assets import BASE_MODEL, base_model_dir
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 LOAD_IN = ("4bit", "8bit")
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 UNITS = {"MIB": 2**20, "GIB": 2**30, "MB": 10**6, "GB": 10**9}
 CONTEXT = 600 * 2**20  # of a process on a GPU beside its tensors: CUDA's context and kernels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -156,6 +158,8 @@ def load_adapter(
     """
     folder = demo_adapter() if adapter == DEMO else Path(adapter)
     files = read_adapter(folder)
+    if device_map is not None and device_map not in MAPS:
+        device, device_map = _device_of(device_map), None
     place = pick_device(device)
     rooms: dict[int | str, int] = {}
     if memory is not None:
@@ -173,7 +177,7 @@ def load_adapter(
     with _in_words(*words):
         config = AutoConfig.from_pretrained(source)
     found = getattr(config, "quantization_config", None)
-    settings = {} if load_in is None else _quantisation(found, load_in, kind)
+    settings = {} if load_in is None else _quantisation(found, load_in, kind, files if head else None)
     if found is not None or settings:  # such weights are made in their place
         settings["device_map"] = device_map or {"": place}
         settings |= {"max_memory": rooms} if rooms and device_map is not None else {}
@@ -202,13 +206,21 @@ def load_adapter(
     return Loaded(attached, tokenizer, head, folder, str(name), own)
 
 
+def _device_of(device_map: str) -> str:
+    """The device where a map puts the whole model."""
+    try:
+        return str(pick_device(device_map or "none"))
+    except ValueError:
+        raise refusal(
+            "device_map", repr(device_map), f"{', '.join(MAPS)}, or a device that is there", "--device for one device"
+        ) from None
+
+
 def _dispatched(model: Any, device_map: str, rooms: Mapping[int | str, int]) -> Any:
     """The model over the devices, with its adapter: PEFT loads none into layers that are in host memory already."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
-    if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return model.to(pick_device(device_map))
     most = get_max_memory()
     most |= {gpu: min(room, most.get(gpu, room)) for gpu, room in rooms.items()}
     whole = model._no_split_modules or None
@@ -222,8 +234,9 @@ def _dispatched(model: Any, device_map: str, rooms: Mapping[int | str, int]) -> 
     return dispatch_model(model, places)
 
 
-def _quantisation(found: Any, load_in: str, dtype: torch.dtype) -> dict[str, Any]:
-    """How the base model is to be quantised, as ``from_pretrained`` takes it; ``found``: how it is already."""
+def _quantisation(found: Any, load_in: str, dtype: torch.dtype, classifier: AdapterFiles | None) -> dict[str, Any]:
+    """How the base model is to be quantised, as ``from_pretrained`` takes it; ``found``: how it is already; ``classifier``: the adapter
+    of one, whose head stays as it is."""
     from transformers import BitsAndBytesConfig
 
     if load_in not in LOAD_IN:
@@ -235,7 +248,14 @@ def _quantisation(found: Any, load_in: str, dtype: torch.dtype) -> dict[str, Any
         )
     if find_spec("bitsandbytes") is None:
         raise refusal("load_in", f"{load_in!r} without bitsandbytes", "it installed", "pip install bitsandbytes")
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    four: dict[str, Any] = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+    if classifier is not None:
+        saved = classifier.config.get("modules_to_save") or []
+        four["llm_int8_skip_modules"] = sorted({*CLASSIFIER_HEADS, *saved})
     return {"quantization_config": BitsAndBytesConfig(**{f"load_in_{load_in}": True}, **four)}
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from ..adapters.layer import updates_of
 from ..adapters.samples import SampleBatch
 
 # On a CPU, rows of a batch, and rows one fused forward may hold before its samples are split: what its caches like.
@@ -139,7 +140,7 @@ def room_for_tokens(model: Any, device: torch.device, work: float = 1.0) -> int:
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
     size = model.get_input_embeddings().weight.element_size()
     free = free_memory(device)
-    if any(not p.is_floating_point() for p in model.parameters()):
+    if any(update.kind is not None for module in model.modules() for update in updates_of(module).values()):
         free -= size * hidden * wide  # one weight at a time is dense
     tokens = free * MEMORY_SHARE / (size * (8 * hidden + 4 * wide))
     tokens = min(tokens, work * OPERATIONS / (2 * sum(p.numel() for p in model.parameters())))

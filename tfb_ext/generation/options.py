@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 
 from ..adapters.adapter import BayesianAdapter
 from ..checks import check_count
+from ..errors import refusal
 from ..forward.caches import cache_argument
 from ..forward.inputs import most_positions
 
@@ -204,6 +205,34 @@ def check_cache(
         )
 
 
+# Options that know the rows of a call by their place.
+BY_ROW = (
+    "prefix_allowed_tokens_fn",
+    "logits_processor",
+    "stopping_criteria",
+    "constraints",
+    "past_key_values",
+    "cache",
+)
+
+
+def rows_at_once(options: Mapping[str, Any], rows: int, asked: int | None, room: Callable[[], int]) -> int:
+    """Prompts at once: those asked for, or as many as there is ``room`` for; all where an option knows them by their place."""
+    named = [
+        n
+        for n, v in options.items()
+        if (isinstance(v, Tensor) and not n.endswith("_token_id")) or (n in BY_ROW and v is not None)
+    ]
+    if asked is not None and asked < rows and named:
+        raise refusal(
+            "batch_size",
+            f"{asked} for {rows} prompts with {named[0]}",
+            "all at once: it knows them by their place",
+            "leave one of them out",
+        )
+    return rows if named else asked or room()
+
+
 def quantised_rows_move() -> bool:
     from transformers.cache_utils import QuantizedLayer
 
@@ -216,4 +245,7 @@ def assistant(adapter: BayesianAdapter, name: str) -> Any:
         raise ValueError(f"assistant_model is {name!r}, expected a model or 'mean'")
     model = adapter.anatomy.model
     shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    # Of quantised layers: what bitsandbytes and HQQ keep beside their parameters.
+    states = [vars(module).get(name) for module in model.modules() for name in ("state", "quant_state", "meta")]
+    shared += [state for state in states if state is not None]
+    return copy.deepcopy(model, {id(part): part for part in shared})

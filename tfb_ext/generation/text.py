@@ -29,7 +29,7 @@ from ..forward.memory import room_for_rows, room_for_tokens
 from ..posterior.config import BY, By
 from .decoding import captured_decoding, open_decoding
 from .linear import linear_sigma, token_variances
-from .options import assistant, check_model, check_options, check_ours, check_room, resolved, with_length
+from .options import assistant, check_model, check_options, check_ours, check_room, resolved, rows_at_once, with_length
 from .prompts import Prompts, encode_prompts, vocabulary
 from .result import Generation, joined, pieces_of
 from .scores import nan_message, opened, score_tokens
@@ -66,7 +66,8 @@ def generate(
             counts for nothing then. A sigma that was searched by the one is not the best for the other, which warns.
         sigma: posterior scale instead of the adapter's own.
         alternatives: how many of the most probable tokens to keep at every position.
-        batch_size: prompts at once; by default as many as a GPU's memory has room for. Text that is drawn (``do_sample``) depends on it.
+        batch_size: prompts at once; by default as many as a GPU's memory has room for, or all with an option that knows rows by their
+            place (a logits processor, a cache). Text that is drawn (``do_sample``) and noise drawn anew (mode ``"token"``) depend on it.
         **options: of transformers' ``generate``: sampling, beams, penalties, stopping, caches, streamers, an assistant model
             (``assistant_model="mean"`` is the mean adapter itself, on the same weights). What rescales logits by their sign or
             size (``repetition_penalty``, ``exponential_decay_length_penalty``) gets log probabilities, as it does in
@@ -112,7 +113,7 @@ def generate(
     if pad is not None and not 0 <= int(pad) < vocabulary(adapter.anatomy.model):
         options["pad_token_id"] = 0  # ended rows are filled with it, and the model reads it
     call = _Call(adapter, batch, scale, tokenizer, alternatives, config, options, beams)
-    size = batch_size or call.room(ids)
+    size = rows_at_once(options, len(ids), batch_size, lambda: call.room(ids))
     starts = range(0, len(ids), size)
     kept = len(starts) > 1 and _wants_graphs(config) and capturable(ids.device)
     with captured_decoding(adapter) if kept and open_decoding(adapter.anatomy.model) is None else nullcontext():
