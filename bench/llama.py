@@ -93,9 +93,6 @@ def build(shape: Shape, blocks: int, device: torch.device, dtype: torch.dtype = 
     return model.eval().requires_grad_(False)
 
 
-SCHEMES = ("nf4", "int8", "fp8", "fp8-dynamic")
-
-
 def build_quantised(shape: Shape, blocks: int, device: torch.device, scheme: str) -> nn.Module:
     """:func:`build` with the linear layers of its blocks quantised, a block at a time: ``nf4`` (bitsandbytes, double quantisation), or
     torchao's ``int8`` and ``fp8`` (weights alone) and ``fp8-dynamic`` (activations too)."""

@@ -43,32 +43,21 @@ train() { # the demonstration's adapter from two other training seeds, a minute 
         [ -d "build/adapters/seed$seed" ] || python -m examples.headlines.train --seed "$seed" --out "build/adapters/seed$seed"
     done
 }
-if [ "$search" = 1 ]; then
-    suite search 570 bench/test_search.py -k "not span and not linear"
-    python -m bench.summary "$out/search.json" --out "$out/summary.json" || failed=1
+alone() { # alone NAME LIMIT FILE OPTIONS...: that suite, into the summary, and nothing else
+    suite "$@"
+    python -m bench.summary "$out/$1.json" --out "$out/summary.json" || failed=1
     exit "$failed"
-fi
+}
+[ "$search" = 0 ] || alone search 570 bench/test_search.py -k "not span and not linear"
+[ "$linear" = 0 ] || alone linear 400 bench/test_linear.py bench/test_search.py -k linear
+[ "$quantised" = 0 ] || alone quantised 500 bench/test_quantised.py
+# The cases of spans in the other two files as well.
+[ "$span" = 0 ] || alone span 580 bench/test_span.py bench/test_generate.py bench/test_search.py -k span
 if [ "$generate" = 1 ]; then
     suite generate 560 bench/test_generate.py -k "not span"
     python -m bench.summary "$out/generate.json" --out "$out/summary.json" || failed=1
     train && python -m bench.adaptive --sigma 0.04 --out "$out/adaptive.json" || failed=1
     python -m bench.summary "$out/adaptive.json" --out "$out/summary.json" || failed=1
-    exit "$failed"
-fi
-if [ "$linear" = 1 ]; then
-    suite linear 400 bench/test_linear.py bench/test_search.py -k linear
-    python -m bench.summary "$out/linear.json" --out "$out/summary.json" || failed=1
-    exit "$failed"
-fi
-if [ "$quantised" = 1 ]; then
-    suite quantised 500 bench/test_quantised.py
-    python -m bench.summary "$out/quantised.json" --out "$out/summary.json" || failed=1
-    exit "$failed"
-fi
-if [ "$span" = 1 ]; then
-    # The cases of spans in the other two files as well.
-    suite span 580 bench/test_span.py bench/test_generate.py bench/test_search.py -k span
-    python -m bench.summary "$out/span.json" --out "$out/summary.json" || failed=1
     exit "$failed"
 fi
 suite models 330 bench/test_models.py

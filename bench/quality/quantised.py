@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from .check import BASE
-from .data import TASKS
 from .results import Results
-from .spans import MEASURES, cells
+from .spans import MEASURES, Table, cells, origin, titled
 
 TITLE = "Quantised base models"
 BASES = {"": "bfloat16", "nf4": "nf4, double quantisation", "int8": "int8"}
-Table = Callable[[list[str], list[list[str]]], str]
 
 
 def section(results: Results, table: Table) -> str | None:
@@ -25,7 +23,7 @@ def section(results: Results, table: Table) -> str | None:
             "The same adapters, trained on the base model in bfloat16, on that base and on ones that bitsandbytes quantised; sigma is searched "
             "on each. Mean over the seeds ± its standard error.",
             table(columns, list(_lines(results))),
-            "From " + ", ".join(sorted({f"{row.device} at {row.commit}" for row in rows})) + ".",
+            origin(rows),
         ]
     )
 
@@ -37,4 +35,4 @@ def _lines(results: Results) -> Iterator[list[str]]:
             for name, wanted in (("the adapter as it is", {"method": "mean"}), ("TFB", {**BASE, "antithetic": True})):
                 found = results.pick(**one, **wanted)
                 if found:
-                    yield [f"{TASKS[dataset].title}, {adapter.removesuffix('-mle')}", title, name, *cells(found)[:-3]]
+                    yield [titled(dataset, adapter), title, name, *cells(found)[:-3]]

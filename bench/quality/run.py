@@ -32,6 +32,7 @@ import torch
 import torch.multiprocessing
 
 from tfb_ext.app.demo.assets import base_model_dir
+from tfb_ext.app.loading import quantisation
 
 from ..record import environment, write_json
 from . import methods, train
@@ -218,17 +219,12 @@ def base_model(study: Study, vocabulary: int, device: torch.device, quantised: s
 
     ``quantised``: its blocks' linear layers by bitsandbytes, in ``nf4`` (double quantisation) or ``int8``.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     given: dict[str, Any] = {"dtype": torch.bfloat16 if device.type == "cuda" else torch.float32}
     if quantised:
-        four = {
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": given["dtype"],
-        }
-        few = {"load_in_4bit": True, **four} if quantised == "nf4" else {"load_in_8bit": True}
-        given |= {"quantization_config": BitsAndBytesConfig(**few), "device_map": {"": device}}
+        load_in = "4bit" if quantised == "nf4" else "8bit"
+        given |= {**quantisation(load_in, given["dtype"]), "device_map": {"": device}}
     if study.tiny:
         torch.manual_seed(0)
         config = LlamaConfig(

@@ -38,7 +38,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        return f"{TASKS[self.dataset].title}, {self.adapter.removesuffix('-mle')}"
+        return titled(self.dataset, self.adapter)
 
     def against_all(self, name: str) -> dict[str, Difference] | None:
         """A setting minus ten samples of all tokens; None where either is missing."""
@@ -71,6 +71,16 @@ def groups(results: Results) -> Iterator[Group]:
         yield Group(dataset, adapter, {name: rows for name, rows in found.items() if rows})
 
 
+def titled(dataset: str, adapter: str) -> str:
+    """A data set and the kind of its adapters, in words."""
+    return f"{TASKS[dataset].title}, {adapter.removesuffix('-mle')}"
+
+
+def origin(rows: list[Row]) -> str:
+    """Where rows were measured."""
+    return "From " + ", ".join(sorted({f"{row.device} at {row.commit}" for row in rows})) + "."
+
+
 def _sampled(results: Results) -> list[Row]:
     """Rows of samples that differ at the last tokens alone."""
     return [row for row in results.rows if row.span != "all" and row.method == "tfb"]
@@ -101,7 +111,7 @@ def section(results: Results, table: Table) -> str | None:
             _differences(found, names),
         ),
         "\n".join(f"* {verdict(found, name)}" for name in names),
-        "From " + ", ".join(sorted({f"{row.device} at {row.commit}" for row in rows})) + ".",
+        origin([*rows, *results.pick(method="linear")]),
     ]
     return "\n\n".join(parts)
 

@@ -220,7 +220,7 @@ class BayesianAdapter(SamplingContexts):
                 f"search_sigma(adapter, anchors, by={by!r}), or say that it holds by adapter.sigma = or sigma=",
                 stacklevel=4,
             )
-        if by is not None and self.searched_on not in (self.base_kind, None):
+        if by is not None and self.searched_on is not None and self.searched_on != self.base_kind:
             warnings.warn(
                 f"sigma: got {self.sigma:.4g}, searched on base weights {self.searched_on!r}, expected one searched on {self.base_kind!r}, as "
                 "this model's are. Fix: search_sigma on this model, or say that it holds by adapter.sigma = or sigma=",

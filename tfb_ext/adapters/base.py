@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 HALF = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """The quantised base layers of one library.
 
@@ -152,11 +153,14 @@ def full_name(cls: type) -> str:
 def kind_of(layer: Any) -> Kind | None:
     """How a LoRA layer's base is quantised; ``None`` where it is not, or not as :data:`KINDS` knows."""
     base = layer.get_base_layer()
-    parts = base, getattr(base, "weight", None)
-    lora = {full_name(cls) for cls in type(layer).__mro__}
-    return next(
-        (k for k in KINDS if k.lora in lora and any(full_name(type(p)).startswith(k.base) for p in parts)), None
-    )
+    cls: Any = type(layer)
+    return _kind_of(KINDS, cls, (type(base), type(getattr(base, "weight", None))))
+
+
+@cache  # asked of every layer at every call by linear
+def _kind_of(kinds: tuple[Kind, ...], layer: type, parts: tuple[type, ...]) -> Kind | None:
+    lora = {full_name(cls) for cls in layer.__mro__}
+    return next((k for k in kinds if k.lora in lora and any(full_name(p).startswith(k.base) for p in parts)), None)
 
 
 def dense_kind(layer: Any) -> Kind | None:
@@ -201,7 +205,7 @@ def accumulates(base: nn.Module, x: Tensor, kind: Kind | None = None) -> bool:
         return False
     if kind is not None:
         enough = x.numel() >= kind.rows * x.shape[-1] and not torch.compiler.is_compiling()
-        return enough and kind.dense is not None and kind.takes(base, x.dtype)
+        return enough and kind.takes(base, x.dtype)
     weight = base._parameters.get("weight")
     return type(weight) is nn.Parameter and x.dtype == weight.dtype and x.device == weight.device
 

@@ -177,7 +177,7 @@ def load_adapter(
     with _in_words(*words):
         config = AutoConfig.from_pretrained(source)
     found = getattr(config, "quantization_config", None)
-    settings = {} if load_in is None else _quantisation(found, load_in, kind, files if head else None)
+    settings = {} if load_in is None else quantisation(load_in, kind, found, files if head else None)
     if found is not None or settings:  # such weights are made in their place
         settings["device_map"] = device_map or {"": place}
         settings |= {"max_memory": rooms} if rooms and device_map is not None else {}
@@ -199,9 +199,10 @@ def load_adapter(
     if head and model.config.pad_token_id is None:
         padding = tokenizer.pad_token_id
         model.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
-    whole = bool(settings) or device_map is not None
-    attached = attach_adapter(model if whole else model.to(place), files, base=str(name))
-    if device_map is not None and not settings:
+    if not settings and device_map is None:
+        model = model.to(place)
+    attached = attach_adapter(model, files, base=str(name))
+    if not settings and device_map is not None:
         attached = _dispatched(attached, device_map, rooms)
     return Loaded(attached, tokenizer, head, folder, str(name), own)
 
@@ -234,8 +235,10 @@ def _dispatched(model: Any, device_map: str, rooms: Mapping[int | str, int]) -> 
     return dispatch_model(model, places)
 
 
-def _quantisation(found: Any, load_in: str, dtype: torch.dtype, classifier: AdapterFiles | None) -> dict[str, Any]:
-    """How the base model is to be quantised, as ``from_pretrained`` takes it; ``found``: how it is already; ``classifier``: the adapter
+def quantisation(
+    load_in: str, dtype: torch.dtype, found: Any = None, classifier: AdapterFiles | None = None
+) -> dict[str, Any]:
+    """How the base model is to be quantised by bitsandbytes, as ``from_pretrained`` takes it; ``found``: how it is already; ``classifier``: the adapter
     of one, whose head stays as it is."""
     from transformers import BitsAndBytesConfig
 
