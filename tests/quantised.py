@@ -155,6 +155,7 @@ QUANTISE: dict[tuple[str, str], tuple[str, Quantise]] = {
     ("torchao", "int8 dynamic"): ("torchao", _torchao("Int8DynamicActivationInt8WeightConfig")),
     ("torchao", "int4"): ("torchao", _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4)),
     ("torchao", "float8_e4m3fn"): ("torchao", _torchao("Float8WeightOnlyConfig")),
+    ("torchao", "float8_e4m3fn dynamic"): ("torchao", _torchao("Float8DynamicActivationFloat8WeightConfig")),
     ("GPTQ (GPT-QModel)", "4 bits"): ("gptqmodel", _gptqmodel("torch", "TorchLinear", False)),
     ("AWQ (GPT-QModel)", "4 bits"): ("gptqmodel", _gptqmodel("torch_awq", "AwqTorchLinear", True)),
     ("HQQ", "4 bits"): ("hqq", _hqq),

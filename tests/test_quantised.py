@@ -21,7 +21,7 @@ from torch import Tensor
 
 import tfb_ext
 from tfb_ext.adapters import base
-from tfb_ext.adapters.base import NOT, support_table
+from tfb_ext.adapters.base import support_table
 from tfb_ext.app.loading import load_adapter
 from tfb_ext.errors import SamplingError
 from tfb_ext.generation.options import assistant
@@ -68,6 +68,8 @@ def skip_what_does_not_run(kind: tuple[str, str], dtype: torch.dtype, device: st
         pytest.skip("its layers here are for CPUs")
     if device == "cuda" and dtype == torch.float32 and "dynamic" in kind[1]:
         pytest.skip("its kernels take half precision")
+    if device == "cpu" and kind[1] == "float8_e4m3fn dynamic":
+        pytest.skip("its kernels are for GPUs")
 
 
 def rms(values: Tensor) -> float:
@@ -85,9 +87,10 @@ def test_samples_equal_separate_passes(product: str, kind: tuple[str, str], dtyp
     # Activations rounded to 8 bits turn differences in the last place into whole steps, which in float8 are an eighth of a value; half
     # precision rounds anyway.
     rounds = dtype == torch.bfloat16 or "dynamic" in kind[1] or kind in ROUNDED or "AWQ" in kind[0]
-    share = 0.1 if kind[1] == "fp8" else 0.05
+    share = 0.1 if kind[1] in ("fp8", "float8_e4m3fn dynamic") else 0.05
     assert rms(samples(adapter, batch) - expected) <= (share * spread if rounds else 1e-5)
     assert spread > 0.1
+    assert adapter.base_kind == f"{kind[0]} {kind[1].partition(',')[0]}"
 
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
@@ -318,11 +321,6 @@ def test_a_product_without_derivatives_is_refused() -> None:
 # What is said -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", QUANTISE, ids=" ".join)
-def test_kinds_are_named(kind: tuple[str, str]) -> None:
-    assert bayesian(kind).base_kind == f"{kind[0]} {kind[1].partition(',')[0]}"
-
-
 def test_sigma_of_another_base_warns(tmp_path: Path) -> None:
     adapter = bayesian()
     adapter.searched_on = adapter.base_kind  # as a search leaves it
@@ -472,8 +470,7 @@ def test_the_table_is_shown(tfb: Any) -> None:
 
 
 def test_the_table_is_what_is_tested() -> None:
-    tested = {(library, scheme) for library, scheme, _, where in support_table() if where != NOT}
-    assert tested == set(QUANTISE)
+    assert [row[:2] for row in support_table()] == list(QUANTISE)
     rows = [f"| {' | '.join(row)} |" for row in support_table()]
     assert "\n".join(rows) in SUPPORT.read_text(encoding="utf-8"), "docs/support.md: run python tests/test_quantised.py"
 

@@ -79,7 +79,7 @@ def _torchao_takes(base: Any, dtype: torch.dtype) -> bool:
 
 
 CI, BOTH = "CPU in CI, GPU", "CPU and GPU, where the library is installed"
-HERE, NOT = "CPU, where the library is installed", "not tested"
+HERE, THERE = "CPU, where the library is installed", "GPU, where the library is installed"
 PLAIN = "CPU in CI, its kernel in plain torch"
 PLAIN_LORA = "peft.tuners.lora.layer.Linear"
 KINDS = (
@@ -105,7 +105,7 @@ KINDS = (
         "torchao.",
         "peft.tuners.lora.torchao.TorchaoLoraLinear",
         _torchao,
-        {"int8": BOTH, "int8 dynamic": BOTH, "int4": BOTH, "float8_e4m3fn": BOTH, "float8_e4m3fn dynamic": NOT},
+        {"int8": BOTH, "int8 dynamic": BOTH, "int4": BOTH, "float8_e4m3fn": BOTH, "float8_e4m3fn dynamic": THERE},
         lambda base, dtype: base.weight.dequantize(),
         _torchao_takes,
         "torch.nn.modules.linear.Linear",
