@@ -167,6 +167,30 @@ def test_spans(product: str, kind: tuple[str, str], depth: Any) -> None:
 
 
 @pytest.mark.parametrize("device", zoo.DEVICES)
+@pytest.mark.parametrize("kind", [kind for kind in QUANTISE if kind in ROUNDED or "dynamic" in kind[1]], ids=" ".join)
+@pytest.mark.parametrize("span", ["all", "answer"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_steps_of_rounding_are_no_wrong_samples(
+    kind: tuple[str, str], span: Any, dtype: torch.dtype, device: str
+) -> None:
+    """With outliers, whose columns LLM.int8 leaves as they are: what a row gives depends on the rows beside it as much as on its sample."""
+    skip_what_does_not_run(kind, dtype, device)
+    model, batch = quantised(*kind, dtype=dtype, device=device), zoo.moved(zoo.inputs(padded=False), device)
+    for name, part in model.named_modules():
+        if name.endswith("norm"):
+            part.weight.data *= 4
+    state = {id(part): dict(vars(part)) for part in model.modules()}
+    with torch.no_grad():
+        alone, beside = (model(**{n: v[:rows] for n, v in batch.items()}).logits[0].float() for rows in (1, 2))
+    assert kind[0] != "bitsandbytes" or rms(alone - beside) > 0.02
+    adapter = tfb_ext.bayesianize(model, sigma=SIGMA, span=span)
+    with adapter.predictive(SAMPLES):
+        adapter.model(**batch, logits_to_keep=1)
+    adapter.unload()
+    assert all("forward" not in vars(part) or "forward" in state[id(part)] for part in model.modules())
+
+
+@pytest.mark.parametrize("device", zoo.DEVICES)
 def test_generation(product: str, device: str) -> None:
     """Eager, in a static cache, and on a GPU in graphs."""
     adapter, prompt = bayesian(device=device), zoo.prompt(2, device)
@@ -440,6 +464,20 @@ def test_a_device_map(device_map: str, llama: Folders, monkeypatch: pytest.Monke
     assert_as_on_one_device(load_adapter(str(llama.adapter), dtype="float32", device_map=device_map), llama, "cpu")
 
 
+@pytest.mark.parametrize("span", ["all", "answer"])
+def test_layers_that_lie_nowhere_between_calls(span: Any, llama: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's way to keep weights in host memory, with the CPU as the device that they are brought to."""
+    import accelerate
+
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": 2**30})
+    monkeypatch.setattr(
+        "accelerate.dispatch_model", lambda model, places: accelerate.cpu_offload(model, torch.device("cpu"))
+    )
+    loaded = load_adapter(str(llama.adapter), dtype="float32", device_map="auto")
+    assert {p.is_meta for n, p in loaded.model.named_parameters() if "lora_" not in n} == {True}
+    assert_as_on_one_device(loaded, llama, "cpu", span=span)
+
+
 @pytest.mark.gpu
 def test_layers_that_a_gpu_has_no_room_for_stay_on_the_host(llama: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load_adapter(str(llama.adapter), device="cpu", dtype="float32").model
@@ -454,12 +492,20 @@ def test_layers_that_a_gpu_has_no_room_for_stay_on_the_host(llama: Folders, monk
         load_adapter(str(llama.adapter), dtype="float32", device_map="sequential")
 
 
-def assert_as_on_one_device(loaded: Any, llama: Folders, device: str) -> None:
-    adapter = tfb_ext.bayesianize(loaded.model, sigma=SIGMA)
-    twin = tfb_ext.bayesianize(load_adapter(str(llama.adapter), device=device, dtype="float32").model, sigma=SIGMA)
+def assert_as_on_one_device(loaded: Any, llama: Folders, device: str, **options: Any) -> None:
+    adapter = tfb_ext.bayesianize(loaded.model, sigma=SIGMA, **options)
+    alone = load_adapter(str(llama.adapter), device=device, dtype="float32").model
+    twin = tfb_ext.bayesianize(alone, sigma=SIGMA, **options)
     batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
     batch = zoo.moved(batch, device)
     torch.testing.assert_close(samples(adapter, batch), samples(twin, batch), atol=1e-5, rtol=1e-5)
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    found, expected = (tfb_ext.generate(each, batch, samples=SAMPLES, **greedy) for each in (adapter, twin))
+    assert torch.equal(found.sequences, expected.sequences)
+    data = small_sets.encoded(4)
+    for by in ("samples", "linear"):
+        found, expected = (tfb_ext.predict(each, data, SAMPLES, by=by).probabilities for each in (adapter, twin))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_table_is_shown(tfb: Any) -> None:

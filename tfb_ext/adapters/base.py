@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Kind:
             that of such a weight.
         product: the base layer's class whose product that is, by exact name.
         rows: from how many on the product of the dense weight is taken (measured, see ``bench/NOTES.md``).
+        rounds: of a base layer, whether its product rounds its input as well, see :func:`round_no_inputs`.
     """
 
     library: str
@@ -45,6 +46,7 @@ class Kind:
     takes: Callable[[Any, torch.dtype], bool] = lambda base, dtype: False
     product: str = ""
     rows: int = 4096
+    rounds: Callable[[Any], bool] = lambda base: False
 
 
 def _torchao(base: Any) -> str:
@@ -71,11 +73,34 @@ def _bits4_dense(base: Any, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(base.weight.data.view(-1, 1), base.weight.quant_state).to(dtype)
 
 
+def _bits8_dense(base: Any, dtype: torch.dtype) -> Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    weight, scale = base.weight, base.state.SCB
+    return int8_vectorwise_dequant(weight.data, weight.SCB if scale is None else scale).to(
+        dtype
+    )  # the first call moves it
+
+
+def _torchao_rounds(base: Any) -> bool:
+    return any(getattr(base.weight, name, None) is not None for name in ("act_quant_kwargs", "activation_quantization"))
+
+
 def _torchao_takes(base: Any, dtype: torch.dtype) -> bool:
     """Not of weights in int8, whose own product scales its output instead of making them dense."""
-    weight, rounds = base.weight, ("act_quant_kwargs", "activation_quantization", "act_pre_scale")
+    weight = base.weight
     own = type(weight).__name__ == "Int8Tensor" and weight.scale.numel() == len(weight)
-    return not own and weight.dtype == dtype and all(getattr(weight, name, None) is None for name in rounds)
+    scales = getattr(weight, "act_pre_scale", None) is not None
+    return not own and weight.dtype == dtype and not scales and not _torchao_rounds(base)
+
+
+def _fp8_dense(base: Any, dtype: torch.dtype) -> Tensor:
+    """A scale for each block of the weight, the last of which may be smaller, or one for all."""
+    weight, scale = base.weight, base.weight_scale_inv.float()
+    if scale.numel() > 1:
+        for dim, size in enumerate(base.block_size):
+            scale = scale.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
+    return (weight.float() * scale).to(dtype)
 
 
 CI, BOTH = "CPU in CI, GPU", "CPU and GPU, where the library is installed"
@@ -99,6 +124,8 @@ KINDS = (
         "peft.tuners.lora.bnb.Linear8bitLt",
         lambda base: "int8",
         {"int8": CI},
+        _bits8_dense,
+        rounds=lambda base: True,
     ),
     Kind(
         "torchao",
@@ -109,6 +136,7 @@ KINDS = (
         lambda base, dtype: base.weight.dequantize(),
         _torchao_takes,
         "torch.nn.modules.linear.Linear",
+        rounds=_torchao_rounds,
     ),
     Kind("GPTQ (GPT-QModel)", "gptqmodel.", "peft.tuners.lora.gptq.GPTQLoraLinear", _bits, {"4 bits": HERE}),
     Kind("AWQ (GPT-QModel)", "gptqmodel.", "peft.tuners.lora.awq.AwqLoraLinear", _bits, {"4 bits": HERE}),
@@ -131,8 +159,17 @@ KINDS = (
         lambda base, dtype: base.qweight.dequantize(),
         lambda base, dtype: base.activation_qtype is None and base.weight.dtype == dtype,
         "optimum.quanto.nn.qlinear.QLinear",
+        rounds=lambda base: base.activation_qtype is not None,
     ),
-    Kind("transformers", "transformers.integrations.finegrained_fp8.", PLAIN_LORA, lambda base: "fp8", {"fp8": PLAIN}),
+    Kind(
+        "transformers",
+        "transformers.integrations.finegrained_fp8.",
+        PLAIN_LORA,
+        lambda base: "fp8",
+        {"fp8": PLAIN},
+        _fp8_dense,
+        rounds=lambda base: base.weight.element_size() == 1,
+    ),
 )
 # Every PEFT layer class that is served. The plain one may stand over other kinds of base layers too: it calls them as they are.
 SERVED = tuple(dict.fromkeys((PLAIN_LORA, *(kind.lora for kind in KINDS))))
@@ -158,9 +195,32 @@ def kind_of(layer: Any) -> Kind | None:
 
 
 @cache  # asked of every layer at every call by linear
-def _kind_of(kinds: tuple[Kind, ...], layer: type, parts: tuple[type, ...]) -> Kind | None:
-    lora = {full_name(cls) for cls in layer.__mro__}
-    return next((k for k in kinds if k.lora in lora and any(full_name(p).startswith(k.base) for p in parts)), None)
+def _kind_of(kinds: tuple[Kind, ...], layer: type | None, parts: tuple[type, ...]) -> Kind | None:
+    kinds = tuple(k for k in kinds if any(full_name(part).startswith(k.base) for part in parts))
+    lora = {full_name(cls) for cls in layer.__mro__} if layer is not None else {k.lora for k in kinds}
+    return next((k for k in kinds if k.lora in lora), None)
+
+
+def round_no_inputs(model: nn.Module) -> None:
+    """Products of base layers that round their input become those of their dense weights, for as long as a comparison takes.
+
+    They round to 8 bits by a scale of the row, or of all rows of a call, and LLM.int8 (Dettmers et al., 2022) leaves a column as it is
+    where any row has an outlier in it. So a row's numbers change with the rows beside it, and jump where a last bit tips a step over:
+    on a small model by as much as samples differ. Undone by restoring the modules' attributes.
+    """
+    for part in model.modules():
+        kind = _kind_of(KINDS, None, (type(part), type(part._parameters.get("weight"))))
+        if kind is not None and kind.dense is not None and kind.rounds(part):
+            name = (
+                "_old_forward" if "_old_forward" in vars(part) else "forward"
+            )  # inside accelerate's, which moves inputs
+            setattr(part, name, partial(_dense_product, kind.dense, part))
+
+
+def _dense_product(dense: Callable[[Any, torch.dtype], Tensor], base: Any, x: Tensor) -> Tensor:
+    return nn.functional.linear(
+        x, dense(base, x.dtype).to(x.dtype), None if base.bias is None else base.bias.to(x.dtype)
+    )
 
 
 def dense_kind(layer: Any) -> Kind | None:

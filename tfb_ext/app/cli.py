@@ -192,7 +192,7 @@ class Evaluate(Labelled, Predictions, Posterior):
             "adapter": str(loaded.adapter),
             "base model": loaded.base,
             "posterior": repr(bayesian),
-            "device": device_name(next(loaded.model.parameters()).device),
+            "device": device_name(bayesian.anatomy.device),
             **versions(),
         }
         with output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import platform
 import re
 from collections.abc import Iterator, Mapping
@@ -180,6 +181,7 @@ def load_adapter(
     settings = {} if load_in is None else quantisation(load_in, kind, found, files if head else None)
     if found is not None or settings:  # such weights are made in their place
         settings["device_map"] = device_map or {"": place}
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each product in int8
         settings |= {"max_memory": rooms} if rooms and device_map is not None else {}
     with _in_words(*words):
         extra: dict[str, Any] = {"num_labels": classes} if head and classes is not None else {}
@@ -232,7 +234,22 @@ def _dispatched(model: Any, device_map: str, rooms: Mapping[int | str, int]) -> 
         raise refusal(
             "device_map", f"{device_map!r} for a model that memory is too small for", "one that fits", "--load-in 4bit"
         )
-    return dispatch_model(model, places)
+    dispatched = dispatch_model(model, places)
+    _bring_in_adapters(dispatched)
+    return dispatched
+
+
+def _bring_in_adapters(model: Any) -> None:
+    """An adapter's weights, of which its posterior is made, to where their layers are called: offloaded ones lie nowhere between calls."""
+    from accelerate.hooks import remove_hook_from_module
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    own = [child for layer in layers for name, child in layer.named_children() if name != "base_layer"]
+    for part in [part for child in own for part in child.modules()]:
+        hook: Any = getattr(part, "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            remove_hook_from_module(part).to(hook.execution_device)
 
 
 def quantisation(

@@ -41,6 +41,11 @@ class Anatomy:
     head_name: str
 
     @property
+    def device(self) -> torch.device:
+        """Where inputs go: to the model's first weight but for offloaded ones, which lie nowhere between calls."""
+        return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    @property
     def kind(self) -> Kind:
         """What the logits mean by the model's configuration as it is now: classes, independent labels, or real values."""
         return self.kind_of_call(None)

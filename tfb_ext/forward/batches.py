@@ -66,7 +66,7 @@ class Batches:
     ) -> None:
         self.adapter = adapter
         self.model = adapter.anatomy.model
-        self.device = next(self.model.parameters()).device
+        self.device = adapter.anatomy.device
         _check_kind(adapter.anatomy.kind, kind)
         if any(p.dtype == torch.float64 for p in adapter.model.parameters()):
             raise ValueError(

@@ -76,7 +76,7 @@ class Trial(TinyCalls):
     def __init__(
         self, attached: Attached, first: int, batch: SampleBatch, by_fan: bool, example: Mapping[str, Any] | None
     ) -> None:
-        super().__init__(attached.anatomy.model, batch.mode, example)
+        super().__init__(attached.anatomy, batch.mode, example)
         self.attached, self.first, self.template, self.by_fan = attached, first, batch, by_fan
         self.kind = attached.anatomy.kind
         self.rounds = True  # whether another attempt could end otherwise

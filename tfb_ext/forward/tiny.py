@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.attached import Attached
+from ..adapters.base import round_no_inputs
 from ..adapters.state import ONE_SAMPLE
 from ..errors import GuardError, SamplingError
+from .anatomy import Anatomy
 from .caches import cache_argument
 from .rows import batch_shape
 
@@ -32,16 +34,15 @@ class TinyCalls:
         others: shapes of what the calls gave beside logits.
     """
 
-    def __init__(self, model: Any, mode: str, example: Mapping[str, Any] | None) -> None:
-        self.model, self.mode, self.example = model, mode, example
+    def __init__(self, anatomy: Anatomy, mode: str, example: Mapping[str, Any] | None) -> None:
+        model = anatomy.model
+        self.model, self.device, self.mode, self.example = model, anatomy.device, mode, example
         self.rows, self.tokens = (ROWS, TOKENS) if example is None else batch_shape((), dict(example))
         self.accepts = set(inspect.signature(model.forward).parameters)
         weights = [p for p in model.parameters() if p.is_floating_point()]
         self.exact = weights[0].dtype in (torch.float32, torch.float64)
         self.rounding = 0.0
         self.others: list[dict[str, tuple[int, ...]]] = []
-        # Of an offloaded model, whose own hooks move inputs, the weights may lie nowhere.
-        self.device = next((w.device for w in weights if not w.is_meta), torch.device("cpu"))
 
     def inputs(self, rows: int, padded: bool, attempt: int = 0, tokens: int = TOKENS) -> dict[str, Any]:
         if self.example is None:
@@ -145,6 +146,7 @@ def undisturbed(attached: Attached) -> Iterator[None]:
     with _unchanged(model), _plain_text(model), torch.inference_mode(False), torch.no_grad():
         for part in model.modules():
             part.training = False
+        round_no_inputs(model)
         for module in attached.modules.values():
             module._active_adapter, module._disable_adapters = [attached.name], False
         attached.check_switches()

@@ -62,7 +62,7 @@ def check_model(adapter: BayesianAdapter) -> None:
 def is_causal(adapter: BayesianAdapter) -> bool:
     """Whether the first token's logits are the same whatever token follows."""
     model = adapter.anatomy.model
-    ids = torch.tensor([[0, 1], [0, 2]], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([[0, 1], [0, 2]], device=adapter.anatomy.device)
     with torch.no_grad():
         first = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0].float()
     return torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3 * float(first.abs().max()))
@@ -85,7 +85,7 @@ def resolved(adapter: BayesianAdapter, options: Mapping[str, Any]) -> tuple[Gene
             "or pass the options themselves"
         )
     config, rest = model._prepare_generation_config(given, **{n: v for n, v in options.items() if n not in own})
-    model._prepare_special_tokens(config, True, device=model.get_input_embeddings().weight.device)
+    model._prepare_special_tokens(config, True, device=adapter.anatomy.device)
     return config, rest
 
 
@@ -179,7 +179,7 @@ def check_cache(
 ) -> None:
     """Refuse a kind of cache that does not serve."""
     kind = config.cache_implementation
-    device = next(adapter.anatomy.model.parameters()).device
+    device = adapter.anatomy.device
     if kind == "paged":
         raise ValueError(
             "cache_implementation: got 'paged', which runs transformers' continuous batching, expected a cache of one batch. Fix: "

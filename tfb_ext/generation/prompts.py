@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import pad_rows
 from ..errors import refusal
+from ..forward.anatomy import Anatomy
 from ..forward.inputs import attention_mask, token_rows, vocabulary
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ Prompts = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]] 
 
 
 def encode_prompts(
-    model: Any, prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, pad: Tensor | None
+    anatomy: Anatomy, prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, pad: Tensor | None
 ) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` (R, P) int64 on the model's device, padded on the left.
 
@@ -33,7 +34,7 @@ def encode_prompts(
         ValueError: an empty prompt, a token that the model does not have, a conversation that the chat template refuses or
             leaves parts of out, tensors of another form.
     """
-    size = vocabulary(model)
+    model, size = anatomy.model, vocabulary(anatomy.model)
     if isinstance(prompts, Mapping):
         ids, mask = _checked_tensors(prompts, inspect.signature(model.forward).parameters)
     else:
@@ -44,8 +45,7 @@ def encode_prompts(
             raise ValueError("prompts is empty, expected at least one")
         pads = [int(p) for p in (tokenizer.pad_token_id, pad) if p is not None and 0 <= int(p) < size]
         ids, mask = pad_rows(rows, pads[0] if pads else 0)
-    device = model.get_input_embeddings().weight.device
-    ids, mask = ids.to(device), mask.to(device)
+    ids, mask = ids.to(anatomy.device), mask.to(anatomy.device)
     outside = (ids < 0) | (ids >= size)
     unknown = (outside & mask.bool()).nonzero()
     if len(unknown):

@@ -96,7 +96,7 @@ def generate(
     if tokenizer is not None and (config.stop_strings is not None or options.get("assistant_tokenizer") is not None):
         options["tokenizer"] = tokenizer
     check_options(adapter, config, rest, options, None if batch is None else adapter.place.span)
-    inputs = encode_prompts(adapter.anatomy.model, prompts, tokenizer, config._pad_token_tensor)
+    inputs = encode_prompts(adapter.anatomy, prompts, tokenizer, config._pad_token_tensor)
     ids = inputs["input_ids"]
     config = with_length(adapter, config, options, ids)
     check_room(adapter, inputs["attention_mask"], config)

@@ -158,7 +158,7 @@ def gaussian(
 
 def device_of(adapter: BayesianAdapter) -> torch.device:
     """Where averages over an adapter's outputs are computed: on its GPU, which is far faster at float64 than the host, or the CPU."""
-    device = next(adapter.model.parameters()).device
+    device = adapter.anatomy.device
     return device if device.type == "cuda" else CPU
 
 
