@@ -12,7 +12,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE_LINES, PACKAGE_LINES, NAMES, README_WORDS, COPIED_LINES = 350, 17_820, 16, 800, 6
+FILE_LINES, PACKAGE_LINES, NAMES, README_WORDS, COPIED_LINES = 350, 17_920, 16, 800, 6
 PYTHON = sorted((ROOT / "tfb_ext").rglob("*.py"))
 CSRC = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
 BELOW_SEARCH = ("tfb_ext.forward", "tfb_ext.adapters", "tfb_ext.ops", "tfb_ext.posterior")

@@ -33,7 +33,8 @@ class Kind:
         dense: of a base layer and the type of its input, its weight (m, n) in that type; where ``takes`` says that its product is
             that of such a weight.
         product: the base layer's class whose product that is, by exact name.
-        rows: from how many on the product of the dense weight is taken (measured, see ``bench/NOTES.md``).
+        rows: from how many on the product of the dense weight is taken (measured, see ``bench/NOTES.md``): for more than 512,
+            bitsandbytes' own makes it dense too.
         rounds: of a base layer, whether its product rounds its input as well, see :func:`round_no_inputs`.
     """
 
@@ -45,7 +46,7 @@ class Kind:
     dense: Callable[[Any, torch.dtype], Tensor] | None = None
     takes: Callable[[Any, torch.dtype], bool] = lambda base, dtype: False
     product: str = ""
-    rows: int = 4096
+    rows: int = 513
     rounds: Callable[[Any], bool] = lambda base: False
 
 
@@ -70,7 +71,9 @@ def _bits4_takes(base: Any, dtype: torch.dtype) -> bool:
 def _bits4_dense(base: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(base.weight.data.view(-1, 1), base.weight.quant_state).to(dtype)
+    weight = base._parameters["weight"]
+    dense = dequantize_4bit(weight if len(weight) > 1 else weight.view(-1, 1), weight.quant_state)
+    return dense if dense.dtype == dtype else dense.to(dtype)
 
 
 def _bits8_dense(base: Any, dtype: torch.dtype) -> Tensor:

@@ -36,8 +36,9 @@ def outputs(
         () if quantised else [weight_of(u, x.dtype) for u in together],
     )
     if quantised:  # one dense weight at a time
+        rows = x.reshape(-1, x.shape[-1])
         for u, y in zip(together, found, strict=True):
-            y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight_of(u, x.dtype).T)
+            y.view(len(rows), -1).addmm_(rows, weight_of(u, x.dtype).T)
     return found
 
 
