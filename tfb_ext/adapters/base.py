@@ -71,9 +71,11 @@ def _bits4_takes(base: Any, dtype: torch.dtype) -> bool:
 def _bits4_dense(base: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    weight = base._parameters["weight"]
-    dense = dequantize_4bit(weight if len(weight) > 1 else weight.view(-1, 1), weight.quant_state)
-    return dense if dense.dtype == dtype else dense.to(dtype)
+    with (
+        torch._C.DisableTorchFunctionSubclass()
+    ):  # every use of the weight's class would ask its Python code first: 20 us a layer
+        weight = base._parameters["weight"]
+        return dequantize_4bit(weight.view(-1, 1), weight.quant_state).to(dtype)
 
 
 def _bits8_dense(base: Any, dtype: torch.dtype) -> Tensor:
