@@ -71,9 +71,7 @@ def _bits4_takes(base: Any, dtype: torch.dtype) -> bool:
 def _bits4_dense(base: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    with (
-        torch._C.DisableTorchFunctionSubclass()
-    ):  # every use of the weight's class would ask its Python code first: 20 us a layer
+    with torch._C.DisableTorchFunctionSubclass():  # what is asked of the weight goes to its class's Python code first
         weight = base._parameters["weight"]
         return dequantize_4bit(weight.view(-1, 1), weight.quant_state).to(dtype)
 
@@ -81,10 +79,8 @@ def _bits4_dense(base: Any, dtype: torch.dtype) -> Tensor:
 def _bits8_dense(base: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
-    weight, scale = base.weight, base.state.SCB
-    return int8_vectorwise_dequant(weight.data, weight.SCB if scale is None else scale).to(
-        dtype
-    )  # the first call moves it
+    weight, scale = base.weight, base.state.SCB  # where the first call moves it
+    return int8_vectorwise_dequant(weight.data, weight.SCB if scale is None else scale).to(dtype)
 
 
 def _torchao_rounds(base: Any) -> bool:
@@ -216,16 +212,13 @@ def round_no_inputs(model: nn.Module) -> None:
     for part in model.modules():
         kind = _kind_of(KINDS, None, (type(part), type(part._parameters.get("weight"))))
         if kind is not None and kind.dense is not None and kind.rounds(part):
-            name = (
-                "_old_forward" if "_old_forward" in vars(part) else "forward"
-            )  # inside accelerate's, which moves inputs
+            name = "_old_forward" if "_old_forward" in vars(part) else "forward"  # accelerate's own moves inputs
             setattr(part, name, partial(_dense_product, kind.dense, part))
 
 
 def _dense_product(dense: Callable[[Any, torch.dtype], Tensor], base: Any, x: Tensor) -> Tensor:
-    return nn.functional.linear(
-        x, dense(base, x.dtype).to(x.dtype), None if base.bias is None else base.bias.to(x.dtype)
-    )
+    bias = None if base.bias is None else base.bias.to(x.dtype)
+    return nn.functional.linear(x, dense(base, x.dtype).to(x.dtype), bias)
 
 
 def dense_kind(layer: Any) -> Kind | None:
