@@ -24,6 +24,7 @@ from tfb_ext.adapters import base
 from tfb_ext.adapters.base import support_table
 from tfb_ext.app.loading import load_adapter
 from tfb_ext.errors import SamplingError
+from tfb_ext.forward.guard import Trial
 from tfb_ext.generation.options import assistant
 
 SAMPLES, SIGMA = 4, 0.05
@@ -188,6 +189,22 @@ def test_steps_of_rounding_are_no_wrong_samples(
         adapter.model(**batch, logits_to_keep=1)
     adapter.unload()
     assert all("forward" not in vars(part) or "forward" in state[id(part)] for part in model.modules())
+
+
+@pytest.mark.parametrize("kind", [NF4, ("AWQ (GPT-QModel)", "4 bits")], ids=" ".join)
+def test_products_in_half_precision_of_a_model_in_float32(kind: tuple[str, str]) -> None:
+    """As bitsandbytes' ``bnb_4bit_compute_dtype`` has it: the guard compares samples as in half precision."""
+    adapter = bayesian(kind, span="answer")
+
+    def exact() -> bool:
+        return Trial(adapter.attached, 0, adapter.batch(2), True, None).exact
+
+    assert exact() == (kind == NF4)
+    for part in zoo.lora_layers(adapter).values() if kind == NF4 else ():
+        part.base_layer.compute_dtype, part.base_layer.compute_type_is_set = torch.bfloat16, True
+    assert not exact()
+    with adapter.predictive(SAMPLES):
+        adapter.model(**zoo.inputs(padded=False), logits_to_keep=1)
 
 
 @pytest.mark.parametrize("device", zoo.DEVICES)

@@ -213,7 +213,8 @@ def round_no_inputs(model: nn.Module) -> None:
         kind = _kind_of(KINDS, None, (type(part), type(part._parameters.get("weight"))))
         if kind is not None and kind.dense is not None and kind.rounds(part):
             name = "_old_forward" if "_old_forward" in vars(part) else "forward"  # accelerate's own moves inputs
-            setattr(part, name, partial(_dense_product, kind.dense, part))
+            if name != "forward" or "forward" not in vars(part):  # anybody else's stays, and is compared
+                setattr(part, name, partial(_dense_product, kind.dense, part))
 
 
 def _dense_product(dense: Callable[[Any, torch.dtype], Tensor], base: Any, x: Tensor) -> Tensor:
@@ -233,6 +234,19 @@ def base_kind(layer: Any) -> str:
     if kind is not None:
         return f"{kind.library} {kind.scheme(base)}"
     return "float" if float_type(layer) is not None else type(base).__name__
+
+
+def computes_in_half(layer: Any) -> bool:
+    """Whether a LoRA layer's quantised base rounds an input of float32 to half precision: tried on one that is none."""
+    base: Any = layer.get_base_layer()
+    weight: Any = next(iter(layer.lora_A.values())).weight
+    x = torch.linspace(-1, 1, weight.shape[1], device=weight.device)[None] / 3
+    try:
+        with torch.no_grad():
+            y = base(x)
+            return any(torch.equal(y, base(x.to(half).float())) for half in HALF)
+    except RuntimeError:  # it takes its own type alone
+        return True
 
 
 def float_type(layer: Any) -> torch.dtype | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.attached import Attached
+from ..adapters.base import base_kind, computes_in_half, kind_of
 from ..adapters.samples import SampleBatch
 from ..adapters.state import ONE_SAMPLE, RowLayout
 from ..errors import GuardError, SamplingError
@@ -79,6 +80,9 @@ class Trial(TinyCalls):
         super().__init__(attached.anatomy, batch.mode, example)
         self.attached, self.first, self.template, self.by_fan = attached, first, batch, by_fan
         self.kind = attached.anatomy.kind
+        if self.exact:  # one layer of each kind tells
+            quantised = {base_kind(m): m for m in attached.modules.values() if kind_of(m) is not None}
+            self.exact = not any(computes_in_half(module) for module in quantised.values())
         self.rounds = True  # whether another attempt could end otherwise
         self.finite = True
 
