@@ -134,7 +134,7 @@ KINDS = (
         "peft.tuners.lora.torchao.TorchaoLoraLinear",
         _torchao,
         {"int8": BOTH, "int8 dynamic": BOTH, "int4": BOTH, "float8_e4m3fn": BOTH, "float8_e4m3fn dynamic": THERE},
-        lambda base, dtype: base.weight.dequantize(),
+        lambda base, dtype: base.weight.dequantize().to(dtype),
         _torchao_takes,
         "torch.nn.modules.linear.Linear",
         rounds=_torchao_rounds,
@@ -157,7 +157,7 @@ KINDS = (
         PLAIN_LORA,
         lambda base: base.weight_qtype.name,
         {"qint8": HERE, "qint4": HERE},
-        lambda base, dtype: base.qweight.dequantize(),
+        lambda base, dtype: base.qweight.dequantize().to(dtype),
         lambda base, dtype: base.activation_qtype is None and base.weight.dtype == dtype,
         "optimum.quanto.nn.qlinear.QLinear",
         rounds=lambda base: base.activation_qtype is not None,
@@ -190,16 +190,23 @@ def full_name(cls: type) -> str:
 
 def kind_of(layer: Any) -> Kind | None:
     """How a LoRA layer's base is quantised; ``None`` where it is not, or not as :data:`KINDS` knows."""
-    base = layer.get_base_layer()
     cls: Any = type(layer)
-    return _kind_of(KINDS, cls, (type(base), type(getattr(base, "weight", None))))
+    return _kind_of(KINDS, cls, classes_of(layer.get_base_layer()))
+
+
+def classes_of(base: nn.Module) -> tuple[type, type]:
+    """A base layer's class and its weight's, by which its kind is known."""
+    return type(base), type(base._parameters.get("weight"))
 
 
 @cache  # asked of every layer at every call by linear
-def _kind_of(kinds: tuple[Kind, ...], layer: type | None, parts: tuple[type, ...]) -> Kind | None:
-    kinds = tuple(k for k in kinds if any(full_name(part).startswith(k.base) for part in parts))
-    lora = {full_name(cls) for cls in layer.__mro__} if layer is not None else {k.lora for k in kinds}
-    return next((k for k in kinds if k.lora in lora), None)
+def _kind_of(kinds: tuple[Kind, ...], layer: type, classes: tuple[type, type]) -> Kind | None:
+    lora = {full_name(cls) for cls in layer.__mro__}
+    return next((k for k in kinds if k.lora in lora and _stands_on(k, classes)), None)
+
+
+def _stands_on(kind: Kind, classes: tuple[type, type]) -> bool:
+    return any(full_name(cls).startswith(kind.base) for cls in classes)
 
 
 def round_no_inputs(model: nn.Module) -> None:
@@ -210,7 +217,7 @@ def round_no_inputs(model: nn.Module) -> None:
     on a small model by as much as samples differ. Undone by restoring the modules' attributes.
     """
     for part in model.modules():
-        kind = _kind_of(KINDS, None, (type(part), type(part._parameters.get("weight"))))
+        kind = next((k for k in KINDS if _stands_on(k, classes_of(part))), None)
         if kind is not None and kind.dense is not None and kind.rounds(part):
             name = "_old_forward" if "_old_forward" in vars(part) else "forward"  # accelerate's own moves inputs
             if name != "forward" or "forward" not in vars(part):  # anybody else's stays, and is compared
@@ -219,7 +226,7 @@ def round_no_inputs(model: nn.Module) -> None:
 
 def _dense_product(dense: Callable[[Any, torch.dtype], Tensor], base: Any, x: Tensor) -> Tensor:
     bias = None if base.bias is None else base.bias.to(x.dtype)
-    return nn.functional.linear(x, dense(base, x.dtype).to(x.dtype), bias)
+    return nn.functional.linear(x, dense(base, x.dtype), bias)
 
 
 def dense_kind(layer: Any) -> Kind | None:
@@ -242,9 +249,8 @@ def computes_in_half(layer: Any) -> bool:
     weight: Any = next(iter(layer.lora_A.values())).weight
     x = torch.linspace(-1, 1, weight.shape[1], device=weight.device)[None] / 3
     try:
-        with torch.no_grad():
-            y = base(x)
-            return any(torch.equal(y, base(x.to(half).float())) for half in HALF)
+        y = base(x)
+        return any(torch.equal(y, base(x.to(half).float())) for half in HALF)
     except RuntimeError:  # it takes its own type alone
         return True
 

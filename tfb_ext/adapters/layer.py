@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import SamplingError
 from ..posterior.canonical import LayerPosterior
-from .base import HALF, accumulates, dense_kind, float_type, is_plain, matrix_of, version_of
+from .base import HALF, accumulates, classes_of, dense_kind, float_type, is_plain, matrix_of, version_of
 from .products import outputs
 from .samples import MEAN
 from .state import SamplingState, SharedInput
@@ -166,11 +166,8 @@ class SampledUpdate:
         self._keep(basis, posterior.mean.to(device))
 
     def _look_at_base(self) -> None:
-        self.base_type, self.kind, self.base_classes = float_type(self.module), dense_kind(self.module), self._classes()
-
-    def _classes(self) -> tuple[type, type]:
-        base = self.module._modules["base_layer"]
-        return type(base), type(getattr(base, "weight", None))
+        self.base_type, self.kind = float_type(self.module), dense_kind(self.module)
+        self.base_classes = classes_of(self.module._modules["base_layer"])
 
     def _keep(self, *values: Tensor) -> None:
         self.values = values
@@ -181,7 +178,8 @@ class SampledUpdate:
         """Make the buffers anew where the model was moved or converted (``model.to(dtype)``), which may have rounded them."""
         found = [self.module._buffers[name] for name in self.buffers]
         same = all(now is then for now, then in zip(found, self.values, strict=True))
-        same = same and float_type(self.module) == self.base_type and self._classes() == self.base_classes
+        same = same and float_type(self.module) == self.base_type
+        same = same and classes_of(self.module._modules["base_layer"]) == self.base_classes
         if not any(value.is_meta for value in found) and not same:
             self.write(posterior)
 

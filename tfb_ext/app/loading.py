@@ -234,9 +234,9 @@ def _dispatched(model: Any, device_map: str, rooms: Mapping[int | str, int]) -> 
         raise refusal(
             "device_map", f"{device_map!r} for a model that memory is too small for", "one that fits", "--load-in 4bit"
         )
-    dispatched = dispatch_model(model, places)
-    _bring_in_adapters(dispatched)
-    return dispatched
+    model = dispatch_model(model, places)
+    _bring_in_adapters(model)
+    return model
 
 
 def _bring_in_adapters(model: Any) -> None:
